@@ -1,0 +1,63 @@
+"How much each weight matters: pure functions from the evidence about one layer to scores."
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from fasterai.arguments import name_of
+
+
+def magnitude(weight: torch.Tensor) -> torch.Tensor:
+    "|w|: what is small is not missed (Han et al. 2015)."
+    return weight.abs()
+
+
+def gradient(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    "|w · ∂L/∂w|: the first-order change of the loss when the weight goes (Mozer & Smolensky 1989, Molchanov et al. 2017)."
+    return (weight * grad).abs()
+
+
+CRITERIA = {'magnitude': magnitude, 'gradient': gradient}
+
+
+def _grad(parameter, name):
+    if parameter.grad is None:
+        raise ValueError(f'criteria: layer {name!r} has no gradient: call after loss.backward() and before optimizer.zero_grad(), '
+                         'and choose no layer that is frozen')
+    return parameter.grad
+
+
+# What a criterion may ask for, by the name of its argument.
+EVIDENCE = {'weight': lambda parameter, name: parameter, 'grad': _grad}
+
+
+def evidence_of(
+    criterion: Callable,
+) -> tuple:  # names in `EVIDENCE`
+    "What a criterion asks for: its arguments without a default."
+    asked = tuple(n for n, p in inspect.signature(criterion).parameters.items()
+                  if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    for name in asked:
+        if name not in EVIDENCE:
+            raise ValueError(f'criteria: {name_of(criterion)} asks for {name!r}, allowed are arguments named {", ".join(EVIDENCE)}')
+    return asked
+
+
+def score(
+    criterion: Callable,
+    parameter: torch.nn.Parameter,  # the layer's weight, any float type
+    name: str,  # the layer's name, for errors
+) -> torch.Tensor:  # float32, of the weight's shape, finite, larger = keep
+    "The scores of one layer; half-precision evidence is widened first, so that products do not underflow."
+    found = {n: EVIDENCE[n](parameter, name).detach() for n in evidence_of(criterion)}
+    wide = {n: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for n, t in found.items()}
+    scores = criterion(**wide)
+    if not isinstance(scores, torch.Tensor) or scores.shape != parameter.shape:
+        came = f'a tensor of shape {tuple(scores.shape)}' if isinstance(scores, torch.Tensor) else repr(scores)
+        raise ValueError(f'criteria: {name_of(criterion)} gave {came} for layer {name!r}, '
+                         f"allowed is a tensor of the weight's shape {tuple(parameter.shape)}")
+    scores = scores.float()
+    if not scores.isfinite().all():
+        blame = next((f'{n} of' for n, t in found.items() if not t.isfinite().all()), f'scores by {name_of(criterion)} for')
+        raise ValueError(f'criteria: the {blame} layer {name!r} has NaN or infinite entries; nothing was changed')
+    return scores

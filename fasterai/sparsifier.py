@@ -1,0 +1,245 @@
+"Zeroes the least important weights of any PyTorch model, and holds the masks."
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fasterai.arguments import name_of, nearest, one_of, percent
+from fasterai.context import CONTEXTS, Competitor
+from fasterai.criteria import CRITERIA, evidence_of, score
+from fasterai.dataflow import trace, watch
+from fasterai.granularity import Grouping
+from fasterai.layers import choose, matching
+from fasterai.report import Report, measure
+
+
+@dataclass
+class Layer:
+    "A selected layer."
+    name: str
+    module: nn.Module
+    grouping: Grouping
+    mask: torch.Tensor  # bool, of the weight's shape, True = keep
+
+    @property
+    def weight(self): return self.module.weight
+
+
+class Sparsifier:
+    """Makes a model sparse: scores its weights, zeroes the lowest, keeps them zero.
+
+    The model stays what it is: the same classes, parameters, `state_dict` keys and hooks. Zeros that it comes in with are kept."""
+
+    def __init__(self,
+        model: nn.Module,  # any model; it is changed in place, and only in its zeros
+        granularity: str | tuple = 'weight',  # what lives and dies together: weight, vector, kernel, filter, or axes as ('I', 'kh')
+        context: str | Callable = 'global',  # who competes with whom: local, global, or a function
+        criteria: str | Callable = 'magnitude',  # how much a weight matters: magnitude, gradient, or a function of weight and grad
+        layers=None,  # None for every convolution and Linear; a type, name, glob, module, or a list of these
+        example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
+    ):
+        if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
+        self.model, self.granularity, self.example = model, granularity, example
+        self.context = one_of('context', context, CONTEXTS)
+        self.criterion = one_of('criteria', criteria, CRITERIA)
+        evidence_of(self.criterion)
+        self._choice = choose(model, layers)
+        self._layers = {n: Layer(n, m, Grouping(m, granularity, n), _living(m.weight)) for n, m in self._choice.chosen.items()}
+        self._flow, self._silenced = None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
+        self._followed = not any(layer.grouping.whole_filters for layer in self._layers.values())
+        if not callable(example) or isinstance(example, torch.Tensor): self._follow()
+
+    # Which layers take part, and what hangs on them
+
+    @property
+    def layers(self) -> dict:  # name: `Layer`
+        "The selected layers."
+        self._follow()
+        return self._layers
+
+    @property
+    def skipped(self) -> dict:  # name: reason
+        "The layers that were left out."
+        self._follow()
+        return self._choice.skipped
+
+    def _follow(self):
+        "Find the data flow, and leave alone what makes the network's output, where whole filters go."
+        if self._followed: return
+        example = self.example() if callable(self.example) and not isinstance(self.example, torch.Tensor) else self.example
+        flow = _flow(self.model, example)
+        makers = flow.makers if flow else ()
+        output = [n for n, layer in self._layers.items()
+                  if layer.grouping.whole_filters and id(layer.weight) in makers and n not in self._choice.outright]
+        why = "makes the network's output, and whole filters go: name it in layers= to include it"
+        if len(output) == len(self._layers):
+            raise ValueError(f'layers: no layer selected: {", ".join(map(repr, output))} {why}')
+        for name in output:
+            self._choice.skipped[name] = why
+            del self._layers[name]
+        self._flow, self._followed = flow, True
+
+    # Sparsifying
+
+    def sparsify_model(self,
+        sparsity,  # percent of the selected weights that shall be zero; or {name, glob, type or module: percent}, then layer by layer
+        share: float = 1.,  # how much of it is due, 0 to 1, as a schedule says
+        regrow: bool = False,  # may the sparsity fall? What comes back starts from zero
+    ):
+        "Zero the least important weights until the sparsity is reached. Zeros that are there count; all or nothing is done."
+        if isinstance(share, bool) or not 0 <= share <= 1: raise ValueError(f'share: got {share!r}, allowed is 0 to 1')
+        layers, due = self.layers, Fraction(float(share))
+        if isinstance(sparsity, Mapping): jobs = [([layers[n]], f * due) for n, f in self.fractions(sparsity).items()]
+        else: jobs = [(list(layers.values()), percent(sparsity) * due)]
+        self._event(jobs, regrow)
+
+    def sparsify_layer(self,
+        layer: str | nn.Module,  # a selected layer or its name
+        sparsity: float,  # percent of its weights that shall be zero
+    ):
+        "The same for one layer alone."
+        name = next((n for n, known in self.layers.items() if layer is known.module), layer)
+        if name not in self.layers:
+            raise ValueError(f'layer: got {name!r}, {self.skipped.get(name, "no selected layer")}; '
+                             f'allowed is one of {", ".join(self.layers)}{nearest(name, self.layers)}')
+        self._event([([self.layers[name]], percent(sparsity))], regrow=False)
+
+    def fractions(self,
+        sparsity,  # percent, or {name, glob, type or module: percent}
+    ) -> dict:  # name of a selected layer: share of zeros, 0 to 1
+        "What a sparsity means for each layer. A layer's own name goes before what means several; of those the first counts."
+        if not isinstance(sparsity, Mapping): return dict.fromkeys(self._layers, percent(sparsity))
+        if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
+        named, able = dict(self.model.named_modules()), {n: layer.module for n, layer in self._layers.items()}
+        found = {}
+        for pattern, value in sorted(sparsity.items(), key=lambda item: item[0] not in able):
+            fraction = percent(value, f'sparsity[{pattern!r}]')
+            for name in matching(pattern, named, able, 'sparsity'): found.setdefault(name, fraction)
+        return {n: found[n] for n in self._layers if n in found}
+
+    def _event(self, jobs, regrow):
+        layers = [layer for job, _ in jobs for layer in job]
+        if 'grad' in evidence_of(self.criterion) and not any(w.grad is not None and w.grad.any() for w in (layer.weight for layer in layers)):
+            raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
+                             'and before optimizer.zero_grad(); nothing was changed')
+        seeds, masks = {}, {}
+        for job, fraction in jobs:
+            keeps = self.context([self._competitor(layer, seeds, regrow) for layer in job], fraction)
+            for layer, keep in zip(job, keeps):
+                mask = layer.grouping.expand(keep)
+                masks[layer.name] = mask if regrow else mask & layer.mask
+        self._set(masks)
+
+    def _competitor(self, layer, seeds, regrow):
+        "What the context sees of a layer."
+        grouping, alive = layer.grouping, layer.grouping.count(layer.mask)
+        gone = alive == 0
+        stranded = 0 if regrow else int((grouping.size - alive[~gone]).sum())
+        cost = alive.masked_fill(gone, grouping.size) if stranded else grouping.size
+
+        def scores():
+            with _replayed(seeds, layer): found = score(self.criterion, layer.weight, layer.name)
+            return grouping.mean(found).masked_fill(gone, -torch.inf)
+        return Competitor(layer.name, layer.weight.numel(), stranded, cost, scores)
+
+    # Keeping
+
+    def apply_masks(self):
+        "Zero again what an optimiser has moved; zero, not product, so that NaN goes too."
+        with torch.no_grad():
+            for layer in self.layers.values():
+                if layer.mask.device != layer.weight.device: layer.mask = layer.mask.to(layer.weight.device)
+                layer.weight.masked_fill_(~layer.mask, 0)
+            for module, tensors in self._silenced.items():
+                for name, quiet in tensors.items(): getattr(module, name).masked_fill_(quiet.to(getattr(module, name).device), 0)
+
+    def _set(self, masks):
+        for name, mask in masks.items(): self.layers[name].mask = mask
+        before, self._silenced = self._silenced, self._silence()
+        with torch.no_grad():
+            for module, tensors in before.items():  # a filter that comes back could not learn through a scale of zero
+                if isinstance(module, _BatchNorm) and module.affine:
+                    back = tensors['weight'] & ~self._silenced.get(module, {}).get('weight', torch.zeros_like(tensors['weight']))
+                    module.weight[back.to(module.weight.device)] = 1
+        self.apply_masks()
+
+    def _silence(self):
+        "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
+        whole = [layer for layer in self.layers.values() if layer.grouping.whole_filters]
+        dead = {id(layer.weight): (layer.grouping.count(layer.mask) == 0).cpu() for layer in whole}
+        found = {layer.module: {'bias': dead[id(layer.weight)]} for layer in whole if layer.module.bias is not None}
+        for norm, quiet in (self._flow.silenced(dead) if self._flow else {}).items():
+            found[norm] = {n: quiet for n in ('running_mean', 'weight', 'bias') if getattr(norm, n) is not None}
+        return found
+
+    # Looking, saving
+
+    @property
+    def sparsity(self) -> float:
+        "Percent of the selected weights that are zero, counted now."
+        zeros = sum(int((layer.weight.detach() == 0).sum()) for layer in self.layers.values())
+        return 100 * zeros / sum(layer.weight.numel() for layer in self.layers.values())
+
+    def report(self) -> Report:
+        "What is zero, layer by layer, counted now."
+        return measure(self.model, [(n, layer.module, layer.grouping) for n, layer in self.layers.items()], self.skipped)
+
+    def state_dict(self) -> dict:  # layer's name: {'shape': its weight's, 'bits': the keep mask, uint8 (weights / 8 rounded up,)}
+        "The masks, packed to bits."
+        return {n: {'shape': tuple(layer.mask.shape), 'bits': torch.from_numpy(np.packbits(layer.mask.cpu().numpy()))}
+                for n, layer in self.layers.items()}
+
+    def load_state_dict(self,
+        state: dict,  # of `state_dict`
+    ):
+        "Take the masks over and apply them; `ValueError`, and nothing changed, where they do not fit."
+        if set(state) != set(self.layers):
+            raise ValueError(f'state: got masks for {", ".join(map(str, state)) or "nothing"}, allowed are those for {", ".join(self.layers)}')
+        masks = {}
+        for name, layer in self.layers.items():
+            shape, bits = tuple(state[name]['shape']), state[name]['bits']
+            if shape != tuple(layer.mask.shape) or len(bits) != -(-layer.mask.numel() // 8):
+                raise ValueError(f'state: got a mask of shape {shape} for {name!r}, allowed is {tuple(layer.mask.shape)}')
+            mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
+            masks[name] = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
+        self._set(masks)
+
+
+def _living(weight):
+    "The zeros are the mask; but a tensor that is all zero is an initialisation."
+    mask = weight.detach() != 0
+    return mask if mask.any() else torch.ones_like(mask)
+
+
+def _flow(model, example):
+    "The data flow as far as it can be found."
+    if example is not None:
+        example = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+        try: return watch(model, example)
+        except Exception as error:
+            shapes = [tuple(e.shape) if isinstance(e, torch.Tensor) else type(e).__name__ for e in example]
+            raise ValueError(f'example: got {shapes}, on which the model fails: {type(error).__name__}: {error}') from error
+    try: return trace(model)
+    except Exception as error:
+        warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code ({type(error).__name__}: {error}), so its '
+                      'output layer is not left alone and the BatchNorm of a dead filter stays: pass example=, one batch of inputs')
+
+
+@contextmanager
+def _replayed(seeds, layer):
+    "The random numbers that a criterion draws for a layer are the same each time within one event."
+    devices = [layer.weight.device] if layer.weight.is_cuda else []
+    if layer.name in seeds:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(seeds[layer.name][0])
+            for device, state in zip(devices, seeds[layer.name][1:]): torch.cuda.set_rng_state(state, device)
+            yield
+    else:
+        seeds[layer.name] = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+        yield

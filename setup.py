@@ -1,0 +1,29 @@
+"Reads settings.ini; everything that describes the package is there."
+from configparser import ConfigParser
+from pathlib import Path
+import re
+
+from setuptools import setup
+
+here = Path(__file__).parent
+config = ConfigParser()
+config.read(here / 'settings.ini', encoding='utf-8')
+about = config['DEFAULT']
+version = re.search(r"__version__ = '(.+)'", (here / 'fasterai/__init__.py').read_text(encoding='utf-8'))[1]
+
+setup(
+    name=about['lib_name'],
+    version=version,
+    description=about['description'],
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    keywords=about['keywords'].split(),
+    author=about['author'],
+    license=about['license'],
+    license_files=['LICENSE'],
+    packages=['fasterai'],
+    python_requires='>=' + about['min_python'],
+    install_requires=about['requirements'].split(),
+    extras_require={'dev': about['dev_requirements'].split()},
+    classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+)
