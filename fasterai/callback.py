@@ -3,8 +3,7 @@ from collections.abc import Callable, Mapping
 
 from fastai.callback.core import Callback as FastaiCallback
 from fastai.callback.training import GradientClip
-from fastai.learner import ValueMetric
-from fastcore.basics import noop
+from fastai.learner import ValueMetric, noop
 
 from fasterai.arguments import name_of, one_of, percent
 from fasterai.context import CONTEXTS
@@ -69,6 +68,11 @@ class SparsifyCallback(FastaiCallback):
     def _measured(self): return self.sparsifier.sparsity
 
     def _frozen(self): return [n for n, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
+
+    def __setattr__(self, name, value):
+        "The Learner takes a callback off by `learn = None`, after an exception too, when no event comes."
+        if name == 'learn' and value is None and self.learn is not None: self._clear()
+        super().__setattr__(name, value)
 
     def _clear(self):
         "Take the column out of the progress table; a fit that was broken off may have left it there."

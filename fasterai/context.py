@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from fasterai.selection import lowest
+from fasterai.selection import lowest, spread
 
 
 @dataclass
@@ -50,6 +50,10 @@ def _keeps(layers, budget, spared):
     for layer in layers:
         keep, tied = cut.keep(chunk(layer), tied)
         keeps.append(keep)
+    gone = sum(int(spread(layer.cost, keep)[~keep].sum()) for layer, keep in zip(layers, keeps))
+    nearest = max(int(torch.as_tensor(layer.cost).max()) for layer in layers)
+    if abs(gone - max(budget, 0)) >= nearest and cut.score < torch.inf:
+        raise RuntimeError('criteria: the scores of a layer were not the same when they were asked for again; a criterion is a pure function')
     return keeps
 
 

@@ -12,7 +12,7 @@ class Schedule:
     "Called with the progress of training, 0 to 1, it returns the share that is due, 0 to 1."
 
     def __post_init__(self):
-        times = list(vars(self).items())
+        times = [(n, v) for n, v in vars(self).items() if n in ('at', 'start', 'end')]
         for name, value in times:
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
                 raise ValueError(f'schedule: got {name}={value!r}, allowed is a share of training, 0 to 1')
@@ -79,9 +79,9 @@ class iterative(Ramp):
     n_steps: int = 3  # how many
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.n_steps, bool) or not isinstance(self.n_steps, int) or self.n_steps < 1:
             raise ValueError(f'schedule: got n_steps={self.n_steps!r}, allowed is a whole number from 1 on')
-        Ramp(self.start, self.end)
 
     def climb(self, u): return ceil(u * self.n_steps) / self.n_steps
 

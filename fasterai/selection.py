@@ -31,7 +31,7 @@ def lowest(
 
     A strided sample brackets the cut (Floyd & Rivest 1975); one sweep sums what lies below the bracket and collects
     what lies inside; only that is sorted. A bracket that misses is given up for a wider one. A score of -inf means
-    'gone already'."""
+    'gone already', +inf 'spared'."""
     if budget <= 0: return Cut(-torch.inf, 0)
     for lo, hi in (_bracket(chunks, budget), (-torch.inf, torch.inf), (None, torch.inf)):
         below, scores, costs = _sweep(chunks, lo, hi)
@@ -57,7 +57,7 @@ def _bracket(chunks, budget):
     for s, cost in chunks():
         step = max(1, len(s) // SAMPLE) | 1  # odd, to fall out of step with kernels
         scores.append(s[::step].cpu())
-        weights.append(_spread(cost, s)[::step].cpu() * step)  # each stands for its neighbours
+        weights.append(spread(cost, s)[::step].cpu() * step)  # each stands for its neighbours
         if step > 1: variance += float(weights[-1].double().square().sum()) / 4
     scores, order = torch.cat(scores).sort()
     gone, error = torch.cat(weights)[order].cumsum(0).double(), variance ** .5
@@ -70,15 +70,18 @@ def _sweep(chunks, lo, hi):
     "The weights of the groups scored up to `lo`; scores and weights of those above it up to `hi`, by position."
     below, scores, costs = 0, [], []
     for s, cost in chunks():
-        cost = _spread(cost, s)
+        cost = spread(cost, s)
         above = s > lo if lo is not None else torch.ones_like(s, dtype=torch.bool)
-        inside = above & (s <= hi)
+        inside = above & (s <= hi) & (s < torch.inf)
         below += int(cost[~above].sum())
         scores.append(s[inside].cpu())
         costs.append(cost[inside].cpu())
     return below, torch.cat(scores), torch.cat(costs)
 
 
-def _spread(cost, scores):
-    "One cost for each score."
+def spread(
+    cost: int | torch.Tensor,  # weights a group: one number for all, or (n,) ints
+    scores: torch.Tensor,  # (n,)
+) -> torch.Tensor:  # (n,) ints
+    "One cost for each group."
     return cost if isinstance(cost, torch.Tensor) else torch.full((len(scores),), cost, device=scores.device)

@@ -162,11 +162,12 @@ class Sparsifier:
     def _set(self, masks):
         for name, mask in masks.items(): self.layers[name].mask = mask
         before, self._silenced = self._silenced, self._silence()
-        with torch.no_grad():
-            for module, tensors in before.items():  # a filter that comes back could not learn through a scale of zero
-                if isinstance(module, _BatchNorm) and module.affine:
-                    back = tensors['weight'] & ~self._silenced.get(module, {}).get('weight', torch.zeros_like(tensors['weight']))
-                    module.weight[back.to(module.weight.device)] = 1
+        with torch.no_grad():  # what comes back must be able to learn: a scale of zero, or a ReLU at zero, would pass no gradient
+            for module, tensors in before.items():
+                for name, start in (('weight', 1.), ('bias', .01)):
+                    if name not in tensors: continue
+                    quiet = self._silenced.get(module, {}).get(name, torch.zeros_like(tensors[name]))
+                    getattr(module, name)[(tensors[name] & ~quiet).to(module.weight.device)] = start
         self.apply_masks()
 
     def _silence(self):

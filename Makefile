@@ -1,0 +1,27 @@
+# `make demo` and `make test` need Python from 3.10 on, and make; the rest they get themselves, into .venv.
+PYTHON ?= python3
+RUN := .venv/bin/python
+DESCRIPTION := settings.ini setup.py pyproject.toml
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	$(RUN) -m fasterai.demo
+
+test: .venv/installed-dev
+	$(RUN) -m pytest -n 2
+
+.venv/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; try make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python $(DESCRIPTION)
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/bin/python $(DESCRIPTION)
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/installed
+
+clean:
+	rm -rf .venv demo build dist *.egg-info

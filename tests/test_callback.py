@@ -1,0 +1,156 @@
+import pytest
+import torch
+from conftest import convnet
+from fastai.callback.core import Callback
+from fastai.callback.schedule import SchedCos
+from fastai.learner import Learner
+from torch import nn
+
+from fasterai.callback import SparsifyCallback
+from fasterai.schedule import gradual, iterative, linear, one_shot
+
+
+class Watch(Callback):
+    "Notes the measured sparsity after every step."
+    order = 90
+
+    def before_fit(self): self.seen = []
+
+    def after_step(self):
+        weights = [m.weight for m in self.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        self.seen.append(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights))
+
+
+def fit(learn, epochs=2, cbs=(), **kwargs):
+    watch = Watch()
+    learn.fit(epochs, cbs=[*cbs, watch], **kwargs)
+    return [round(100 * s) for s in watch.seen]
+
+
+def test_an_event_happens_where_the_schedule_changes(make_learner):
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule=one_shot(at=.5))]) == [0, 0, 0, 80, 80, 80, 80, 80]
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule=iterative(0, 1, n_steps=2))]) == [40] * 4 + [80] * 4
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule=linear(0, 1))]) == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule=one_shot(at=1))]) == [0] * 7 + [80]
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule='dense_sparse_dense')]) == [0, 80, 80, 80, 80, 0, 0, 0]
+
+
+@pytest.mark.parametrize('batches, epochs', [(1, 1), (1, 3), (3, 1), (5, 2)])
+@pytest.mark.parametrize('schedule', ['gradual', 'one_shot', one_shot(at=1), SchedCos(0, 1), lambda p: p ** 2])
+def test_the_target_is_reached_whatever_the_number_of_batches(make_learner, batches, epochs, schedule):
+    assert fit(make_learner(batches=batches), epochs, [SparsifyCallback(90, schedule=schedule)])[-1] == 90
+
+
+@pytest.mark.parametrize('how', ['fit', 'fit_one_cycle', 'fine_tune'])
+def test_given_to_one_fit_or_to_the_learner(make_learner, how):
+    for learn, cbs in ((make_learner(), [SparsifyCallback(90)]), (make_learner(cbs=SparsifyCallback(90)), [])):
+        getattr(learn, how)(2, cbs=cbs)
+        callback = cbs[0] if cbs else learn.sparsify
+        assert callback.sparsifier.report().zeros == round(.9 * 566)
+        assert [m.name for m in learn.metrics] == ['accuracy']
+
+
+def test_gradients_are_there_when_they_are_asked_for(make_learner):
+    def seen(weight, grad):
+        assert grad.abs().sum() > 0
+        return (weight * grad).abs()
+    assert fit(make_learner(), cbs=[SparsifyCallback(90, criteria=seen)])[-1] == 90
+
+
+def test_by_layer(make_learner):
+    learn = make_learner()
+    callback = SparsifyCallback({'3': 50, '8': 90})
+    learn.fit(1, cbs=callback)
+    assert [(r.layer, r.zeros) for r in callback.sparsifier.report().rows] == [('3', 216), ('8', 72)]
+
+
+def test_frozen_layers_wait(make_learner, capsys):
+    learn = make_learner(splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
+    learn.logger = print
+    learn.freeze()
+    assert fit(learn, cbs=[SparsifyCallback(90)])[-1] == 0
+    assert "nothing was zeroed while 1 of 3 selected layers are frozen ('0' first): unfreeze them" in capsys.readouterr().out
+    callback = SparsifyCallback(90)
+    learn.fine_tune(2, freeze_epochs=1, cbs=callback)
+    assert callback.sparsifier.report().zeros == 509
+
+
+def test_filter_granularity_takes_its_example_from_the_loop(make_learner):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = convnet()
+
+        def forward(self, x): return self.net(x) if x.shape[0] > 0 and x.sum() < 1e9 else x
+    learn, callback = make_learner(Branch()), SparsifyCallback(50, 'filter', 'local')
+    learn.fit(1, cbs=callback)
+    assert [(r.layer, r.dead, r.groups) for r in callback.sparsifier.report().rows] == [('net.0', 3, 6), ('net.3', 4, 8)]
+    assert (learn.model.net[1].weight == 0).sum() == 3 and "makes the network's output" in callback.sparsifier.skipped['net.8']
+
+
+def test_the_table_shows_what_is_measured(make_learner):
+    learn, callback = make_learner(), SparsifyCallback(80, schedule=linear(0, 1))
+    learn.fit(4, cbs=callback)
+    column = list(learn.recorder.metric_names).index('sparsity') - 1
+    assert [round(v[column]) for v in learn.recorder.values] == [20, 40, 60, 80]
+    assert learn.recorder.values[-1][column] == callback.sparsifier.report().sparsity
+
+
+def test_the_end_says_what_was_reached(make_learner, capsys):
+    learn = make_learner()
+    learn.logger = print
+    learn.fit(2, cbs=SparsifyCallback(90))
+    assert capsys.readouterr().out.splitlines()[-1] == 'sparsity: asked 90 %, reached 89.93 % (509 of 566 weights)'
+    learn.fit(1, cbs=SparsifyCallback({'3': 95}))
+    assert capsys.readouterr().out.splitlines()[-1].startswith('sparsity: asked 95 %, reached ')
+    with learn.no_logging(): learn.fit(1, cbs=SparsifyCallback(95))
+    assert capsys.readouterr().out == ''
+
+
+def test_lr_find_and_validate_are_left_alone(make_learner, capsys):
+    learn = make_learner(cbs=SparsifyCallback(90, schedule=one_shot(at=0)))
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.lr_find(num_it=6, show_plot=False)
+    assert len(learn.validate()) == 2 and len(learn.get_preds()) == 2
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items()) and capsys.readouterr().out == ''
+    assert fit(learn)[-1] == 90
+
+
+def test_an_exception_leaves_nothing_behind(make_learner):
+    class Boom(Callback):
+        def after_batch(self):
+            if self.iter == 2: raise KeyboardInterrupt
+    learn, callback = make_learner(), SparsifyCallback(90)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[callback, Boom()])
+    assert [m.name for m in learn.metrics] == ['accuracy'] and len(learn.validate()) == 2
+    assert fit(learn, cbs=[callback])[-1] == 90
+
+
+@pytest.mark.parametrize('arguments, error, says', [
+    (dict(sparsity=.9), ValueError, 'write 90 for 90 %'), (dict(sparsity='90'), TypeError, "sparsity: got '90'"),
+    (dict(sparsity={'3': 200}), ValueError, 'sparsity: got 200'), (dict(sparsity=True), TypeError, 'sparsity: got True'),
+    (dict(sparsity=90, granularity='weigth'), ValueError, "did you mean 'weight'"),
+    (dict(sparsity=90, context='loca'), ValueError, "did you mean 'local'"),
+    (dict(sparsity=90, criteria='grad'), ValueError, "criteria: got 'grad'"),
+    (dict(sparsity=90, schedule='gradul'), ValueError, "did you mean 'gradual'"),
+    (dict(sparsity=90, schedule=lambda p: 2 * p), ValueError, 'allowed is 0 to 1')])
+def test_what_needs_no_model_is_refused_when_built(arguments, error, says):
+    with pytest.raises(error, match=says): SparsifyCallback(**arguments)
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (dict(sparsity=90, layers='conv9'), "layers: got 'conv9'"), (dict(sparsity={'conv9': 50}), "got 'conv9'"),
+    (dict(sparsity={'0': 50}, layers='3'), "sparsity: got '0', which means no layer"),
+    (dict(sparsity=90, granularity=('I', 'kh')), "granularity: got axis 'kh'"),
+    (dict(sparsity=90, layers=nn.LSTM), 'means no layer')])
+def test_what_needs_the_model_is_refused_before_the_first_batch(make_learner, arguments, says):
+    learn = make_learner()
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with pytest.raises(ValueError, match=says): learn.fit(1, cbs=SparsifyCallback(**arguments))
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    assert [m.name for m in learn.metrics] == ['accuracy']
+
+
+def test_a_name_or_an_object(make_learner):
+    for schedule in ('gradual', gradual, gradual(start=.1, end=.75)):
+        assert SparsifyCallback(90, schedule=schedule).schedule == gradual(.1, .75)

@@ -1,0 +1,187 @@
+"One suite over every layer type × granularity × criterion × context × schedule: a new row in a table inherits all guarantees."
+from copy import deepcopy
+from fractions import Fraction
+from itertools import product
+
+import pytest
+import torch
+from fastai.optimizer import OptimWrapper, SGD, Adam
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fasterai.callback import SparsifyCallback
+from fasterai.context import CONTEXTS
+from fasterai.criteria import CRITERIA
+from fasterai.granularity import GRANULARITIES
+from fasterai.schedule import SCHEDULES
+from fasterai.sparsifier import Sparsifier
+from conftest import convnet
+
+LEVELS = (0, 1, 33, 50, 90, 99, 100)
+LAYERS = {
+    'Linear': lambda: nn.Linear(12, 10),
+    'Conv1d': lambda: nn.Conv1d(6, 10, 3),
+    'Conv2d': lambda: nn.Conv2d(4, 10, (2, 3)),
+    'Conv3d': lambda: nn.Conv3d(2, 5, (2, 1, 3)),
+    'Conv2d grouped': lambda: nn.Conv2d(4, 10, 3, groups=2),
+    'Conv2d depthwise': lambda: nn.Conv2d(6, 6, 3, groups=6),
+    'ConvTranspose1d': lambda: nn.ConvTranspose1d(6, 10, 3),
+    'ConvTranspose2d': lambda: nn.ConvTranspose2d(4, 10, (2, 3)),
+    'ConvTranspose3d': lambda: nn.ConvTranspose3d(2, 5, (2, 1, 3)),
+    'ConvTranspose2d grouped': lambda: nn.ConvTranspose2d(4, 10, 3, groups=2),
+    'ConvTranspose1d depthwise': lambda: nn.ConvTranspose1d(6, 6, 3, groups=6),
+}
+ways = pytest.mark.parametrize('granularity, criteria, context', list(product(GRANULARITIES, CRITERIA, CONTEXTS)))
+
+
+def pair(make):
+    "Two layers of a type, the second of other values, with gradients; nothing need run through them."
+    model = nn.Sequential(make(), make())
+    for p in model.parameters(): p.grad = torch.randn_like(p)
+    return model
+
+
+def zeros(layer): return int((layer.weight == 0).sum())
+
+
+def check(sparsifier, sparsity, context):
+    "The counts that the contract asks for: to the weight, or to the nearest group; one group a layer is kept below 100 %."
+    share = Fraction(sparsity) / 100
+    layers = list(sparsifier.layers.values())
+    for job in [layers] if context == 'global' else [[layer] for layer in layers]:
+        found, weights = sum(map(zeros, job)), sum(layer.weight.numel() for layer in job)
+        size = max(layer.grouping.size for layer in job)
+        most = weights if share == 1 else sum(layer.weight.numel() - layer.grouping.size for layer in job)
+        wanted = min(round(share * weights), most)
+        if size == 1: assert found == wanted
+        else: assert abs(found - wanted) <= size / 2
+    for layer in layers:
+        assert torch.equal(layer.weight != 0, layer.mask)
+        whole = layer.grouping.count(layer.mask)
+        assert ((whole == 0) | (whole == layer.grouping.size)).all()  # groups die whole
+        if share < 1: assert layer.mask.any()
+
+
+@pytest.mark.filterwarnings('ignore:sparsity. .* would have been left')
+@pytest.mark.parametrize('kind', LAYERS)
+@ways
+def test_counts_and_what_is_left_alone(kind, granularity, criteria, context):
+    fresh = pair(LAYERS[kind])
+    for sparsity in LEVELS:
+        model = deepcopy(fresh)
+        for p, q in zip(model.parameters(), fresh.parameters()): p.grad = q.grad.clone()
+        keys, classes, identity = list(model.state_dict()), [type(m) for m in model.modules()], [id(p) for p in model.parameters()]
+        sparsifier = Sparsifier(model, granularity, context, criteria, layers=['0', '1'])
+        sparsifier.sparsify_model(sparsity)
+        check(sparsifier, sparsity, context)
+        assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
+        assert [id(p) for p in model.parameters()] == identity and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        for (name, p), q in zip(model.named_parameters(), fresh.parameters()):
+            assert torch.equal(p.grad, q.grad)
+            untouched = name.endswith('bias') and granularity != 'filter' or sparsity == 0
+            if untouched: assert torch.equal(p, q)
+            else: assert torch.equal(p[p != 0], q[p != 0])  # zero or as it was
+        twin = deepcopy(fresh)
+        for p, q in zip(twin.parameters(), fresh.parameters()): p.grad = q.grad.clone()
+        Sparsifier(twin, granularity, context, criteria, layers=['0', '1']).sparsify_model(sparsity)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.filterwarnings('ignore:sparsity. .* would have been left')
+@pytest.mark.parametrize('weights', [1, 2, 3, 1000])
+@pytest.mark.parametrize('equal', [False, True], ids=['random', 'equal'])
+@ways
+def test_small_and_equal_tensors(weights, equal, granularity, criteria, context):
+    for sparsity in LEVELS:
+        model = pair(lambda: nn.Linear(1, weights))
+        for p in model.parameters():
+            if equal: p.data.fill_(.5), p.grad.fill_(.5)
+        sparsifier = Sparsifier(model, granularity, context, criteria, layers=['0', '1'])
+        sparsifier.sparsify_model(sparsity)
+        check(sparsifier, sparsity, context)
+
+
+@pytest.mark.filterwarnings('ignore:sparsity. .* would have been left')
+@ways
+@settings(max_examples=20, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 5)] * 4), sparsity=st.one_of(st.just(0), st.floats(1, 100)), seed=st.integers(0, 99))
+def test_any_shape_and_sparsity(granularity, criteria, context, shape, sparsity, seed):
+    torch.manual_seed(seed)
+    out, into, *kernel = shape
+    model = pair(lambda: nn.Conv2d(into, out, kernel))
+    sparsifier = Sparsifier(model, granularity, context, criteria, layers=['0', '1'])
+    sparsifier.sparsify_model(sparsity)
+    check(sparsifier, Fraction(str(sparsity)), context)
+
+
+@ways
+def test_masks_only_shrink(granularity, criteria, context):
+    model = pair(LAYERS['Conv2d'])
+    sparsifier = Sparsifier(model, granularity, context, criteria, layers=['0', '1'])
+    before = {n: layer.mask.clone() for n, layer in sparsifier.layers.items()}
+    for sparsity in (10, 40, 30, 40, 70, 5, 90):
+        for p in model.parameters():
+            p.data += torch.randn_like(p) * .1  # as an optimiser would, dead weights too
+            p.grad = torch.randn_like(p)
+        sparsifier.sparsify_model(sparsity)
+        for n, layer in sparsifier.layers.items():
+            assert not (layer.mask & ~before[n]).any() and torch.equal(layer.weight != 0, layer.mask)
+            before[n] = layer.mask.clone()
+    check(sparsifier, 90, context)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@ways
+def test_types_and_layouts(dtype, memory, granularity, criteria, context):
+    fresh = nn.Sequential(nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 3)).to(dtype)
+    grads = [torch.randn_like(p) for p in fresh.parameters()]
+
+    def run(memory):
+        model = deepcopy(fresh).to(memory_format=memory)
+        for p, g in zip(model.parameters(), grads): p.grad = g.clone()
+        sparsifier = Sparsifier(model, granularity, context, criteria, layers=['0', '1'])
+        sparsifier.sparsify_model(90)
+        check(sparsifier, 90, context)
+        assert all(p.dtype == dtype for p in model.parameters())
+        return model
+    model, plain = run(memory), run(torch.contiguous_format)
+    assert model[1].weight.is_contiguous(memory_format=memory)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters()))
+
+
+OPTIMIZERS = {
+    'SGD': lambda params, lr: SGD(params, lr=lr, mom=.9, wd=.1),
+    'Adam': lambda params, lr: Adam(params, lr=lr, wd=.1),
+    'AdamW': lambda params, lr: OptimWrapper(params, torch.optim.AdamW, lr=lr),
+}
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+@ways
+def test_training(schedule, granularity, criteria, context, make_learner):
+    "Reaches the target at the end of the fit; the column in the table is what is measured."
+    learn = make_learner(convnet())
+    layers = ['0', '3', '8']
+    callback = SparsifyCallback(75, granularity, context, criteria, schedule, layers)
+    keys = list(learn.model.state_dict())
+    learn.fit(2, lr=.01, cbs=callback)
+    if schedule == 'dense_sparse_dense': assert callback.sparsifier.report().zeros == 0
+    else: check(callback.sparsifier, 75, context)
+    assert list(learn.model.state_dict()) == keys
+    assert learn.recorder.metric_names[-2] == 'sparsity' and learn.recorder.values[-1][-1] == callback.sparsifier.report().sparsity
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@ways
+def test_zeros_hold_after_every_step(optimizer, granularity, criteria, context, make_learner):
+    class Look(SparsifyCallback):
+        order, seen = 90, []
+        def after_step(self):
+            super().after_step()
+            self.seen.append(all(torch.equal(layer.weight == 0, ~layer.mask) for layer in self.sparsifier.layers.values()))
+    learn = make_learner(convnet(), opt_func=OPTIMIZERS[optimizer])
+    Look.seen = []
+    learn.fit(2, lr=.01, cbs=Look(75, granularity, context, criteria, 'one_shot', ['0', '3', '8']))
+    assert Look.seen == [True] * 8

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from fasterai.criteria import evidence_of, gradient, magnitude, score
+
+
+def parameter(values, grad=None, dtype=torch.float32):
+    p = nn.Parameter(torch.tensor(values, dtype=dtype))
+    if grad is not None: p.grad = torch.tensor(grad, dtype=dtype)
+    return p
+
+
+def test_the_formulas_by_eye():
+    p = parameter([1., -2., 0., 4.], [3., 1., 5., -.5])
+    assert score(magnitude, p, 'a').tolist() == [1, 2, 0, 4]
+    assert score(gradient, p, 'a').tolist() == [3, 2, 0, 2]
+
+
+def test_the_evidence_is_not_touched():
+    p = parameter([1., -2.], [3., -1.])
+    for criterion in (magnitude, gradient): score(criterion, p, 'a').fill_(7)
+    assert p.tolist() == [1, -2] and p.grad.tolist() == [3, -1]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_are_float32_and_small_products_survive(dtype):
+    found = score(gradient, parameter([1e-4], [1e-4], dtype), 'a')
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(1e-8, rel=.02)
+
+
+def test_what_is_asked_for():
+    assert evidence_of(magnitude) == ('weight',)
+    assert evidence_of(gradient) == ('weight', 'grad')
+    assert evidence_of(lambda weight, power=2: weight.abs() ** power) == ('weight',)
+    with pytest.raises(ValueError, match="criteria: bad asks for 'hessian', allowed are arguments named weight, grad"):
+        def bad(weight, hessian): pass
+        evidence_of(bad)
+
+
+@pytest.mark.parametrize('values, grad, says', [
+    ([1., float('nan')], [1., 1.], "the weight of layer 'conv' has NaN or infinite"),
+    ([1., 2.], [1., float('inf')], "the grad of layer 'conv' has NaN or infinite"),
+    ([1., 2.], None, "layer 'conv' has no gradient: call after loss.backward")])
+def test_bad_evidence_is_named(values, grad, says):
+    with pytest.raises(ValueError, match=says): score(gradient, parameter(values, grad), 'conv')
+
+
+def test_bad_scores_are_named():
+    p = parameter([1., 2.])
+    with pytest.raises(ValueError, match='scores by .*lambda.* layer .conv. has NaN'): score(lambda weight: weight / 0, p, 'conv')
+    with pytest.raises(ValueError, match=r'gave a tensor of shape \(\) for layer'): score(lambda weight: weight.sum(), p, 'conv')
+    with pytest.raises(ValueError, match='gave None for layer'): score(lambda weight: None, p, 'conv')

@@ -1,0 +1,139 @@
+"Dead channels are followed to where they end; each case is run by watching a batch and by tracing the code."
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fasterai.dataflow import trace, watch
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm, self.fc = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x): return self.fc(F.relu(self.norm(self.a(x) + self.b(x))).mean((2, 3)))
+
+
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm, self.out = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 1, 1)
+
+    def forward(self, x): return self.out(self.norm(torch.cat([self.a(x), F.max_pool2d(self.b(x), 1)], 1)))
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.gate, self.norm, self.out = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x): return self.out(self.norm(self.a(x) * torch.sigmoid(self.gate(x))))
+
+
+class Reversed(nn.Module):
+    "Layers registered in another order than they run."
+    def __init__(self):
+        super().__init__()
+        self.out, self.norm2, self.norm1, self.b, self.a = nn.Linear(4, 2), nn.BatchNorm2d(4), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.Conv2d(2, 3, 1)
+
+    def forward(self, x): return self.out(self.norm2(self.b(torch.tanh(self.norm1(self.a(x))))).flatten(1))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.left, self.right = nn.Conv2d(2, 3, 1), nn.Linear(3, 2), nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.a(x).mean((2, 3))
+        return {'left': self.left(x), 'right': [self.right(x).softmax(-1)]}
+
+
+def chain(*after): return nn.Sequential(nn.Conv2d(2, 3, 1), *after)
+
+
+def names(model, makers): return sorted(n for n, m in model.named_modules() if hasattr(m, 'weight') and id(m.weight) in makers)
+
+
+def flows(model):
+    yield watch(model, (torch.randn(2, 2, 1, 1),))
+    yield trace(model)
+
+
+@pytest.mark.parametrize('model, makers', [
+    (Residual(), ['fc']), (Dense(), ['out']), (Gate(), ['out']), (Reversed(), ['out']), (TwoHeads(), ['left', 'right']),
+    (chain(), ['0']), (chain(nn.ReLU(), nn.Conv2d(3, 1, 1), nn.Sigmoid()), ['2']), (nn.Conv2d(2, 2, 1), ['']),
+    (chain(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2), nn.Softmax(1)), ['3'])], ids=lambda x: type(x).__name__)
+def test_what_makes_the_output(model, makers):
+    for flow in flows(model): assert names(model, flow.makers) == makers
+
+
+@pytest.mark.parametrize('model, dead, quiet', [  # dead filters by layer; the channels of each BatchNorm that are silent
+    (chain(nn.BatchNorm2d(3)), {'0': [1]}, {'1': [1]}),
+    (chain(nn.ReLU(), nn.Dropout(.5), nn.BatchNorm2d(3)), {'0': [0, 2]}, {'3': [0, 2]}),
+    (chain(nn.Sigmoid(), nn.BatchNorm2d(3)), {'0': [0]}, {}),  # half is not nothing
+    (chain(nn.BatchNorm2d(3), nn.Hardswish(), nn.MaxPool2d(1), nn.BatchNorm2d(3, affine=False)), {'0': [0]}, {'1': [0], '4': [0]}),
+    (chain(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2)), {'0': [2]}, {'3': [2]}),
+    (chain(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4)), {'0': [1], '2': [3]}, {'3': [3]}),
+    (nn.Sequential(nn.ConvTranspose2d(2, 4, 1, groups=2), nn.BatchNorm2d(4)), {'0': [3]}, {'1': [3]}),
+    (Residual(), {'a': [0, 1], 'b': [1, 2]}, {'norm': [1]}),
+    (Residual(), {'a': [0, 1]}, {}),
+    (Dense(), {'a': [2], 'b': [0]}, {'norm': [2, 3]}),
+    (Dense(), {'b': [1]}, {'norm': [4]}),
+    (Gate(), {'a': [1]}, {'norm': [1]}),
+    (Reversed(), {'a': [0], 'b': [2]}, {'norm1': [0], 'norm2': [2]}),
+], ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else None)
+def test_what_dead_filters_silence(model, dead, quiet):
+    modules = dict(model.named_modules())
+    filters = {}
+    for name, which in dead.items():
+        outputs = modules[name].out_channels if hasattr(modules[name], 'out_channels') else modules[name].out_features
+        filters[id(modules[name].weight)] = torch.zeros(outputs, dtype=torch.bool).index_fill_(0, torch.tensor(which), True)
+    for flow in flows(model):
+        found = flow.silenced(filters)
+        assert {n: found[m].nonzero().flatten().tolist() for n, m in modules.items() if m in found} == quiet
+
+
+def test_flattened_maps_become_as_many_entries():
+    model = chain(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 1))
+    flow = watch(model, (torch.randn(3, 2, 2, 2),))
+    dead = {id(model[0].weight): torch.tensor([False, True, False])}
+    assert flow.silenced(dead)[model[2]].nonzero().flatten().tolist() == [4, 5, 6, 7]
+
+
+def test_a_norm_used_twice_is_silent_only_where_both_uses_are():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x): return self.norm(self.a(x)), self.norm(self.b(x))
+    model = Twice()
+    dead = {id(model.a.weight): torch.tensor([True, True, False]), id(model.b.weight): torch.tensor([False, True, False])}
+    for flow in flows(model): assert flow.silenced(dead)[model.norm].tolist() == [False, True, False]
+
+
+def test_watching_leaves_no_trace():
+    model = chain(nn.BatchNorm2d(3), nn.Dropout(.5), nn.Conv2d(3, 1, 1))
+    model.train()
+    model[1].eval()
+    modes, state, rng = [m.training for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    watch(model, (torch.randn(4, 2, 3, 3, generator=torch.Generator()),))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    with pytest.raises(RuntimeError): watch(model, (torch.randn(1, 7, 3, 3),))
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_code_that_cannot_be_traced_can_be_watched():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
+
+        def forward(self, x): return self.b(self.a(x)) if x.sum() > 0 else self.a(x)
+    model = Branch()
+    with pytest.raises(Exception, match='control flow'): trace(model)
+    assert names(model, watch(model, (torch.ones(1, 2),)).makers) == ['b']

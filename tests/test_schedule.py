@@ -1,0 +1,67 @@
+import pickle
+
+import pytest
+from fastai.callback.schedule import SchedCos, SchedLin
+
+from fasterai.schedule import (SCHEDULES, cosine, dense_sparse_dense, gradual, iterative, linear, one_cycle, one_shot, plot_schedule,
+                               read_schedule)
+
+
+@pytest.mark.parametrize('schedule, values', [  # at 0, 1/4, 1/2, 3/4, 1
+    (one_shot(at=.5), [0, 0, 1, 1, 1]),
+    (one_shot(at=1), [0, 0, 0, 0, 1]),
+    (one_shot(at=0), [1, 1, 1, 1, 1]),
+    (iterative(0, 1, n_steps=2), [0, .5, .5, 1, 1]),
+    (iterative(0, 1, n_steps=4), [0, .25, .5, .75, 1]),
+    (linear(0, 1), [0, .25, .5, .75, 1]),
+    (linear(.25, .75), [0, 0, .5, 1, 1]),
+    (gradual(0, 1), [0, 1 - .75 ** 3, 1 - .5 ** 3, 1 - .25 ** 3, 1]),
+    (cosine(0, 1), [0, .1464466, .5, .8535534, 1]),
+    (one_cycle(0, 1), [0, .1824484, .8809058, .9960528, 1]),
+    (dense_sparse_dense(.25, .75), [0, 1, 1, 0, 0]),
+])
+def test_tables(schedule, values):
+    assert [schedule(p) for p in (0, .25, .5, .75, 1)] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_contracts(name):
+    schedule = SCHEDULES[name]()
+    assert read_schedule(name) == schedule == read_schedule(SCHEDULES[name])
+    assert eval(repr(schedule)) == schedule  # the repr is what one types
+    assert pickle.loads(pickle.dumps(schedule)) == schedule and hash(schedule) == hash(SCHEDULES[name]())
+    values = [schedule(i / 1000) for i in range(1001)]
+    assert all(0 <= v <= 1 for v in values) and values[0] == 0
+    assert values[-1] == (0 if name == 'dense_sparse_dense' else 1)
+    if name != 'dense_sparse_dense': assert values == sorted(values)
+    with pytest.raises(AttributeError): schedule.end = 1
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_plot(name):
+    ax = SCHEDULES[name]().plot()
+    (line,) = ax.lines
+    assert line.get_ydata().max() == 100 and line.get_label().startswith(name)
+    assert plot_schedule(linear(), ax=ax) is ax and len(ax.lines) == 2
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: gradual(start=.8, end=.2), r'got start=0.8 and end=0.2, allowed is start < end'),
+    (lambda: gradual(end=1.5), r'got end=1.5, allowed is a share of training'),
+    (lambda: one_shot(at=-1), 'got at=-1'),
+    (lambda: one_shot(at=float('nan')), 'got at=nan'),
+    (lambda: linear(start='a'), "got start='a'"),
+    (lambda: iterative(n_steps=0), 'got n_steps=0, allowed is a whole number from 1'),
+    (lambda: iterative(n_steps=2.5), 'got n_steps=2.5'),
+    (lambda: iterative(start=.9, end=.1), 'start < end'),
+    (lambda: read_schedule('gradul'), "schedule: got 'gradul', allowed is one of .* did you mean 'gradual'"),
+    (lambda: read_schedule(lambda p: 90 * p), 'gives 4.5 at progress 0.05, allowed is 0 to 1'),
+    (lambda: read_schedule(lambda p: float('nan')), 'gives nan at progress 0'),
+])
+def test_bad_schedules_are_refused(make, says):
+    with pytest.raises(ValueError, match=says): make()
+
+
+def test_any_function_of_progress_serves():
+    for f in (SchedCos(0, 1), SchedLin(0, 1), lambda p: p ** 2): assert read_schedule(f) is f
+    with pytest.raises(TypeError, match='schedule: got 3'): read_schedule(3)

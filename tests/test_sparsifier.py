@@ -1,0 +1,257 @@
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import convnet
+from torch import nn
+
+from fasterai.sparsifier import Sparsifier
+
+
+def zeros(model): return {n: int((p == 0).sum()) for n, p in model.named_parameters() if n.endswith('weight') and p.ndim > 1}
+
+
+def snapshot(sparsifier):
+    return [p.detach().clone() for p in sparsifier.model.parameters()] + [layer.mask.clone() for layer in sparsifier.layers.values()]
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_core_loads_no_fastai():
+    code = "import sys, fasterai.sparsifier; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'matplotlib', 'pandas')])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_without_training(net):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    assert sparsifier.report().zeros == round(.5 * (54 + 432 + 80)) and sparsifier.sparsity == sparsifier.report().sparsity
+
+
+def test_one_layer_alone(net):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_layer('3', 50)
+    assert zeros(net) == {'0.weight': 0, '3.weight': 216, '8.weight': 0}
+    sparsifier.sparsify_layer(net[8], 10)
+    assert zeros(net) == {'0.weight': 0, '3.weight': 216, '8.weight': 8}
+    with pytest.raises(ValueError, match="layer: got '33', no selected layer; allowed is one of 0, 3, 8"): sparsifier.sparsify_layer('33', 50)
+    with pytest.raises(ValueError, match="layer: got '8', makes the network's output"): Sparsifier(net, 'filter').sparsify_layer('8', 50)
+
+
+def test_a_dict_goes_layer_by_layer(net):
+    Sparsifier(net).sparsify_model({'*': 10, '3': 50, nn.Linear: 90})
+    assert zeros(net) == {'0.weight': 5, '3.weight': 216, '8.weight': 8}  # a name goes first, then what stands first
+    net = convnet()
+    Sparsifier(net).sparsify_model({'3': 50})
+    assert zeros(net) == {'0.weight': 0, '3.weight': 216, '8.weight': 0}
+
+
+def test_zeros_that_come_in_are_kept_and_count(net):
+    net[3].weight.data[:4] = 0
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(0)
+    net[3].weight.data += 1
+    sparsifier.apply_masks()
+    assert zeros(net)['3.weight'] == 216 and (net[3].weight[:4] == 0).all()
+    sparsifier.sparsify_model(50)
+    assert sparsifier.report().zeros == 283 and (net[3].weight[:4] == 0).all()
+
+
+def test_a_tensor_that_is_all_zero_is_an_initialisation(net):
+    nn.init.zeros_(net[8].weight)
+    assert Sparsifier(net).layers['8'].mask.all()
+
+
+def test_the_sparsity_falls_only_where_regrowth_is_asked_for(net):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(80)
+    before = snapshot(sparsifier)
+    sparsifier.sparsify_model(20)
+    assert same(before, snapshot(sparsifier))
+    sparsifier.sparsify_model(20, regrow=True)
+    assert sum(int((~layer.mask).sum()) for layer in sparsifier.layers.values()) == round(.2 * 566)
+
+
+def test_all_or_nothing(net):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(30)
+    net[8].weight.data[0, 0] = float('nan')
+    before = [t.nan_to_num() for t in snapshot(sparsifier)]
+    with pytest.raises(ValueError, match="the weight of layer '8' has NaN or infinite entries; nothing was changed"): sparsifier.sparsify_model(60)
+    assert same(before, [t.nan_to_num() for t in snapshot(sparsifier)])
+
+
+def test_gradients_must_be_there(net):
+    sparsifier = Sparsifier(net, criteria='gradient')
+    before = snapshot(sparsifier)
+    with pytest.raises(ValueError, match='gradient needs gradients and all are zero or missing: call after loss.backward'): sparsifier.sparsify_model(50)
+    for p in net.parameters(): p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match='call after loss.backward'): sparsifier.sparsify_model(50)
+    for p in net.parameters(): p.grad = torch.ones_like(p)
+    net[3].weight.grad = None
+    with pytest.raises(ValueError, match="layer '3' has no gradient: call after"): sparsifier.sparsify_model(50)
+    assert same(before, snapshot(sparsifier))
+
+
+def test_masks_win_over_nan(net):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    for p in net.parameters(): p.data.fill_(float('nan'))
+    sparsifier.apply_masks()
+    assert sparsifier.report().zeros == 283
+
+
+def test_a_tied_weight_is_one_weight():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    net[2].weight = net[0].weight
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    report = sparsifier.report()
+    assert (report.weights, report.zeros) == (48, 24) and report.skipped == {'2': "shares the weight of '0'"}
+    assert report.parameters == 36 + 6 + 6 + 12 + 2
+
+
+def test_a_random_criterion_is_exact(net):
+    sparsifier = Sparsifier(net, criteria=lambda weight: torch.rand_like(weight))
+    sparsifier.sparsify_model(50)
+    assert sparsifier.report().zeros == 283
+    layers = [layer.mask.flatten()[:54] for layer in sparsifier.layers.values()]
+    assert not torch.equal(layers[0], layers[1])
+
+
+@pytest.mark.parametrize('example', [None, torch.randn(2, 1, 8, 8), (torch.randn(2, 1, 8, 8),)], ids=['traced', 'tensor', 'tuple'])
+def test_a_dead_filter_puts_out_zero_behind_its_norm(net, example):
+    with torch.no_grad():  # a network that has seen something
+        for norm in (net[1], net[4]):
+            for t in (norm.weight, norm.bias, norm.running_mean): t.uniform_(.5, 1)
+    sparsifier = Sparsifier(net, 'filter', 'local', example=example)
+    sparsifier.sparsify_model(50)
+    assert list(sparsifier.layers) == ['0', '3'] and "makes the network's output" in sparsifier.skipped['8']
+    opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9, weight_decay=.1)
+    for training in (False, True, True, True, False):
+        net.train(training)
+        net(torch.randn(8, 1, 8, 8)).square().sum().backward()
+        if training:
+            opt.step()
+            opt.zero_grad()
+            sparsifier.apply_masks()
+        x = torch.randn(8, 1, 8, 8)
+        for conv, norm in ((0, 1), (3, 4)):
+            dead = ~sparsifier.layers[str(conv)].mask.flatten(1).any(1)
+            x = net[norm](net[conv](x))
+            assert int(dead.sum()) == len(dead) // 2
+            assert (x[:, dead] == 0).all() and (x[:, ~dead] != 0).any()
+            x = net[norm + 1](x)
+
+
+def test_other_granularities_leave_bias_and_norm_alone(net):
+    before = {n: p.clone() for n, p in net.named_parameters() if p.ndim == 1}
+    Sparsifier(net, 'kernel').sparsify_model(90)
+    assert all(torch.equal(p, dict(net.named_parameters())[n]) for n, p in before.items())
+
+
+def test_a_filter_that_comes_back_can_learn(net):
+    sparsifier = Sparsifier(net, 'filter', 'local')
+    sparsifier.sparsify_model(50)
+    sparsifier.sparsify_model(0, regrow=True)
+    assert (net[1].weight == 1).all() and (net[4].weight == 1).all() and ((net[4].bias == 0) | (net[4].bias == .01)).all()
+    net(torch.randn(8, 1, 8, 8)).square().sum().backward()
+    assert (net[3].weight.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_the_output_layer_is_taken_where_it_is_named(net):
+    assert '8' in Sparsifier(net, 'filter', layers=['0', '8']).layers
+    assert '8' not in Sparsifier(net, 'filter', layers=['0', nn.Linear]).layers
+    assert '8' in Sparsifier(net, 'kernel').layers
+    with pytest.raises(ValueError, match="layers: no layer selected: '' makes the network's output, .*: name it in layers="):
+        Sparsifier(nn.Linear(3, 3), 'filter')
+
+
+class Branch(nn.Module):
+    "fx cannot trace it."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x): return self.b(self.a(x).mean((2, 3)) if x.sum() > 0 else x)
+
+
+def test_unknown_flow_is_said():
+    with pytest.warns(UserWarning, match='example: how Branch runs cannot be told from its code .* pass example='):
+        assert list(Sparsifier(Branch(), 'filter').layers) == ['a', 'b']
+    assert list(Sparsifier(Branch(), 'filter', example=torch.ones(1, 1, 4, 4)).layers) == ['a']
+    with pytest.raises(ValueError, match=r'example: got \[\(1, 9, 4, 4\)\], on which the model fails: RuntimeError'):
+        Sparsifier(Branch(), 'filter', example=torch.ones(1, 9, 4, 4))
+
+
+def test_an_example_can_come_later():
+    asked = []
+    sparsifier = Sparsifier(Branch(), 'filter', example=lambda: asked.append(1) or torch.ones(1, 1, 4, 4))
+    assert asked == []
+    sparsifier.sparsify_model(50)
+    sparsifier.sparsify_model(75)
+    assert asked == [1] and list(sparsifier.layers) == ['a']
+
+
+def test_state_dict_round_trip(net, tmp_path):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(70)
+    torch.save(sparsifier.state_dict(), tmp_path / 'masks.pt')
+    state = torch.load(tmp_path / 'masks.pt', weights_only=True)
+    assert state['0']['bits'].dtype == torch.uint8 and len(state['0']['bits']) == 7  # 54 weights
+    other = Sparsifier(convnet())
+    other.load_state_dict(state)
+    assert all(torch.equal(layer.mask, other.layers[n].mask) for n, layer in sparsifier.layers.items()) and other.report().zeros == 396
+
+
+@pytest.mark.parametrize('spoil, says', [
+    (lambda s: s.pop('3'), 'got masks for 0, 8, allowed are those for 0, 3, 8'),
+    (lambda s: s.update(x=s['3']), 'got masks for 0, 3, 8, x'),
+    (lambda s: s['3'].update(shape=(8, 6, 9)), r"got a mask of shape \(8, 6, 9\) for '3', allowed is \(8, 6, 3, 3\)"),
+    (lambda s: s['3'].update(bits=s['3']['bits'][:-1]), "for '3'")])
+def test_masks_that_do_not_fit_are_refused(net, spoil, says):
+    sparsifier = Sparsifier(net)
+    state = sparsifier.state_dict()
+    spoil(state)
+    before = snapshot(sparsifier)
+    with pytest.raises(ValueError, match=says): sparsifier.load_state_dict(state)
+    assert same(before, snapshot(sparsifier))
+
+
+def test_a_copy_goes_its_own_way(net):
+    sparsifier = Sparsifier(net, 'filter', 'local')
+    twin = deepcopy(sparsifier)
+    twin.sparsify_model(50)
+    assert sparsifier.report().zeros == 0 and twin.report().zeros > 0 and twin.model is not net
+    assert (twin.model[1].weight == 0).any() and (net[1].weight != 0).all()
+
+
+@pytest.mark.parametrize('arguments, error, says', [
+    (dict(granularity='filtr'), ValueError, "granularity: got 'filtr'.*did you mean 'filter'"),
+    (dict(context='globl'), ValueError, "context: got 'globl', allowed is one of local, global.*did you mean 'global'"),
+    (dict(criteria='magnitud'), ValueError, "criteria: got 'magnitud', allowed is one of magnitude, gradient.*did you mean 'magnitude'"),
+    (dict(criteria=lambda hessian: hessian), ValueError, "asks for 'hessian'"),
+    (dict(layers='conv9'), ValueError, "layers: got 'conv9'"),
+    (dict(granularity=('I', 'kh')), ValueError, "granularity: got axis 'kh', allowed for Linear '8'")])
+def test_bad_arguments_are_refused_when_built(net, arguments, error, says):
+    with pytest.raises(error, match=says): Sparsifier(net, **arguments)
+
+
+@pytest.mark.parametrize('sparsity, error, says', [
+    (-1, ValueError, 'allowed is 0 to 100'), (101, ValueError, 'allowed is 0 to 100'), (.9, ValueError, 'write 90 for 90 %'),
+    (True, TypeError, 'got True'), ('90', TypeError, "got '90'"), (float('nan'), ValueError, 'got nan'), (None, TypeError, 'got None'),
+    ({}, ValueError, 'got an empty dict'), ({'3': .5}, ValueError, r"sparsity\['3'\]: got 0.5"),
+    ({'conv9': 50}, ValueError, "sparsity: got 'conv9', which means no layer")])
+def test_bad_sparsities_are_refused(net, sparsity, error, says):
+    sparsifier = Sparsifier(net)
+    before = snapshot(sparsifier)
+    with pytest.raises(error, match=says): sparsifier.sparsify_model(sparsity)
+    with pytest.raises(ValueError, match='share: got 1.5, allowed is 0 to 1'): sparsifier.sparsify_model(50, share=1.5)
+    assert same(before, snapshot(sparsifier))
+
+
+def test_a_model_is_a_module():
+    with pytest.raises(TypeError, match='model: got dict, allowed is a torch.nn.Module'): Sparsifier({})
