@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 matplotlib.use('Agg')
+torch.set_num_threads(1)  # the tests run side by side, and small networks gain nothing
 
 
 def convnet():

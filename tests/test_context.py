@@ -28,6 +28,11 @@ def test_tables(context, share, keeps):
     assert kept(context, [layer('a', [1, 2, 3, 4]), layer('b', [8, 9])], share) == keeps
 
 
+def test_counts_are_rounded_not_cut():
+    assert kept('local', [layer('a', [1, 2, 3, 4, 5])], '3/10') == [[0, 0, 1, 1, 1]]  # 1.5 to the even number
+    assert kept('local', [layer('a', [1, 2, 3])], '1/3') == [[0, 1, 1]] and kept('local', [layer('a', [1, 2, 3])], '3/5') == [[0, 0, 1]]
+
+
 def test_ties_fall_by_position_over_layers():
     assert kept('global', [layer('a', [5, 5, 9]), layer('b', [5, 5])], '1/2') == [[0, 0, 1], [1, 1]]
     with pytest.warns(UserWarning, match="'a' would have been left without weights"):

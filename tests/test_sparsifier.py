@@ -60,6 +60,21 @@ def test_zeros_that_come_in_are_kept_and_count(net):
     assert sparsifier.report().zeros == 283 and (net[3].weight[:4] == 0).all()
 
 
+def test_a_criterion_that_likes_zeros_does_not_bring_them_back(net):
+    sparsifier = Sparsifier(net, criteria=lambda weight: -weight.abs())
+    for sparsity in (30, 60):
+        sparsifier.sparsify_model(sparsity)
+        assert sparsifier.report().zeros == round(5.66 * sparsity)
+
+
+def test_zeros_inside_living_groups_count(net):
+    net[3].weight.data[:, 0] = 0  # 72 of 432 weights, in each filter 9 of 54
+    sparsifier = Sparsifier(net, 'filter', layers='3')
+    sparsifier.sparsify_model(50)  # 216 weights: three filters add 45 each, 207; four would be 252
+    (row,) = sparsifier.report().rows
+    assert (row.zeros, row.dead) == (207, 3)
+
+
 def test_a_tensor_that_is_all_zero_is_an_initialisation(net):
     nn.init.zeros_(net[8].weight)
     assert Sparsifier(net).layers['8'].mask.all()
