@@ -50,9 +50,9 @@ class Sparsifier:
         self.criterion = one_of('criteria', criteria, CRITERIA)
         evidence_of(self.criterion)
         self._choice = choose(model, layers)
-        self._layers = {n: Layer(n, m, Grouping(m, granularity, n), _living(m.weight)) for n, m in self._choice.chosen.items()}
-        self._flow, self._silenced = None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
-        self._followed = not any(layer.grouping.whole_filters for layer in self._layers.values())
+        self.candidates = {n: Layer(n, m, Grouping(m, granularity, n), _living(m.weight)) for n, m in self._choice.chosen.items()}
+        self._hooks, self._flow, self._silenced = [], None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
+        self._followed = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not callable(example) or isinstance(example, torch.Tensor): self._follow()
 
     # Which layers take part, and what hangs on them
@@ -61,7 +61,7 @@ class Sparsifier:
     def layers(self) -> dict:  # name: `Layer`
         "The selected layers."
         self._follow()
-        return self._layers
+        return self.candidates
 
     @property
     def skipped(self) -> dict:  # name: reason
@@ -75,15 +75,16 @@ class Sparsifier:
         example = self.example() if callable(self.example) and not isinstance(self.example, torch.Tensor) else self.example
         flow = _flow(self.model, example)
         makers = flow.makers if flow else ()
-        output = [n for n, layer in self._layers.items()
+        output = [n for n, layer in self.candidates.items()
                   if layer.grouping.whole_filters and id(layer.weight) in makers and n not in self._choice.outright]
         why = "makes the network's output, and whole filters go: name it in layers= to include it"
-        if len(output) == len(self._layers):
+        if len(output) == len(self.candidates):
             raise ValueError(f'layers: no layer selected: {", ".join(map(repr, output))} {why}')
         for name in output:
             self._choice.skipped[name] = why
-            del self._layers[name]
-        self._flow, self._followed = flow, True
+            del self.candidates[name]
+        self._flow, self._followed, self.example = flow, True, None
+        self._silenced = self._silence()
 
     # Sparsifying
 
@@ -114,14 +115,14 @@ class Sparsifier:
         sparsity,  # percent, or {name, glob, type or module: percent}
     ) -> dict:  # name of a selected layer: share of zeros, 0 to 1
         "What a sparsity means for each layer. A layer's own name goes before what means several; of those the first counts."
-        if not isinstance(sparsity, Mapping): return dict.fromkeys(self._layers, percent(sparsity))
+        if not isinstance(sparsity, Mapping): return dict.fromkeys(self.candidates, percent(sparsity))
         if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-        named, able = dict(self.model.named_modules()), {n: layer.module for n, layer in self._layers.items()}
+        named, able = dict(self.model.named_modules()), {n: layer.module for n, layer in self.candidates.items()}
         found = {}
         for pattern, value in sorted(sparsity.items(), key=lambda item: item[0] not in able):
             fraction = percent(value, f'sparsity[{pattern!r}]')
             for name in matching(pattern, named, able, 'sparsity'): found.setdefault(name, fraction)
-        return {n: found[n] for n in self._layers if n in found}
+        return {n: found[n] for n in self.candidates if n in found}
 
     def _event(self, jobs, regrow):
         layers = [layer for job, _ in jobs for layer in job]
@@ -153,11 +154,46 @@ class Sparsifier:
     def apply_masks(self):
         "Zero again what an optimiser has moved; zero, not product, so that NaN goes too."
         with torch.no_grad():
-            for layer in self.layers.values():
-                if layer.mask.device != layer.weight.device: layer.mask = layer.mask.to(layer.weight.device)
-                layer.weight.masked_fill_(~layer.mask, 0)
-            for module, tensors in self._silenced.items():
-                for name, quiet in tensors.items(): getattr(module, name).masked_fill_(quiet.to(getattr(module, name).device), 0)
+            for tensor, dead in self._held(): tensor.masked_fill_(dead, 0)
+
+    def quiet_gradients(self):
+        "Zero the gradients of dead weights, so that neither a clipping norm nor an optimiser's memory knows of them."
+        for tensor, dead in self._held():
+            if tensor.grad is not None: tensor.grad.masked_fill_(dead, 0)
+
+    def quiet_state(self,
+        state: Mapping,  # parameter: {name: tensor or anything}, as the `state` of an optimiser
+    ):
+        "Zero what an optimiser remembers of dead weights: momentum, second moments, all that has the weight's shape."
+        for tensor, dead in self._held():
+            for memory in state[tensor].values() if tensor in state else ():
+                if isinstance(memory, torch.Tensor) and memory.shape == tensor.shape: memory.masked_fill_(dead.to(memory.device), 0)
+
+    def attach(self,
+        optimizer: torch.optim.Optimizer,  # what steps the model in your own loop
+    ):
+        "Keep the zeros after every step of an optimiser, until `detach`."
+        if not hasattr(optimizer, 'register_step_post_hook'):
+            raise TypeError(f'optimizer: got {type(optimizer).__name__}, allowed is a torch.optim.Optimizer; '
+                            'with another kind call apply_masks() after each step')
+        def before(*_): self.quiet_gradients()
+        def after(*_):
+            self.apply_masks()
+            self.quiet_state(optimizer.state)
+        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def detach(self):
+        "Let go of all optimisers; the next step may move the zeros."
+        for hook in self._hooks: hook.remove()
+        self._hooks = []
+
+    def _held(self):
+        "Every tensor that has entries held at zero, and which: (tensor, bool)."
+        for layer in self.layers.values():
+            if layer.mask.device != layer.weight.device: layer.mask = layer.mask.to(layer.weight.device)
+            yield layer.weight, ~layer.mask
+        for module, tensors in self._silenced.items():
+            for name, quiet in tensors.items(): yield getattr(module, name), quiet.to(getattr(module, name).device)
 
     def _set(self, masks):
         for name, mask in masks.items(): self.layers[name].mask = mask

@@ -1,9 +1,11 @@
 "Small networks and learners that the tests share."
+from functools import partial
+
 import matplotlib
 import pytest
 import torch
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, noop
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
@@ -29,16 +31,17 @@ def seed(): set_seed(0)
 def net(): return convnet()
 
 
+def new_learner(path, model=None, batches=4, bs=8, **kwargs):
+    "A silent learner on random images; `model` and what `Learner` takes can be given."
+    set_seed(0)
+    x, y = torch.randn(batches * bs, 1, 8, 8), torch.randint(0, 10, (batches * bs,))
+    data = TensorDataset(x, y)
+    dls = DataLoaders.from_dsets(data, data, bs=bs, num_workers=0, pin_memory=False, device='cpu')
+    learn = Learner(dls, model or convnet(), loss_func=CrossEntropyLossFlat(), path=path, **{'metrics': accuracy} | kwargs)
+    learn.remove_cb(learn.progress)
+    learn.logger = noop
+    return learn
+
+
 @pytest.fixture
-def make_learner(tmp_path):
-    "A function that makes a silent learner on random images; `model` and what `Learner` takes can be given."
-    def make(model=None, batches=4, bs=8, **kwargs):
-        set_seed(0)
-        x, y = torch.randn(batches * bs, 1, 8, 8), torch.randint(0, 10, (batches * bs,))
-        data = TensorDataset(x, y)
-        dls = DataLoaders.from_dsets(data, data, bs=bs, num_workers=0, pin_memory=False, device='cpu')
-        learn = Learner(dls, model or convnet(), loss_func=CrossEntropyLossFlat(), path=tmp_path, **{'metrics': accuracy} | kwargs)
-        learn.remove_cb(learn.progress)
-        learn.logger = lambda *_: None
-        return learn
-    return make
+def make_learner(tmp_path): return partial(new_learner, tmp_path)
