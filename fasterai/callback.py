@@ -138,8 +138,9 @@ class SparsifyCallback(KeepSparse):
         ax=None,  # matplotlib axes to draw on; new ones if None
     ):
         "Draw the measured sparsity of each layer by epoch; returns the axes."
-        import matplotlib.pyplot as plt
-        if ax is None: _, ax = plt.subplots(figsize=(6, 4))
+        if ax is None:
+            import matplotlib.pyplot as plt
+            _, ax = plt.subplots(figsize=(6, 4))
         epochs = [h['epoch'] + 1 for h in self.history]
         for layer in self.sparsifier.layers: ax.plot(epochs, [h[layer] for h in self.history], marker='.', label=layer or '(the model)')
         ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(-5, 105))

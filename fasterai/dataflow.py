@@ -1,5 +1,4 @@
 "What reads a layer's output: found by watching one batch go through, or by tracing the model."
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 

@@ -72,10 +72,12 @@ class Report:
 
     def plot(self, ax=None):
         "Draw the sparsity of each layer and of all; returns the matplotlib axes."
-        import matplotlib.pyplot as plt
-        if ax is None: _, ax = plt.subplots(figsize=(6, 1.2 + .28 * len(self.rows)))
+        if ax is None:
+            import matplotlib.pyplot as plt
+            _, ax = plt.subplots(figsize=(6, 1.2 + .28 * len(self.rows)))
         bars = ax.barh([r.layer or '(the model)' for r in self.rows], [r.sparsity for r in self.rows], color='#0072B2')
-        ax.bar_label(bars, [f'{r.sparsity:.1f} % of {r.weights:,}' for r in self.rows], padding=3, fontsize='small')
+        ax.bar_label(bars, [f'{r.sparsity:.1f} % of {r.weights:,}' for r in self.rows], padding=3, fontsize='small',
+                     bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})  # the dashed line may pass behind it
         ax.axvline(self.sparsity, color='#D55E00', ls='--', label=f'all selected weights: {self.sparsity:.2f} %')
         ax.invert_yaxis()
         ax.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel='sparsity (%)')

@@ -108,8 +108,9 @@ def plot_schedule(
     **line,  # how the line is drawn, as in matplotlib's `plot`
 ):
     "Draw the share that is due over training; returns the axes."
-    import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5, 3))
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(5, 3))
     schedule = read_schedule(schedule)
     progress = [i / 500 for i in range(501)]
     ax.plot(progress, [100 * schedule(p) for p in progress], **{'label': name_of(schedule)} | line)

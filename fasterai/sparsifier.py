@@ -8,7 +8,6 @@ from fractions import Fraction
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.arguments import name_of, nearest, one_of, percent
 from fasterai.context import CONTEXTS, Competitor

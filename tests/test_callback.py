@@ -3,7 +3,6 @@ import torch
 from conftest import convnet
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos
-from fastai.learner import Learner
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
