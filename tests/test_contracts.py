@@ -167,7 +167,7 @@ def test_training(schedule, granularity, criteria, context, make_learner):
     callback = SparsifyCallback(75, granularity, context, criteria, schedule, layers)
     keys = list(learn.model.state_dict())
     learn.fit(2, lr=.01, cbs=callback)
-    if schedule == 'dense_sparse_dense': assert callback.sparsifier.report().zeros == 0
+    if schedule == 'dense_sparse_dense': assert all(layer.mask.all() for layer in callback.sparsifier.layers.values())  # all may move again
     else: check(callback.sparsifier, 75, context)
     assert list(learn.model.state_dict()) == keys
     assert learn.recorder.metric_names[-2] == 'sparsity' and learn.recorder.values[-1][-1] == callback.sparsifier.report().sparsity
