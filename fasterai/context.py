@@ -1,65 +1,53 @@
 "Who competes with whom: how a sparsity becomes a keep mask for each layer."
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
 
-from fasterai.selection import lowest, spread
-
-
-@dataclass
-class Competitor:
-    "What a context knows of a layer."
-    name: str
-    weights: int  # how many in all
-    stranded: int  # zeros inside groups that live; they count as gone whatever is decided
-    cost: int | torch.Tensor  # weights that go with a group: an int, or (groups,) ints
-    scores: Callable[[], torch.Tensor]  # gives (groups,) float32, -inf for what is gone already, the same each time
+from fasterai.selection import EVERYTHING, count, lowest, remove
 
 
 def compete(
-    layers: list,  # of `Competitor`
-    fraction: Fraction,  # of the weights of all `layers` together
+    parts: list,  # of `selection.Part`, one a layer
+    fraction: Fraction,  # of the weights of all layers together
 ) -> list:  # keep masks (groups,), one a layer
     "Remove the lowest groups of all layers together; a layer that would be left with none keeps its best, and a warning names it."
-    budget = round(fraction * sum(layer.weights for layer in layers)) - sum(layer.stranded for layer in layers)
-    keeps = _keeps(layers, budget, {})
-    if fraction == 1: return keeps
-    empty = [layer.name for layer, keep in zip(layers, keeps) if not keep.any() and _best(layer) is not None]
-    if not empty: return keeps
+    budget = round(fraction * sum(p.weights for p in parts)) - sum(p.gone for p in parts)
+    if budget <= 0: return [p.alive for p in parts]
+    keeps = _removed(parts, budget)
+    empty = [p.name for p, keep in zip(parts, keeps) if not count(keep) and count(p.alive)]
+    if fraction == 1 or not empty: return keeps
     warnings.warn(f'sparsity: {", ".join(map(repr, empty))} would have been left without weights and kept the best group; '
                   'ask for less, or leave it out by layers=', stacklevel=2)
-    return _keeps(layers, budget, {layer.name: _best(layer) for layer in layers})
+    return _removed([replace(p, spared=_best(p)) for p in parts], budget)
 
 
-def _best(layer):
-    "The group that goes last, None if all are gone."
-    scores = layer.scores()
-    return len(scores) - 1 - int(scores.flip(0).argmax()) if scores.max() > -torch.inf else None
-
-
-def _keeps(layers, budget, spared):
-    def chunk(layer):
-        scores = layer.scores()
-        if spared.get(layer.name) is not None: scores[spared[layer.name]] = torch.inf
-        return scores
-    cut = lowest(lambda: ((chunk(layer), layer.cost) for layer in layers), budget)
-    keeps, tied = [], 0
-    for layer in layers:
-        keep, tied = cut.keep(chunk(layer), tied)
-        keeps.append(keep)
-    gone = sum(int(spread(layer.cost, keep)[~keep].sum()) for layer, keep in zip(layers, keeps))
-    nearest = max(int(torch.as_tensor(layer.cost).max()) for layer in layers)
-    if abs(gone - max(budget, 0)) >= nearest and cut.score < torch.inf:
+def _removed(parts, budget):
+    cut = lowest(parts, budget)
+    keeps = list(remove(parts, cut))
+    largest = max(int(p.costs.max()) if p.costs is not None else p.size for p in parts)
+    gone = sum(_cost(p, keep) for p, keep in zip(parts, keeps))
+    if abs(gone - budget) >= largest and cut != EVERYTHING:
         raise RuntimeError('criteria: the scores of a layer were not the same when they were asked for again; a criterion is a pure function')
     return keeps
 
 
-def local(layers, fraction):
+def _cost(part, keep):
+    "The weights that go with a keep mask."
+    if part.costs is None: return part.size * (count(part.alive) - count(keep))
+    return int(part.costs[part.alive & ~keep].sum())
+
+
+def _best(part):
+    "The living group that goes last, None if there is none."
+    scores = part.scores(slice(None)).masked_fill(~part.alive, -torch.inf)
+    return len(scores) - 1 - int(scores.flip(0).argmax()) if count(part.alive) else None
+
+
+def local(parts, fraction):
     "Each layer for itself reaches the sparsity."
-    return [compete([layer], fraction)[0] for layer in layers]
+    return [compete([part], fraction)[0] for part in parts]
 
 
 CONTEXTS = {'local': local, 'global': compete}

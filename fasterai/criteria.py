@@ -7,11 +7,19 @@ import torch
 from fasterai.arguments import name_of
 
 
+def elementwise(criterion: Callable) -> Callable:
+    "Mark a criterion that scores each weight by that weight's own evidence alone: it is asked in chunks, which is fast and small."
+    criterion.elementwise = True
+    return criterion
+
+
+@elementwise
 def magnitude(weight: torch.Tensor) -> torch.Tensor:
     "|w|: what is small is not missed (Han et al. 2015)."
     return weight.abs()
 
 
+@elementwise
 def gradient(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     "|w · ∂L/∂w|: the first-order change of the loss when the weight goes (Mozer & Smolensky 1989, Molchanov et al. 2017)."
     return (weight * grad).abs()
@@ -43,21 +51,28 @@ def evidence_of(
     return asked
 
 
-def score(
+def gather(
     criterion: Callable,
     parameter: torch.nn.Parameter,  # the layer's weight, any float type
     name: str,  # the layer's name, for errors
-) -> torch.Tensor:  # float32, of the weight's shape, finite, larger = keep
-    "The scores of one layer; half-precision evidence is widened first, so that products do not underflow."
-    found = {n: EVIDENCE[n](parameter, name).detach() for n in evidence_of(criterion)}
-    wide = {n: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for n, t in found.items()}
-    scores = criterion(**wide)
-    if not isinstance(scores, torch.Tensor) or scores.shape != parameter.shape:
+) -> dict:  # argument's name: tensor of the weight's shape
+    "The evidence that a criterion asks for."
+    return {n: EVIDENCE[n](parameter, name).detach() for n in evidence_of(criterion)}
+
+
+def score(
+    criterion: Callable,
+    evidence: dict,  # of `gather`, or the same part of each of its tensors
+    name: str,  # the layer's name, for errors
+) -> torch.Tensor:  # float32, of the evidence's shape, finite, larger = keep
+    "The scores of one layer or a part of it; half-precision evidence is widened first, so that products do not underflow."
+    scores = criterion(**{n: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for n, t in evidence.items()})
+    shape = next(iter(evidence.values())).shape
+    if not isinstance(scores, torch.Tensor) or scores.shape != shape:
         came = f'a tensor of shape {tuple(scores.shape)}' if isinstance(scores, torch.Tensor) else repr(scores)
-        raise ValueError(f'criteria: {name_of(criterion)} gave {came} for layer {name!r}, '
-                         f"allowed is a tensor of the weight's shape {tuple(parameter.shape)}")
+        raise ValueError(f"criteria: {name_of(criterion)} gave {came} for layer {name!r}, allowed is a tensor of the weight's shape {tuple(shape)}")
     scores = scores.float()
-    if not scores.isfinite().all():
-        blame = next((f'{n} of' for n, t in found.items() if not t.isfinite().all()), f'scores by {name_of(criterion)} for')
+    if not scores.sum().isfinite() and not scores.isfinite().all():  # the sum is quick; alone it may overflow
+        blame = next((f'{n} of' for n, t in evidence.items() if not t.isfinite().all()), f'scores by {name_of(criterion)} for')
         raise ValueError(f'criteria: the {blame} layer {name!r} has NaN or infinite entries; nothing was changed')
     return scores

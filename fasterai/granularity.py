@@ -51,36 +51,40 @@ class Grouping:
         row = axes_of(module)
         axes = tuple(re.findall(r'\w+', row))
         spanned = _spanned(granularity, axes, f'{type(module).__name__} {name!r}')
-        self.folds = module.groups if row.startswith('(') else None
         self.shape = tuple(module.weight.shape)
-        self.view = self.split(module.weight).shape  # one entry an axis
-        self.dims = tuple(i for i, a in enumerate(axes) if a in spanned)
-        self.grid = tuple(1 if i in self.dims else s for i, s in enumerate(self.view))  # the groups, broadcastable to view
-        self.groups = prod(self.grid)
+        self.view = (module.groups, self.shape[0] // module.groups, *self.shape[1:]) if row.startswith('(') else self.shape  # one entry an axis
+        across = [i for i, a in enumerate(axes) if a not in spanned]
+        self.order = (*across, *(i for i, a in enumerate(axes) if a in spanned))  # what tells groups apart, then what they span
+        self.groups = prod(self.view[i] for i in across)
         self.size = prod(self.shape) // max(self.groups, 1)  # weights a group
         self.whole_filters = set(spanned) == set(_filter(axes))  # a group is all that makes one output channel
 
-    def split(self, tensor: torch.Tensor) -> torch.Tensor:
-        "The view of a tensor of the weight's shape that has one dimension for each axis."
-        return tensor if self.folds is None else tensor.unflatten(0, (self.folds, -1))
+    def rows(self,
+        tensor: torch.Tensor,  # of the weight's shape
+    ) -> torch.Tensor:  # (groups, size), or (groups,) where a group is one weight; a view where the layout allows
+        "One row for each group, in the order of their position."
+        tensor = tensor.reshape(self.view).permute(self.order)
+        return tensor.reshape(-1) if self.size == 1 else tensor.reshape(self.groups, self.size)
 
     def mean(self,
-        scores: torch.Tensor,  # of the weight's shape
-    ) -> torch.Tensor:  # (groups,)
+        scores: torch.Tensor,  # rows
+    ) -> torch.Tensor:  # (rows,)
         "The score of a group: the mean of its entries' scores, so that groups of different size compare."
-        return (self.split(scores).mean(self.dims) if self.dims else scores).flatten()
+        return scores if self.size == 1 else scores.mean(1)
 
     def count(self,
         mask: torch.Tensor,  # bool, of the weight's shape
     ) -> torch.Tensor:  # (groups,), int64
         "How many entries of each group are True."
-        return (self.split(mask).sum(self.dims) if self.dims else mask.long()).flatten()
+        return self.rows(mask).view(self.groups, -1).sum(1)
 
     def expand(self,
         keep: torch.Tensor,  # (groups,), bool
-    ) -> torch.Tensor:  # bool, of the weight's shape
+    ) -> torch.Tensor:  # bool, of the weight's shape, contiguous
         "A decision for each group, written to each weight."
-        return keep.view(self.grid).expand(self.view).reshape(self.shape)
+        if self.size == 1 and self.order == tuple(sorted(self.order)): return keep.view(self.shape)
+        wide = keep.view(-1, 1).expand(self.groups, self.size).view([self.view[i] for i in self.order])
+        return wide.permute([self.order.index(i) for i in range(len(self.order))]).reshape(self.shape).contiguous()
 
 
 def _spanned(granularity, axes, whose):

@@ -4,18 +4,25 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from fasterai.arguments import name_of, nearest, one_of, percent
-from fasterai.context import CONTEXTS, Competitor
-from fasterai.criteria import CRITERIA, evidence_of, score
+from fasterai.context import CONTEXTS
+from fasterai.criteria import CRITERIA, evidence_of, gather, score
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
 from fasterai.layers import choose, matching
 from fasterai.report import Report, measure
+from fasterai.selection import CHUNK, Part
+
+
+FEW = 8  # weights a group from which on the scores of all groups are half a byte a weight or less
+LOWEST = torch.finfo(torch.float32).min  # the score of what is gone, where it competes again
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Layer:
     module: nn.Module
     grouping: Grouping
     mask: torch.Tensor  # bool, of the weight's shape, True = keep
+    aligned: bool  # every group lives or dies whole
 
     @property
     def weight(self): return self.module.weight
@@ -49,7 +57,7 @@ class Sparsifier:
         self.criterion = one_of('criteria', criteria, CRITERIA)
         evidence_of(self.criterion)
         self._choice = choose(model, layers)
-        self.candidates = {n: Layer(n, m, Grouping(m, granularity, n), _living(m.weight)) for n, m in self._choice.chosen.items()}
+        self.candidates = {n: _layer(n, m, granularity) for n, m in self._choice.chosen.items()}
         self._hooks, self._flow, self._silenced = [], None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
         self._followed = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not callable(example) or isinstance(example, torch.Tensor): self._follow()
@@ -128,45 +136,47 @@ class Sparsifier:
         if 'grad' in evidence_of(self.criterion) and not any(w.grad is not None and w.grad.any() for w in (layer.weight for layer in layers)):
             raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
                              'and before optimizer.zero_grad(); nothing was changed')
-        seeds, masks = {}, {}
+        ask, masks = _Scores(self.criterion), {}
         for job, fraction in jobs:
-            keeps = self.context([self._competitor(layer, seeds, regrow) for layer in job], fraction)
+            keeps = self.context([self._part(layer, ask, regrow) for layer in job], fraction)
             for layer, keep in zip(job, keeps):
                 mask = layer.grouping.expand(keep)
-                masks[layer.name] = mask if regrow else mask & layer.mask
+                masks[layer.name] = mask if layer.aligned or regrow else mask & layer.mask
         self._set(masks)
+        if regrow:
+            for layer in layers: layer.aligned = True
 
-    def _competitor(self, layer, seeds, regrow):
+    def _part(self, layer, ask, regrow):
         "What the context sees of a layer."
-        grouping, alive = layer.grouping, layer.grouping.count(layer.mask)
-        gone = alive == 0
-        stranded = 0 if regrow else int((grouping.size - alive[~gone]).sum())
-        cost = alive.masked_fill(gone, grouping.size) if stranded else grouping.size
-
-        def scores():
-            with _replayed(seeds, layer): found = score(self.criterion, layer.weight, layer.name)
-            return grouping.mean(found).masked_fill(gone, -torch.inf)
-        return Competitor(layer.name, layer.weight.numel(), stranded, cost, scores)
+        grouping, scores = layer.grouping, partial(ask, layer)
+        if regrow:  # what is gone competes again, and is the first to go
+            gone = grouping.count(layer.mask) == 0
+            return Part(layer.name, layer.mask.numel(), grouping.size, torch.ones_like(gone),
+                        lambda where: scores(where).masked_fill(gone[where], LOWEST))
+        rows = grouping.rows(layer.mask)
+        if layer.aligned: return Part(layer.name, layer.mask.numel(), grouping.size, rows if grouping.size == 1 else rows[:, 0], scores)
+        costs = rows.sum(1)
+        stranded = int((grouping.size - costs[costs > 0]).sum())
+        return Part(layer.name, layer.mask.numel(), grouping.size, costs > 0, scores, costs, stranded)
 
     # Keeping
 
     def apply_masks(self):
-        "Zero again what an optimiser has moved; zero, not product, so that NaN goes too."
-        with torch.no_grad():
-            for tensor, dead in self._held(): tensor.masked_fill_(dead, 0)
+        "Zero again what an optimiser has moved."
+        for tensor, keep in self._held(): _zero(tensor, keep)
 
     def quiet_gradients(self):
         "Zero the gradients of dead weights, so that neither a clipping norm nor an optimiser's memory knows of them."
-        for tensor, dead in self._held():
-            if tensor.grad is not None: tensor.grad.masked_fill_(dead, 0)
+        for tensor, keep in self._held():
+            if tensor.grad is not None: _zero(tensor.grad, keep)
 
     def quiet_state(self,
         state: Mapping,  # parameter: {name: tensor or anything}, as the `state` of an optimiser
     ):
         "Zero what an optimiser remembers of dead weights: momentum, second moments, all that has the weight's shape."
-        for tensor, dead in self._held():
+        for tensor, keep in self._held():
             for memory in state[tensor].values() if tensor in state else ():
-                if isinstance(memory, torch.Tensor) and memory.shape == tensor.shape: memory.masked_fill_(dead.to(memory.device), 0)
+                if isinstance(memory, torch.Tensor) and memory.shape == tensor.shape: _zero(memory, keep.to(memory.device))
 
     def attach(self,
         optimizer: torch.optim.Optimizer,  # what steps the model in your own loop
@@ -187,12 +197,12 @@ class Sparsifier:
         self._hooks = []
 
     def _held(self):
-        "Every tensor that has entries held at zero, and which: (tensor, bool)."
+        "Every tensor that has entries held at zero, and which stay: (tensor, bool)."
         for layer in self.layers.values():
             if layer.mask.device != layer.weight.device: layer.mask = layer.mask.to(layer.weight.device)
-            yield layer.weight, ~layer.mask
+            yield layer.weight, layer.mask
         for module, tensors in self._silenced.items():
-            for name, quiet in tensors.items(): yield getattr(module, name), quiet.to(getattr(module, name).device)
+            for name, quiet in tensors.items(): yield getattr(module, name), ~quiet.to(getattr(module, name).device)
 
     def _set(self, masks):
         for name, mask in masks.items(): self.layers[name].mask = mask
@@ -237,19 +247,27 @@ class Sparsifier:
         "Take the masks over and apply them; `ValueError`, and nothing changed, where they do not fit."
         if set(state) != set(self.layers):
             raise ValueError(f'state: got masks for {", ".join(map(str, state)) or "nothing"}, allowed are those for {", ".join(self.layers)}')
-        masks = {}
+        masks, aligned = {}, {}
         for name, layer in self.layers.items():
             shape, bits = tuple(state[name]['shape']), state[name]['bits']
             if shape != tuple(layer.mask.shape) or len(bits) != -(-layer.mask.numel() // 8):
                 raise ValueError(f'state: got a mask of shape {shape} for {name!r}, allowed is {tuple(layer.mask.shape)}')
             mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
             masks[name] = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
+            aligned[name] = bool((layer.grouping.count(masks[name]) % layer.grouping.size == 0).all())
         self._set(masks)
+        for name, layer in self.layers.items(): layer.aligned = aligned[name]
+
+
+def _layer(name, module, granularity):
+    grouping, mask = Grouping(module, granularity, name), _living(module.weight)
+    alive = grouping.count(mask) if grouping.size > 1 else None
+    return Layer(name, module, grouping, mask, alive is None or bool((alive % grouping.size == 0).all()))
 
 
 def _living(weight):
     "The zeros are the mask; but a tensor that is all zero is an initialisation."
-    mask = weight.detach() != 0
+    mask = (weight.detach() != 0).contiguous()
     return mask if mask.any() else torch.ones_like(mask)
 
 
@@ -265,6 +283,45 @@ def _flow(model, example):
     except Exception as error:
         warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code ({type(error).__name__}: {error}), so its '
                       'output layer is not left alone and the BatchNorm of a dead filter stays: pass example=, one batch of inputs')
+
+
+def _zero(tensor, keep):
+    "Zero all but `keep`. Integers of the same bits are multiplied: faster than a fill, and a NaN becomes zero too."
+    tensor = tensor.detach()
+    bits = BITS.get(tensor.dtype)
+    if bits: tensor.view(bits).mul_(keep)
+    else: tensor.masked_fill_(~keep, 0)
+
+
+class _Scores:
+    """Answers for the groups' scores within one event; what is asked again gives the same.
+
+    Evidence, or the scores of a criterion that is not `elementwise`, are at hand for one layer at a time. Only where groups are
+    large, and their scores few, are these kept to the end."""
+
+    def __init__(self, criterion): self.criterion, self.seeds, self.at_hand, self.few = criterion, {}, {}, {}
+
+    def __call__(self,
+        layer: Layer,
+        where: slice,  # of the groups
+    ) -> torch.Tensor:  # (n,), float32
+        name, size = layer.name, layer.grouping.size
+        if size < FEW: return self._ask(layer, where)
+        if name not in self.few:
+            step = max(1, CHUNK // size)
+            self.few[name] = torch.cat([self._ask(layer, slice(i, i + step)) for i in range(0, layer.grouping.groups, step)])
+        return self.few[name][where]
+
+    def _ask(self, layer, where):
+        name, grouping, by_chunk = layer.name, layer.grouping, getattr(self.criterion, 'elementwise', False)
+        if name not in self.at_hand:
+            self.at_hand.clear()
+            evidence = gather(self.criterion, layer.weight, name)
+            if not by_chunk:
+                with _replayed(self.seeds, layer): evidence = {'scores': score(self.criterion, evidence, name)}
+            self.at_hand[name] = {n: grouping.rows(t) for n, t in evidence.items()}
+        rows = {n: t[where] for n, t in self.at_hand[name].items()}
+        return grouping.mean(score(self.criterion, rows, name) if by_chunk else rows['scores'])
 
 
 @contextmanager

@@ -3,14 +3,16 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fasterai.context import CONTEXTS, Competitor
+from fasterai.context import CONTEXTS
+from fasterai.selection import Part
 
 INF = torch.inf
 
 
 def layer(name, scores, size=1, stranded=0, cost=None):
     scores = torch.tensor(scores, dtype=torch.float32)
-    return Competitor(name, len(scores) * size, stranded, size if cost is None else torch.tensor(cost), lambda: scores.clone())
+    return Part(name, len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.),
+                None if cost is None else torch.tensor(cost), stranded)
 
 
 def kept(context, layers, share): return [k.int().tolist() for k in CONTEXTS[context](layers, Fraction(share))]
@@ -71,4 +73,4 @@ def test_what_is_gone_stays_gone_and_is_counted():
 def test_a_criterion_that_changes_its_mind_is_caught():
     answers = iter([torch.arange(10.), torch.arange(10.), torch.arange(10.) + 100])
     with pytest.raises(RuntimeError, match='a criterion is a pure function'):
-        CONTEXTS['global']([Competitor('a', 10, 0, 1, lambda: next(answers))], Fraction(1, 2))
+        CONTEXTS['global']([Part('a', 10, 1, torch.ones(10, dtype=torch.bool), lambda where: next(answers)[where])], Fraction(1, 2))

@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.criteria import evidence_of, gradient, magnitude, score
+from fasterai.criteria import elementwise, evidence_of, gather, gradient, magnitude
+from fasterai.criteria import score as score_evidence
+
+
+def score(criterion, parameter, name): return score_evidence(criterion, gather(criterion, parameter, name), name)
 
 
 def parameter(values, grad=None, dtype=torch.float32):
@@ -52,3 +56,11 @@ def test_bad_scores_are_named():
     with pytest.raises(ValueError, match='scores by .*lambda.* layer .conv. has NaN'): score(lambda weight: weight / 0, p, 'conv')
     with pytest.raises(ValueError, match=r'gave a tensor of shape \(\) for layer'): score(lambda weight: weight.sum(), p, 'conv')
     with pytest.raises(ValueError, match='gave None for layer'): score(lambda weight: None, p, 'conv')
+
+
+def test_a_large_sum_is_no_infinity():
+    assert score(magnitude, parameter([3e38, 3e38]), 'a').tolist() == pytest.approx([3e38, 3e38])
+
+
+def test_only_marked_criteria_are_asked_in_chunks():
+    assert magnitude.elementwise and gradient.elementwise and elementwise(lambda weight: weight).elementwise

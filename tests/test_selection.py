@@ -4,19 +4,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterai import selection
-from fasterai.selection import Cut, lowest
+from fasterai.selection import Part, lowest, remove
 
 INF = torch.inf
 
 
+def part(scores, cost=1, **more):
+    "Groups with a score each; -inf is gone already; one cost for all or one each."
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    size, costs = (cost, None) if isinstance(cost, int) else (max(cost), torch.tensor(cost))
+    return Part('', len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.), costs, **more)
+
+
 def removed(chunks, budget):
-    "What goes, chunk by chunk, as lists of 0 and 1."
-    chunks = [(torch.tensor(s, dtype=torch.float32), c if isinstance(c, int) else torch.tensor(c)) for s, c in chunks]
-    cut, tied, gone = lowest(lambda: iter(chunks), budget), 0, []
-    for scores, _ in chunks:
-        keep, tied = cut.keep(scores, tied)
-        gone.append([int(not k) for k in keep])
-    return gone
+    "What is gone in the end, part by part, as lists of 0 and 1."
+    parts = [part(*c) for c in chunks]
+    return [(~keep).int().tolist() for keep in remove(parts, lowest(parts, budget))]
 
 
 @pytest.mark.parametrize('chunks, budget, gone', [
@@ -34,10 +37,10 @@ def removed(chunks, budget):
     ([([1, 3], 2), ([2, 4], 10)], 11, [[1, 0], [1, 0]]),  # 2, then 12: nearest to 11
     ([([1, 2, 3], [1, 5, 1])], 3, [[1, 0, 0]]),
     ([([1, 2, 3], [1, 4, 1])], 3, [[1, 1, 0]]),
-    ([([-INF, 2, -INF, 1], 1)], 3, [[1, 0, 1, 1]]),  # -inf is gone already
-    ([([-INF, 2, -INF, 1], 1)], 1, [[1, 0, 0, 0]]),
+    ([([-INF, 2, -INF, 1], 1)], 1, [[1, 0, 1, 1]]),  # -inf is gone already
+    ([([-INF, 2, -INF, 1], 1)], 0, [[1, 0, 1, 0]]),
+    ([([-INF, 2, -INF, 1], 1), ([-INF, -INF], 3)], 1, [[1, 0, 1, 1], [1, 1]]),
     ([([-2, 0, -1], 1)], 1, [[1, 0, 0]]),  # scores may be negative
-    ([([1, 2], 1), ([INF], 1)], 5, [[1, 1], [0]]),  # +inf is spared
 ])
 def test_tables(chunks, budget, gone): assert removed(chunks, budget) == gone
 
@@ -52,12 +55,13 @@ def brute(scores, costs, budget):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 5)), min_size=1, max_size=5),
-       st.floats(0, 1), st.sampled_from([1, 3, 4096]))
-def test_as_a_plain_sort_would(chunks, share, sample):
+       st.floats(0, 1), st.sampled_from([1, 3, 1 << 16]), st.sampled_from([1, 7, 1 << 19]))
+def test_as_a_plain_sort_would(chunks, share, sample, chunk):
     budget = round(share * sum(len(s) * c for s, c in chunks))
-    before, selection.SAMPLE = selection.SAMPLE, sample
-    try: gone = [g for part in removed(chunks, budget) for g in part]
-    finally: selection.SAMPLE = before
+    before = selection.SAMPLE, selection.CHUNK
+    selection.SAMPLE, selection.CHUNK = sample, chunk
+    try: gone = [g for one in removed(chunks, budget) for g in one]
+    finally: selection.SAMPLE, selection.CHUNK = before
     flat = [(v, c) for s, c in chunks for v in s]
     assert {i for i, g in enumerate(gone) if g} == brute([v for v, _ in flat], [c for _, c in flat], budget)
 
@@ -66,27 +70,24 @@ def test_as_a_plain_sort_would(chunks, share, sample):
     torch.randn(300_000).abs(), torch.ones(300_000), torch.arange(300_000.), torch.randn(300_000).bfloat16().float(),
     torch.cat([torch.zeros(200_000), torch.rand(100_000)]), (torch.arange(300_000) % 9).float()], ids='normal equal rising bf16 zeros periodic'.split())
 @pytest.mark.parametrize('budget', [1, 3, 149_999, 150_000, 270_000, 299_999, 300_000])
-def test_exact_where_only_a_sample_was_sorted(scores, budget):
-    parts = scores.split(70_001)
-    cut, tied, keeps = lowest(lambda: ((s, 1) for s in parts), budget), 0, []
-    for s in parts:
-        keep, tied = cut.keep(s, tied)
-        keeps.append(keep)
+def test_exact_where_only_a_sample_was_sorted(scores, budget, monkeypatch):
+    monkeypatch.setattr(selection, 'SAMPLE', 1000)
+    monkeypatch.setattr(selection, 'CHUNK', 10_000)
+    parts = [part(s) for s in scores.split(70_001)]
     expected = torch.ones_like(scores, dtype=torch.bool)
     expected[scores.sort(stable=True).indices[:budget]] = False
-    assert torch.equal(torch.cat(keeps), expected)
+    assert torch.equal(torch.cat(list(remove(parts, lowest(parts, budget)))), expected)
 
 
 def test_little_is_sorted(monkeypatch):
     "The promise that the scores of the network are never gathered: what is collected is a small part."
-    seen = []
-    cut = selection._cut
+    seen, cut = [], selection._cut
     monkeypatch.setattr(selection, '_cut', lambda below, scores, costs, budget: seen.append(len(scores)) or cut(below, scores, costs, budget))
-    parts = [torch.rand(200_000) for _ in range(10)]
-    lowest(lambda: ((p, 1) for p in parts), 1_800_000)
+    lowest([part(torch.rand(400_000)) for _ in range(10)], 3_600_000)
     assert len(seen) == 1 and seen[0] < 100_000
 
 
-def test_a_cut_at_nothing_keeps_all():
-    keep, _ = Cut(-INF, 0).keep(torch.tensor([1., -INF]), 0)
-    assert keep.tolist() == [True, True]
+def test_a_group_that_is_spared_stays_and_does_not_count():
+    parts = [part([1, 2], spared=0), part([3])]
+    assert [k.tolist() for k in remove(parts, lowest(parts, 2))] == [[True, False], [False]]
+    assert [k.tolist() for k in remove(parts, lowest(parts, 9))] == [[True, False], [False]]
