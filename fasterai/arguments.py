@@ -39,7 +39,7 @@ def one_of(
     if isinstance(value, str):
         if value in table: return table[value]
         raise ValueError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, or {otherwise}{nearest(value, table)}')
-    if callable(value): return value
+    if callable(value) and (not isinstance(value, type) or value in table.values()): return value
     raise TypeError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, or {otherwise}')
 
 

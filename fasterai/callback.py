@@ -9,10 +9,11 @@ from torch import nn
 
 from fasterai.arguments import name_of, one_of, percent
 from fasterai.context import CONTEXTS
-from fasterai.criteria import CRITERIA
+from fasterai.criteria import read_criterion
 from fasterai.granularity import GRANULARITIES
 from fasterai.layers import choose
 from fasterai.schedule import read_schedule
+from fasterai.selection import count
 from fasterai.sparsifier import Sparsifier
 
 
@@ -20,7 +21,7 @@ class KeepSparse(FastaiCallback):
     "Keeps the zeros of a network in every fit. `SparsifyCallback` leaves one behind; `learn.remove_cb(KeepSparse)` lets the zeros go."
     order = GradientClip.order - .4  # MixedPrecision has unscaled the gradients by then, and nothing has clipped them
     _stateattrs = ('sparsifier',)  # not exported: the zeros in the weights are the mask
-    active, sparsifier = False, None
+    active, sparsifier, emptied = False, None, ()
 
     def __init__(self,
         granularity: str | tuple = 'weight',  # at filter the BatchNorm of a dead filter is held at zero too
@@ -29,15 +30,14 @@ class KeepSparse(FastaiCallback):
         self.choices = dict(granularity=granularity, layers=layers)
 
     def before_fit(self):
-        self.active = self._training()
-        if not self.active: return
+        if self._looking(): return
         layers = self.choices['layers']
-        if isinstance(layers, list):  # what has been replaced since is not missed
-            layers = [m for m in layers if not isinstance(m, nn.Module) or m in set(self._model().modules())]
+        if isinstance(layers, list):  # what has been replaced or changed its kind since is not missed
+            layers = [m for m in layers if not isinstance(m, nn.Module) or m in set(self._model().modules()) and 'weight' in m._parameters]
         chosen = [] if layers == [] else choose(self._model(), layers).chosen
         taken = {n for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active for n in cb.sparsifier.candidates}
         layers = [n for n in chosen if n not in taken]
-        self.active = bool(layers)
+        self.active = bool(layers) and not hasattr(self.learn, 'lr_finder')
         if self.active: self._build(granularity=self.choices['granularity'], layers=layers)
 
     def before_step(self):
@@ -48,15 +48,22 @@ class KeepSparse(FastaiCallback):
     def after_step(self):
         if self.active: self.sparsifier.apply_masks()
 
-    def _training(self):
-        "Is this a fit? `validate` and `get_preds` hold the lock."
-        return not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
+    def after_train(self):
+        "Whoever else has moved weights, they are validated and saved sparse."
+        if self.active: self.sparsifier.apply_masks()
+
+    def _looking(self):
+        "Is this `validate` or `get_preds`, perhaps in the middle of a fit? They hold the lock."
+        return self.learn.lock.locked()
 
     def _model(self): return getattr(self.learn.model, '_orig_mod', self.learn.model)  # inside torch.compile
 
     def _build(self, **choices):
-        "The zeros that are there are the masks."
+        "The zeros that are there are the masks; a tensor that is all zero is one only where it was emptied on purpose."
         self.sparsifier, self.cleared = Sparsifier(self._model(), **choices, example=self._batch), False
+        emptied = {m for cb in self.learn.cbs if isinstance(cb, KeepSparse) for m in cb.emptied}
+        for layer in self.sparsifier.candidates.values():
+            if layer.module in emptied and not layer.weight.any(): layer.mask.zero_()
 
     def _batch(self):
         "The inputs that are in the loop, None before the first."
@@ -84,29 +91,35 @@ class SparsifyCallback(KeepSparse):
         layers=None,  # None for every convolution and Linear, or for those that a dict `sparsity` names; else as in `Sparsifier`
     ):
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: percent(value)
-        if isinstance(granularity, str): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes')
+        if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes')
         one_of('context', context, CONTEXTS)
-        one_of('criteria', criteria, CRITERIA)
+        read_criterion(criteria)
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers)
-        self.column, self.waiting, self.history, self.trouble = None, [], [], ''
+        self.keeper, self.waiting, self.history, self.trouble = None, [], [], ''
 
     def before_fit(self):
-        self._clear()
-        self.active = self._training()
+        if self._looking(): return
+        self._let_compare()
+        self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
         self._build(**self.choices)
         self.sparsifier.fractions(self.sparsity)  # refuses what means no layer
         self.done, self.share, self.compared, self.history, self.trouble = 0., 0., False, [], ''  # done of the training, share of the sparsity
-        self._show_column()
         self._leave_keeper()
+        self._add_column()
 
     def before_epoch(self):
+        if not self.active or self._looking(): return
         self._let_compare()
+        self._remove_column()
         self.trained = False
 
     def before_train(self): self.trained = True
+
+    def before_batch(self):
+        if self.active and self.training and not self.cleared: self.sparsifier.fractions(self.sparsity)  # now that the data flow is known
 
     def before_step(self):
         if not self.active: return
@@ -115,29 +128,35 @@ class SparsifyCallback(KeepSparse):
 
     def after_train(self):
         "The last step may have been skipped, by GradientAccumulation or an overflow; the event that was due with it is not."
-        if not self.active or self.epoch < self.n_epoch - 1 or self.iter < self.n_iter - 1: return
+        if not self.active: return
+        super().after_train()
+        if self.epoch < self.n_epoch - 1 or self.iter < self.n_iter - 1: return
         try: self._sparsify()
         except ValueError as error: self.trouble = str(error)
 
     def after_epoch(self):
         "Only epochs at the final sparsity compete for the best one or are a reason to stop; one that was skipped is not saved again."
-        if not self.active: return
+        if not self.active or self._looking(): return
         if not self.trained: return self._make_wait(lambda cb: True)
-        self.history.append({'epoch': self.epoch} | {r.layer: r.sparsity for r in self.sparsifier.report().rows})
-        if self.share == float(self.schedule(1.)) or self._frozen(): self.compared = True
-        else: self._make_wait(lambda cb: not getattr(cb, 'every_epoch', False))
+        report, frozen = self.sparsifier.report(), bool(self._frozen())
+        self.history.append({'epoch': self.epoch} | {r.layer: r.sparsity for r in report.rows})
+        self._fill_column(report.sparsity)
+        if self.share == float(self.schedule(1.)): self.compared = True
+        else: self._make_wait(lambda cb: not (_option(cb, 'every_epoch') or frozen and cb.reset_on_fit))
 
     def after_fit(self):
-        if not self.active: return
-        self._clear()
+        if not self.active or self._looking(): return
+        self._let_compare()
         if not self.compared:  # there is no best epoch to load
-            self._make_wait(lambda cb: not (getattr(cb, 'every_epoch', False) or getattr(cb, 'at_end', False)))
+            frozen = bool(self._frozen())
+            self._make_wait(lambda cb: not (_option(cb, 'every_epoch') or _option(cb, 'at_end') or frozen and cb.reset_on_fit))
         if self.learn.logger is not noop: print(self._summary())
 
     def plot_sparsity(self,
         ax=None,  # matplotlib axes to draw on; new ones if None
     ):
         "Draw the measured sparsity of each layer by epoch; returns the axes."
+        if not self.history: raise ValueError('plot_sparsity: there is nothing to draw before the first epoch of a fit')
         if ax is None:
             import matplotlib.pyplot as plt
             _, ax = plt.subplots(figsize=(6, 4))
@@ -147,11 +166,6 @@ class SparsifyCallback(KeepSparse):
         ax.legend(fontsize='small')
         return ax
 
-    def __setattr__(self, name, value):
-        "The Learner takes a callback off by `learn = None`, after an exception too, when no event comes."
-        if name == 'learn' and value is None and self.learn is not None: self._clear()
-        super().__setattr__(name, value)
-
     def _sparsify(self):
         "An event, if the schedule says something new."
         self.done = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
@@ -159,36 +173,42 @@ class SparsifyCallback(KeepSparse):
         if share == self.share or self._frozen(): return
         self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
         self.share = share
+        self.keeper.emptied = [layer.module for layer in self.sparsifier.layers.values() if not count(layer.mask)]
         self._forget()
 
     def _frozen(self): return [n for n, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
 
-    def _measured(self): return self.sparsifier.sparsity
+    # The column: the Recorder takes its names from the metrics in before_fit; later a metric would be in the way of other validations.
 
-    def _show_column(self):
-        names = [m.name for m in self.learn.metrics]
-        name = next(n for n in ('sparsity', *(f'sparsity_{i}' for i in range(2, len(names) + 3))) if n not in names)
-        self.column = ValueMetric(self._measured, name)
-        self.learn.metrics = self.learn.metrics + [self.column]
+    def _add_column(self):
+        others = [m for m in self.learn.metrics if getattr(m, 'owner', None) in (None, *self.learn.cbs) and getattr(m, 'owner', None) is not self]
+        names = [m.name for m in others]
+        column = ValueMetric(noop, next(n for n in ('sparsity', *(f'sparsity_{i}' for i in range(2, len(names) + 3))) if n not in names))
+        self.column, column.owner = column.name, self
+        self.learn.metrics = others + [column]
+
+    def _remove_column(self): self.learn.metrics = [m for m in self.learn.metrics if getattr(m, 'owner', None) is not self]
+
+    def _fill_column(self, value):
+        recorder = getattr(self.learn, 'recorder', None)
+        for i, name in enumerate(recorder.metric_names if recorder else ()):
+            if name not in (self.column, f'train_{self.column}', f'valid_{self.column}'): continue
+            recorder.log += [None] * (i - len(recorder.log))  # where an epoch was broken off
+            recorder.log.insert(i, value)
 
     def _leave_keeper(self):
-        choices = dict(granularity=self.choices['granularity'], layers=[layer.module for layer in self.sparsifier.candidates.values()])
-        if not any(type(cb) is KeepSparse and cb.choices == choices for cb in self.learn.cbs): self.learn.add_cb(KeepSparse(**choices))
+        keeper = KeepSparse(self.choices['granularity'], [layer.module for layer in self.sparsifier.candidates.values()])
+        self.keeper = next((cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.choices == keeper.choices), keeper)
+        if self.keeper is keeper: self.learn.add_cb(keeper)
 
     def _make_wait(self, which):
         "Silence callbacks that compare or save epochs, until the next event."
-        self.waiting = [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and which(cb)]
+        self.waiting = [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.run and which(cb)]
         for cb in self.waiting: cb.run = False
 
     def _let_compare(self):
         for cb in self.waiting: cb.run = True
         self.waiting = []
-
-    def _clear(self):
-        "Put back what a fit changes in the Learner: the column of the progress table, the callbacks that wait."
-        self._let_compare()
-        if self.column is not None: self.learn.metrics = [m for m in self.learn.metrics if m is not self.column]
-        self.column = None
 
     def _summary(self):
         "What was asked and what was reached."
@@ -203,3 +223,6 @@ class SparsifyCallback(KeepSparse):
         elif self.done < 1: text += f', stopped after {100 * self.done:.0f} % of the training'
         elif self.share < 1: text += f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
         return text
+
+
+def _option(tracker, name): return getattr(tracker, name, False)

@@ -1,11 +1,10 @@
 "Who competes with whom: how a sparsity becomes a keep mask for each layer."
 import warnings
-from dataclasses import replace
 from fractions import Fraction
 
 import torch
 
-from fasterai.selection import EVERYTHING, count, lowest, remove
+from fasterai.selection import Lowest, count, remove
 
 
 def compete(
@@ -15,34 +14,28 @@ def compete(
     "Remove the lowest groups of all layers together; a layer that would be left with none keeps its best, and a warning names it."
     budget = round(fraction * sum(p.weights for p in parts)) - sum(p.gone for p in parts)
     if budget <= 0: return [p.alive for p in parts]
-    keeps = _removed(parts, budget)
-    empty = [p.name for p, keep in zip(parts, keeps) if not count(keep) and count(p.alive)]
-    if fraction == 1 or not empty: return keeps
-    warnings.warn(f'sparsity: {", ".join(map(repr, empty))} would have been left without weights and kept the best group; '
-                  'ask for less, or leave it out by layers=', stacklevel=2)
-    return _removed([replace(p, spared=_best(p)) for p in parts], budget)
-
-
-def _removed(parts, budget):
-    cut = lowest(parts, budget)
+    order, spared = Lowest(parts), {}
+    while True:  # what is spared stands in the order where it did, so as much more is asked for
+        cut = order.cut(budget + sum(cost for _, cost in spared.values()))
+        taken = order.taken(cut)
+        empty = [i for i, part in enumerate(parts) if part.living == taken[i] > 0 and i not in spared]
+        if fraction == 1 or not empty: break
+        spared |= {i: _best(parts[i]) for i in empty}
     keeps = list(remove(parts, cut))
-    largest = max(int(p.costs.max()) if p.costs is not None else p.size for p in parts)
-    gone = sum(_cost(p, keep) for p, keep in zip(parts, keeps))
-    if abs(gone - budget) >= largest and cut != EVERYTHING:
+    if any(count(keep) != part.living - n for part, keep, n in zip(parts, keeps, taken)):
         raise RuntimeError('criteria: the scores of a layer were not the same when they were asked for again; a criterion is a pure function')
+    for i, (group, _) in spared.items(): keeps[i][group] = True
+    if spared:
+        warnings.warn(f'sparsity: {", ".join(repr(parts[i].name) for i in spared)} would have been left without weights and kept the best group; '
+                      'ask for less, or leave it out by layers=', stacklevel=2)
     return keeps
 
 
-def _cost(part, keep):
-    "The weights that go with a keep mask."
-    if part.costs is None: return part.size * (count(part.alive) - count(keep))
-    return int(part.costs[part.alive & ~keep].sum())
-
-
 def _best(part):
-    "The living group that goes last, None if there is none."
+    "The living group that goes last, and its weights."
     scores = part.scores(slice(None)).masked_fill(~part.alive, -torch.inf)
-    return len(scores) - 1 - int(scores.flip(0).argmax()) if count(part.alive) else None
+    group = int((scores == scores.max()).nonzero()[-1])
+    return group, part.size if part.costs is None else int(part.costs[group])
 
 
 def local(parts, fraction):

@@ -34,6 +34,9 @@ def choose(
     for name, module in named.items():
         if name in wanted:
             _check_fit(name, module)
+            if not module.weight.numel():
+                skipped[name] = 'has no weights'
+                continue
             owner = first.setdefault(module.weight, name)
             if owner == name: chosen[name] = module
             else: skipped[name] = f'shares the weight of {owner!r}'

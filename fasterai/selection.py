@@ -1,13 +1,14 @@
 "Which are the lowest: exact, at any size, without gathering the scores."
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 CHUNK = 1 << 19  # weights that are looked at together: few enough for a processor's cache
-SAMPLE = 1 << 16  # scores that are sorted to guess where the cut will be
+SORTED = 1 << 14  # groups that are sorted without much ado; of more, a sample is
 
 
 @dataclass
@@ -20,12 +21,98 @@ class Part:
     scores: Callable[[slice], torch.Tensor]  # gives (n,) float32 of the groups in a slice, the same each time
     costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `size`
     stranded: int = 0  # zeros in groups that live; they count as gone whatever is decided
-    spared: int | None = None  # a group that must stay
+
+    @cached_property
+    def living(self) -> int:
+        "Groups that are alive."
+        return count(self.alive)
 
     @property
     def gone(self) -> int:
         "Zeros that are there, in weights."
-        return self.stranded + self.size * (len(self.alive) - count(self.alive))
+        return self.stranded + self.size * (len(self.alive) - self.living)
+
+    def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
+        "The part in pieces of `CHUNK` weights."
+        step = max(1, CHUNK // self.size)
+        for start in range(0, len(self.alive), step):
+            where = slice(start, start + step)
+            yield where, _host(self.scores(where)), None if self.living == len(self.alive) else _host(self.alive[where])
+
+
+class Cut(NamedTuple):
+    "Where the order of living groups by (score, position) is cut: the groups below go."
+    score: float  # all with a lower score go
+    ties: int  # and so many with just this score, the first ones by position
+    tied: int  # of so many
+
+
+EVERYTHING = Cut(np.inf, 0, 0)
+
+
+class Found(NamedTuple):
+    "What a sweep has seen of one part."
+    below: int  # living groups scored up to the lower end of the bracket
+    cost: int  # the weights of these
+    scores: np.ndarray  # of the living groups inside the bracket, by position
+    costs: np.ndarray | int  # and their weights, one number where they are all the same
+
+
+class Lowest:
+    """Finds the cut that removes the lowest living groups until a budget of weights is gone, to the nearest group, halves upward.
+
+    A strided sample brackets the cut (Floyd & Rivest 1975); one sweep sums what lies below the bracket and collects
+    what lies inside; only that is sorted. A bracket that misses is given up for everything; one that hits serves again."""
+
+    def __init__(self,
+        parts: list,  # of `Part`
+    ):
+        self.parts, self.found = parts, None
+
+    def cut(self,
+        budget: int,  # how many weights shall go, at least 1
+    ) -> Cut:
+        for bracket in (None, _bracket, _everything):
+            if bracket:
+                lo, hi = bracket(self.parts, budget)
+                self.found = [_sweep(part, lo, hi) for part in self.parts]
+            if not self.found: continue
+            below = sum(f.cost for f in self.found)
+            inside = sum(f.costs * len(f.scores) if isinstance(f.costs, int) else int(f.costs.sum()) for f in self.found)
+            if below < budget <= below + inside: return _cut(self.found, budget - below)
+        return EVERYTHING  # all there is does not fill the budget
+
+    def taken(self,
+        cut: Cut,  # the last one
+    ) -> list:  # ints
+        "How many groups of each part go."
+        if cut == EVERYTHING: return [part.living for part in self.parts]
+        taken, left = [], cut.ties
+        for found in self.found:
+            ties = min(left, int((found.scores == cut.score).sum())) if left else 0
+            left -= ties
+            taken.append(found.below + int((found.scores < cut.score).sum()) + ties)
+        return taken
+
+
+def remove(
+    parts: list,  # of `Part`
+    cut: Cut,
+) -> Iterator[torch.Tensor]:  # keep masks (groups,), one a part
+    "Keep masks: what is gone stays gone, what lies below the cut goes."
+    seen = 0  # tied groups so far
+    for part in parts:
+        keep = torch.empty_like(part.alive)
+        for where, scores, alive in part.chunks():
+            above = _host(keep)[where]
+            compare = np if isinstance(scores, np.ndarray) else torch
+            (compare.greater if cut.ties == cut.tied else compare.greater_equal)(scores, cut.score, out=above)
+            if alive is not None: above &= alive
+            if 0 < cut.ties < cut.tied and seen < cut.ties:
+                equal = _places((scores == cut.score) & above)
+                above[equal[:cut.ties - seen]] = False
+                seen += len(equal)
+        yield keep
 
 
 def count(
@@ -36,79 +123,23 @@ def count(
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else torch.count_nonzero(mask))
 
 
-class Cut(NamedTuple):
-    "Where the order of living groups by (score, position) is cut: the groups below go."
-    score: float  # all with a lower score go
-    ties: int  # and so many with just this score, the first ones by position
-    tied: int  # of so many
-
-
-NOTHING, EVERYTHING = Cut(-np.inf, 0, 0), Cut(np.inf, 0, 0)
-
-
-def lowest(
-    parts: list,  # of `Part`
-    budget: int,  # how many weights shall go
-) -> Cut:
-    """The cut that removes the lowest living groups until `budget` weights are gone, to the nearest group, halves upward.
-
-    A strided sample brackets the cut (Floyd & Rivest 1975); one sweep sums what lies below the bracket and collects
-    what lies inside; only that is sorted. A bracket that misses is given up for everything."""
-    if budget <= 0: return NOTHING
-    for lo, hi in (_bracket(parts, budget), (-np.inf, np.inf)):
-        below, scores, costs = _sweep(parts, lo, hi)
-        total = below + (costs * len(scores) if isinstance(costs, int) else int(costs.sum()))
-        if below < budget <= total: return _cut(below, scores, costs, budget)
-        if below < budget and hi == np.inf: return EVERYTHING  # all there is does not fill the budget
-
-
-def remove(
-    parts: list,  # of `Part`
-    cut: Cut,
-) -> Iterator[torch.Tensor]:  # keep masks (groups,), one a part
-    "Keep masks: what is gone stays gone, what lies below the cut goes."
-    seen = 0  # tied groups in the parts before
-    for part in parts:
-        keep = torch.empty_like(part.alive)
-        for where, scores, alive in _chunks([part]):
-            above = scores > cut.score if cut.ties == cut.tied else scores >= cut.score
-            if 0 < cut.ties < cut.tied and seen < cut.ties:
-                equal = _places((scores == cut.score) & alive)
-                above[equal[:cut.ties - seen]] = False
-                seen += len(equal)
-            above &= alive
-            _host(keep)[where] = above
-        if part.spared is not None: keep[part.spared] = True
-        yield keep
-
-
-def _cut(below, scores, costs, budget):
-    "The cut among `scores`, given by position, where `below` weights go before them."
-    if isinstance(costs, int):
-        take = int((budget - below) / costs + .5)
-        if take == 0: return Cut(float(scores.min()), 0, 1)
-        score = np.partition(scores, take - 1)[take - 1]
-        return Cut(float(score), take - int((scores < score).sum()), int((scores == score).sum()))
-    order = scores.argsort(kind='stable')
-    ranked, gone = scores[order], below + costs[order].cumsum()
-    reaching = int(gone.searchsorted(budget))  # the group with which the budget is reached
-    short = budget - (int(gone[reaching - 1]) if reaching else below)
-    take = reaching + (int(gone[reaching]) - budget <= short)
-    score = ranked[max(take - 1, 0)]
-    return Cut(float(score), int((ranked[:take] == score).sum()), int((ranked == score).sum()))
+def _everything(parts, budget): return -np.inf, np.inf
 
 
 def _bracket(parts, budget):
     "Two scores, three standard errors about the estimated place of the cut: it most likely lies above the one and not above the other."
     groups = sum(len(p.alive) for p in parts)
-    step = max(1, groups // SAMPLE) | 1  # odd, to fall out of step with kernels
+    step = 1 if groups <= SORTED else round(groups ** (1 / 3)) | 1  # odd, to fall out of step with kernels
     scores, weights, at = [], [], 0
     for part in parts:
         where = slice(-at % step, None, step)
-        alive = _places(_host(part.alive[where]))
-        scores.append(_numbers(part.scores(where), alive))
-        weights.append(_numbers(part.costs[where], alive) if part.costs is not None else np.full(len(alive), part.size))
         at += len(part.alive)
+        found, cost = _host(part.scores(where)), part.size if part.costs is None else _host(part.costs[where])
+        if part.living < len(part.alive):
+            alive = _places(_host(part.alive[where]))
+            found, cost = found[alive], cost if isinstance(cost, int) else cost[alive]
+        scores.append(_array(found))
+        weights.append(_array(cost) if not isinstance(cost, int) else np.full(len(found), cost))
     scores, weights = np.concatenate(scores), np.concatenate(weights) * step
     if not len(scores): return -np.inf, np.inf
     if weights.min() == weights.max(): scores.sort()
@@ -123,47 +154,53 @@ def _bracket(parts, budget):
     return (float(scores[lower - 1]) if lower else -np.inf), (float(scores[hi]) if hi < len(scores) else np.inf)
 
 
-def _sweep(parts, lo, hi):
-    "The weights of the groups scored up to `lo`; scores and weights of those above it up to `hi`, by position."
-    below, found, costs, same = 0, [], [], len({p.size for p in parts}) == 1 and all(p.costs is None for p in parts)
-    for part in parts:
-        for where, scores, alive in _chunks([part]):
-            upto = scores <= hi
-            upto &= alive
-            inside = scores > lo
-            inside &= upto
-            places = _places(inside)
-            found.append(_numbers(scores, places))
-            if part.costs is None:
-                below += part.size * (count(upto) - len(places))
-                if not same: costs.append(np.full(len(places), part.size))
-            else:
-                cost = part.costs[where]
-                costs.append(_numbers(cost, places))
-                below += int(_numbers(cost, _places(upto)).sum()) - int(costs[-1].sum())
-    return below, np.concatenate(found), parts[0].size if same else np.concatenate(costs)
+def _sweep(part, lo, hi):
+    below, cost, scores, costs = 0, 0, [], []
+    for where, s, alive in part.chunks():
+        upto, inside = s <= hi, s > lo
+        if alive is not None: upto &= alive
+        inside &= upto
+        places = _places(inside)
+        number = count(upto) - len(places)
+        below += number
+        scores.append(_array(s[places]))
+        if part.costs is None: cost += part.size * number
+        else:
+            c = _host(part.costs[where])
+            costs.append(_array(c[places]))
+            cost += int(c[upto].sum()) - int(costs[-1].sum())
+    return Found(below, cost, np.concatenate(scores), part.size if part.costs is None else np.concatenate(costs))
 
 
-def _chunks(parts):
-    "Slices of each part with the scores and the living groups in them; a group that is spared counts as not living."
-    for part in parts:
-        step = max(1, CHUNK // part.size)
-        for start in range(0, len(part.alive), step):
-            where = slice(start, start + step)
-            alive = _host(part.alive[where])
-            if part.spared is not None and start <= part.spared < start + step:
-                alive = alive.copy() if isinstance(alive, np.ndarray) else alive.clone()
-                alive[part.spared - start] = False
-            yield where, _host(part.scores(where)), alive
+def _cut(found, budget):
+    "The cut inside the bracket, where `budget` weights are still to go."
+    scores = np.concatenate([f.scores for f in found])
+    sizes = {f.costs if isinstance(f.costs, int) else 0 for f in found}
+    if len(sizes) == 1 and 0 not in sizes:
+        take = int(budget / sizes.pop() + .5)
+        if take == 0: return Cut(float(scores.min()), 0, 1)
+        score = np.partition(scores, take - 1)[take - 1]
+        return Cut(float(score), take - int((scores < score).sum()), int((scores == score).sum()))
+    costs = np.concatenate([np.broadcast_to(f.costs, f.scores.shape) for f in found])
+    order = scores.argsort(kind='stable')
+    ranked, gone = scores[order], costs[order].cumsum()
+    reaching = int(gone.searchsorted(budget))  # the group with which the budget is reached
+    short = budget - (int(gone[reaching - 1]) if reaching else 0)
+    take = reaching + (int(gone[reaching]) - budget <= short)
+    score = ranked[max(take - 1, 0)]
+    return Cut(float(score), int((ranked[:take] == score).sum()), int((ranked == score).sum()))
 
 
 # On a CPU numpy compares and picks many times faster than torch; elsewhere the tensors stay where they are.
 
 def _host(tensor): return tensor.numpy() if tensor.device.type == 'cpu' else tensor
-def _places(mask): return np.flatnonzero(mask) if isinstance(mask, np.ndarray) else mask.nonzero().flatten()
+def _array(values): return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
-def _numbers(values, places):
-    "The values at some places, as a numpy array."
-    values = values[places] if isinstance(values, np.ndarray) == isinstance(places, np.ndarray) else _host(values)[places]
-    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+def _places(mask):
+    "Where a mask is True."
+    if not isinstance(mask, np.ndarray): return mask.nonzero().flatten()
+    if len(mask) % 8 or not mask.flags.c_contiguous: return np.flatnonzero(mask)
+    eights = np.flatnonzero(mask.view(np.uint64))  # few are True, so most eights are empty
+    places = (eights[:, None] * 8 + np.arange(8)).ravel()
+    return places[mask[places]]

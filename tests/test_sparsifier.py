@@ -270,3 +270,62 @@ def test_bad_sparsities_are_refused(net, sparsity, error, says):
 
 def test_a_model_is_a_module():
     with pytest.raises(TypeError, match='model: got dict, allowed is a torch.nn.Module'): Sparsifier({})
+
+
+def test_the_biases_of_a_tied_weight_die_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.n, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x): return self.out(self.a(x) + self.n(self.b(x)))
+    model = Tied()
+    Sparsifier(model, 'filter', 'local', example=torch.randn(5, 4)).sparsify_model(50)
+    x = model.b(torch.randn(9, 4))
+    assert torch.equal((x == 0).all(0), model.n.weight == 0) and (model.n.weight == 0).sum() == 2
+
+
+def test_a_layer_that_did_not_run_is_left_alone():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.aux, self.out = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x): return (self.out(self.a(x)), self.aux(self.a(x))) if self.training else self.out(self.a(x))
+    sparsifier = Sparsifier(Auxiliary(), 'filter', example=torch.randn(2, 4))
+    assert list(sparsifier.layers) == ['a'] and sparsifier.skipped['aux'].startswith('did not run')
+
+
+def test_a_pattern_that_means_only_the_output_layer_is_refused(net):
+    with pytest.raises(ValueError, match=r"sparsity: got '8\*', which means only '8', and that makes the network's output"):
+        Sparsifier(net, 'filter').sparsify_model({'0': 50, '8*': 30})
+
+
+@pytest.mark.parametrize('context, says', [
+    (lambda parts, fraction: [p.alive for p in parts][:-1], 'allowed is a bool keep mask for each layer'),
+    (lambda parts, fraction: [p.alive.float() for p in parts], 'allowed is a bool keep mask')])
+def test_a_context_of_ones_own_is_checked(net, context, says):
+    with pytest.raises(ValueError, match=says): Sparsifier(net, context=context).sparsify_model(50)
+
+
+def test_a_context_of_ones_own_does_not_free_what_is_gone(net):
+    net[3].weight.data[0] = 0
+    sparsifier = Sparsifier(net, context=lambda parts, fraction: [torch.ones_like(p.alive) for p in parts])
+    sparsifier.sparsify_model(50)
+    assert not sparsifier.layers['3'].mask[0].any() and sparsifier.layers['3'].mask[1:].all()
+
+
+def test_a_criterion_that_works_in_place_does_not_reach_the_model(net):
+    before = [p.clone() for p in net.parameters()]
+    Sparsifier(net, criteria=lambda weight: weight.abs_()).sparsify_model(50)
+    assert all(torch.equal(p[p != 0], q[p != 0]) for p, q in zip(net.parameters(), before))
+
+
+def test_layers_without_weights_are_left_out():
+    assert Sparsifier(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))).skipped == {'1': 'has no weights'}
+
+
+@pytest.mark.parametrize('state, error', [(None, TypeError), ({'0': {}, '3': {}, '8': {}}, ValueError)])
+def test_states_of_other_kinds_are_refused(net, state, error):
+    with pytest.raises(error, match='state: got'): Sparsifier(net).load_state_dict(state)

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import convnet
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
@@ -206,6 +206,70 @@ def test_looking_has_no_side_effect(make_learner, capsys, tmp_path):
     learn.lr_find(num_it=5, show_plot=False)
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
     assert capsys.readouterr().out == '' and len(learn.cbs) == n and [m.name for m in learn.metrics] == ['accuracy']
+
+
+@pytest.mark.parametrize('look', ['get_preds', 'validate'])
+def test_looking_in_the_middle_of_a_fit_does_not_end_it(make_learner, look):
+    class Peek(Callback):
+        order = 70
+
+        def after_epoch(self):
+            if not self.learn.lock.locked(): getattr(self.learn, look)(dl=self.dls.valid)
+    learn = make_learner()
+    learn.fit(4, cbs=[SparsifyCallback(90), Peek()])
+    assert zeros(learn.model) == wanted(90)
+    learn.fit(2, .1, cbs=Peek())
+    assert zeros(learn.model) == wanted(90)
+
+
+def test_a_layer_that_was_emptied_stays_empty(make_learner):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(100, layers='3'))
+    learn.fit(1, .1)
+    assert (learn.model[3].weight == 0).all()
+    learn.fit(1, .1, cbs=SparsifyCallback(100, layers='3'))
+    assert (learn.model[3].weight == 0).all()
+
+
+def test_who_moves_weights_behind_us_is_overruled_by_the_end_of_the_epoch(make_learner):
+    class Mover(Callback):
+        order = 95
+
+        def after_step(self):
+            with torch.no_grad(): self.model[3].weight += 1
+    learn = make_learner()
+    learn.fit(1, cbs=[SparsifyCallback(90), Mover()])
+    assert zeros(learn.model) == wanted(90)
+
+
+def test_frozen_epochs_are_not_the_best_of_the_sparse_fit(make_learner, capsys):
+    learn = make_learner(splitter=parts)
+    learn.fine_tune(4, freeze_epochs=2, cbs=[SparsifyCallback(90, schedule=one_shot(at=.5)), Fake(.1, .1, .9, .9), SaveModelCallback(reset_on_fit=False)])
+    assert zeros(learn.model) == wanted(90)
+
+
+def test_a_keeper_skips_a_layer_that_was_parametrized(make_learner):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(90))
+    nn.utils.parametrizations.weight_norm(learn.model[3])
+    learn.create_opt()
+    before = int((learn.model[8].weight == 0).sum())
+    learn.fit(1)
+    assert (learn.model[8].weight == 0).sum() == before
+
+
+def test_train_metrics_and_broken_epochs_keep_the_columns_in_place(make_learner):
+    class Skip(Callback):
+        def before_validate(self): raise CancelValidException
+    learn = make_learner()
+    learn.recorder.train_metrics = True
+    learn.fit(1, cbs=SparsifyCallback(80))
+    names, values = list(learn.recorder.metric_names)[1:-1], learn.recorder.values[-1]
+    assert len(names) == len(values) and [round(v) for n, v in zip(names, values) if 'sparsity' in n] == [80, 80]
+    learn.recorder.train_metrics = False
+    learn.fit(1, cbs=[SparsifyCallback(80), Skip()])
+    assert list(learn.recorder.metric_names)[1:-1] == ['train_loss', 'valid_loss', 'accuracy', 'sparsity']
+    assert learn.recorder.values[-1][1:3] == [None, None] and round(learn.recorder.values[-1][3]) == 80
 
 
 class Boom(Callback):
