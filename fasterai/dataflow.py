@@ -212,7 +212,8 @@ def trace(model: nn.Module) -> Flow:
         if n.op == 'call_module':
             module, args = modules[n.target], args[:1] or tuple(kwargs.values())[:1]
             kwargs, name = {}, type(module).__name__
-            if axes_of(module) is not None: name, args = next(c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), (*args, module.weight, module.bias)
+            if axes_of(module) is not None:
+                name, args = next(c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), (*args, module.weight, module.bias)
             elif name == 'Flatten': args += (module.start_dim,)
             elif name == 'Hardtanh': args += (module.min_val, module.max_val)
             else: args += (*module.parameters(), *module.buffers())

@@ -60,7 +60,8 @@ class Report:
     def _repr_html_(self):
         head, *body = self._cells()
         def row(cells, tag):
-            return '<tr>' + ''.join(f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{escape(c)}</{tag}>' for i, c in enumerate(cells)) + '</tr>'
+            styled = (f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{escape(c)}</{tag}>' for i, c in enumerate(cells))
+            return f'<tr>{"".join(styled)}</tr>'
         notes = ''.join(f'<div>left alone: <code>{escape(name)}</code>: {escape(reason)}</div>' for name, reason in self.skipped.items())
         return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(r, "td") for r in body)}</tbody></table>{notes}'
 

@@ -1,7 +1,6 @@
 "Zeroes the least important weights of any PyTorch model, and holds the masks."
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -12,15 +11,14 @@ from torch import nn
 
 from fasterai.arguments import name_of, nearest, one_of, percent
 from fasterai.context import CONTEXTS
-from fasterai.criteria import evidence_of, gather, read_criterion, score
+from fasterai.criteria import evidence_of, read_criterion
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
 from fasterai.layers import choose, matching
 from fasterai.report import Report, measure
-from fasterai.selection import CHUNK, Part
+from fasterai.scoring import Scores
+from fasterai.selection import Part
 
-
-FEW = 8  # weights a group from which on the scores of all groups are half a byte a weight or less
 LOWEST = torch.finfo(torch.float32).min  # the score of what is gone, where it competes again
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -138,7 +136,7 @@ class Sparsifier:
         if 'grad' in evidence_of(self.criterion) and not any(w.grad is not None and w.grad.any() for w in (layer.weight for layer in layers)):
             raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
                              'and before optimizer.zero_grad(); nothing was changed')
-        ask, masks = _Scores(self.criterion), {}
+        ask, masks = Scores(self.criterion), {}
         for job, fraction in jobs:
             for layer, keep in zip(job, self._keeps([self._part(layer, ask, regrow) for layer in job], fraction)):
                 mask = layer.grouping.expand(keep)
@@ -265,7 +263,8 @@ class Sparsifier:
         masks, aligned = {}, {}
         for name, layer in self.layers.items():
             try: shape, bits = tuple(state[name]['shape']), state[name]['bits']
-            except (KeyError, TypeError): raise ValueError(f"state: got {state[name]!r} for {name!r}, allowed is a dict with 'shape' and 'bits'") from None
+            except (KeyError, TypeError):
+                raise ValueError(f"state: got {state[name]!r} for {name!r}, allowed is a dict with 'shape' and 'bits'") from None
             if not isinstance(bits, torch.Tensor) or bits.dtype != torch.uint8:
                 raise ValueError(f'state: got {type(bits).__name__} as bits for {name!r}, allowed is a tensor of uint8')
             if shape != tuple(layer.mask.shape) or len(bits) != -(-layer.mask.numel() // 8):
@@ -309,50 +308,3 @@ def _zero(tensor, keep):
     bits = BITS.get(tensor.dtype)
     if bits: tensor.view(bits).mul_(keep)
     else: tensor.masked_fill_(~keep, 0)
-
-
-class _Scores:
-    """Answers for the groups' scores within one event; what is asked again gives the same.
-
-    Evidence, or the scores of a criterion that is not `elementwise`, are at hand for one layer at a time. Only where groups are
-    large, and their scores few, are these kept to the end."""
-
-    def __init__(self, criterion): self.criterion, self.seeds, self.at_hand, self.few, self.checked = criterion, {}, {}, {}, set()
-
-    def __call__(self,
-        layer: Layer,
-        where: slice,  # of the groups
-    ) -> torch.Tensor:  # (n,), float32
-        name, size = layer.name, layer.grouping.size
-        if size < FEW: return self._ask(layer, where)
-        if name not in self.few:
-            step = max(1, CHUNK // size)
-            self.few[name] = torch.cat([self._ask(layer, slice(i, i + step)) for i in range(0, layer.grouping.groups, step)])
-        return self.few[name][where]
-
-    def _ask(self, layer, where):
-        name, grouping, by_chunk = layer.name, layer.grouping, getattr(self.criterion, 'elementwise', False)
-        if name not in self.at_hand:
-            self.at_hand.clear()
-            evidence = gather(self.criterion, layer.weight, name)
-            if not by_chunk:
-                with _replayed(self.seeds, layer): evidence = {'scores': score(self.criterion, evidence, name)}
-            self.at_hand[name] = {n: grouping.rows(t) for n, t in evidence.items()}
-        rows, asked = {n: t[where] for n, t in self.at_hand[name].items()}, (name, where.start, where.step)
-        found = score(self.criterion, rows, name, check=asked not in self.checked) if by_chunk else rows['scores']
-        self.checked.add(asked)
-        return grouping.mean(found)
-
-
-@contextmanager
-def _replayed(seeds, layer):
-    "The random numbers that a criterion draws for a layer are the same each time within one event."
-    devices = [layer.weight.device] if layer.weight.is_cuda else []
-    if layer.name in seeds:
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(seeds[layer.name][0])
-            for device, state in zip(devices, seeds[layer.name][1:]): torch.cuda.set_rng_state(state, device)
-            yield
-    else:
-        seeds[layer.name] = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-        yield
