@@ -41,6 +41,14 @@ def test_one_layer_alone(net):
     with pytest.raises(ValueError, match="layer: got '8', makes the network's output"): Sparsifier(net, 'filter').sparsify_layer('8', 50)
 
 
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_what_is_not_selected_is_not_touched(net, granularity):
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    Sparsifier(net, granularity, layers='3').sparsify_model(50)
+    touched = {n for n, p in net.state_dict().items() if not torch.equal(p, before[n])}
+    assert touched == ({'3.weight'} if granularity == 'weight' else {'3.weight', '3.bias', '4.weight'})  # 4 is the norm; its shift was zero
+
+
 def test_a_dict_goes_layer_by_layer(net):
     Sparsifier(net).sparsify_model({'*': 10, '3': 50, nn.Linear: 90})
     assert zeros(net) == {'0.weight': 5, '3.weight': 216, '8.weight': 8}  # a name goes first, then what stands first

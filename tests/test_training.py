@@ -500,8 +500,17 @@ def test_loggers_get_the_measured_sparsity(make_learner, tmp_path):
     assert [line.get_label() for line in ax.lines] == ['0', '3', '8'] and len(ax.lines[0].get_xdata()) == 4
 
 
-def test_tensorboard_and_wandb_read_what_the_recorder_shows(make_learner):
-    "Both go through names and log like this, in after_epoch, right behind the Recorder."
+def test_tensorboard(make_learner, tmp_path):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = make_learner()
+    learn.fit(4, cbs=[SparsifyCallback(80, schedule=linear(0, 1)), TensorBoardCallback(tmp_path / 'runs', trace_model=False, log_preds=False)])
+    events = EventAccumulator(str(tmp_path / 'runs')).Reload()
+    assert [round(e.value) for e in events.Scalars('sparsity')] == [20, 40, 60, 80]
+
+
+def test_wandb_and_others_read_what_the_recorder_shows(make_learner):
+    "They go through names and log like this, in after_epoch, right behind the Recorder."
     class Reader(Callback):
         order, seen = 51, []
 
