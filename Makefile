@@ -3,13 +3,16 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DESCRIPTION := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2
+
+bench: .venv/installed
+	$(RUN) benchmarks/speed.py
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; try make PYTHON=python3.12')"

@@ -1,6 +1,7 @@
 "Drives a `Sparsifier` through fastai's training loop."
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from fastai.callback.core import Callback as FastaiCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientClip
@@ -90,6 +91,7 @@ class SparsifyCallback(KeepSparse):
         schedule: str | Callable = 'gradual',  # when: a name, gradual(start=.2, end=.8) and its like, or any function of progress
         layers=None,  # None for every convolution and Linear, or for those that a dict `sparsity` names; else as in `Sparsifier`
     ):
+        if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: percent(value)
         if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes')
         one_of('context', context, CONTEXTS)
@@ -157,14 +159,22 @@ class SparsifyCallback(KeepSparse):
     ):
         "Draw the measured sparsity of each layer by epoch; returns the axes."
         if not self.history: raise ValueError('plot_sparsity: there is nothing to draw before the first epoch of a fit')
+        import matplotlib
         if ax is None:
             import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(6, 4))
-        epochs = [h['epoch'] + 1 for h in self.history]
-        for layer in self.sparsifier.layers: ax.plot(epochs, [h[layer] for h in self.history], marker='.', label=layer or '(the model)')
+            _, ax = plt.subplots(figsize=(7, 4), layout='constrained')
+        epochs, layers = [h['epoch'] for h in self.history], list(self.sparsifier.layers)
+        colours = matplotlib.colormaps['viridis'](np.linspace(0, .95, len(layers)))  # from the first layer to the last
+        for layer, colour in zip(layers, colours):
+            ax.plot(epochs, [h[layer] for h in self.history], marker='.', color=colour, label=layer or '(the model)')
         ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(-5, 105))
-        ax.legend(fontsize='small')
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=1 + len(layers) // 24)
         return ax
+
+    def __repr__(self):
+        given = {'sparsity': self.sparsity} | {k: v for k, v in self.choices.items() if v is not None} | {'schedule': self.schedule}
+        return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in given.items())})'
 
     def _sparsify(self):
         "An event, if the schedule says something new."
@@ -215,14 +225,14 @@ class SparsifyCallback(KeepSparse):
         report, frozen = self.sparsifier.report(), self._frozen()
         fractions = self.sparsifier.fractions(self.sparsity)
         asked = 100 * sum(fractions.get(r.layer, 0) * r.weights for r in report.rows) / report.weights
-        text = f'sparsity: asked {float(asked):.4g} %, reached {report.sparsity:.2f} % ({report.zeros:,} of {report.weights:,} weights)'
+        text = f'asked {float(asked):.4g} %, reached {report.sparsity:.2f} % ({report.zeros:,} of {report.weights:,} weights)'
         if frozen:
-            text += (f'; nothing was zeroed while {len(frozen)} of {len(report.rows)} selected layers are frozen '
-                     f'({frozen[0]!r} first): unfreeze them, or choose others by layers=')
-        elif self.trouble: text += f'; the last event failed: {self.trouble}'
+            return (f'sparsity: waits while {len(frozen)} of {len(report.rows)} selected layers are frozen ({frozen[0]!r} first): '
+                    f'unfreeze them, or choose others by layers=; {text}')
+        if self.trouble: text += f'; the last event failed: {self.trouble}'
         elif self.done < 1: text += f', stopped after {100 * self.done:.0f} % of the training'
         elif self.share < 1: text += f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
-        return text
+        return f'sparsity: {text}'
 
 
 def _option(tracker, name): return getattr(tracker, name, False)

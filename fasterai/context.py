@@ -2,9 +2,9 @@
 import warnings
 from fractions import Fraction
 
-import torch
+import numpy as np
 
-from fasterai.selection import Lowest, count, remove
+from fasterai.selection import Lowest, count, places, remove
 
 
 def compete(
@@ -33,8 +33,12 @@ def compete(
 
 def _best(part):
     "The living group that goes last, and its weights."
-    scores = part.scores(slice(None)).masked_fill(~part.alive, -torch.inf)
-    group = int((scores == scores.max()).nonzero()[-1])
+    best, group = -np.inf, None
+    for where, scores, alive in part.chunks():
+        living = scores if alive is None else scores[alive]
+        if not len(living) or living.max() < best: continue
+        best = living.max()
+        group = where.start + int(places(scores == best if alive is None else (scores == best) & alive)[-1])
     return group, part.size if part.costs is None else int(part.costs[group])
 
 

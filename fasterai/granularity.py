@@ -2,6 +2,7 @@
 import re
 from math import prod
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -70,7 +71,12 @@ class Grouping:
         scores: torch.Tensor,  # rows
     ) -> torch.Tensor:  # (rows,)
         "The score of a group: the mean of its entries' scores, so that groups of different size compare."
-        return scores if self.size == 1 else scores.mean(1)
+        if self.size == 1: return scores
+        if self.size > 8 or scores.device.type != 'cpu': return scores.mean(1)
+        columns = scores.numpy().T  # few summands: a column at a time is several times faster
+        total = columns[0] + columns[1]
+        for column in columns[2:]: total += column
+        return torch.from_numpy(total / np.float32(self.size))
 
     def count(self,
         mask: torch.Tensor,  # bool, of the weight's shape

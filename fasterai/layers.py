@@ -76,8 +76,11 @@ def matching(
         found = _within(choice, able) if choice in named else [n for n in able if fnmatchcase(n, choice)]
     else: raise TypeError(f'{argument}: got {choice!r}, {allowed}')
     if not found:
-        what = f'which means no layer of type {_kinds()}'
-        raise ValueError(f'{argument}: got {choice!r}, {what}, {allowed}{nearest(choice, able) if isinstance(choice, str) else ""}')
+        hint = ''
+        if isinstance(choice, str):
+            hint = f'; for a type write nn.{choice}' if choice in _kinds().split(', ') else nearest(choice, able)
+        raise ValueError(f'{argument}: got {choice!r}, which means no layer of type {_kinds()}, {allowed}; '
+                         f'the layers here are {", ".join(map(repr, list(able)[:6]))}{", …" if len(able) > 6 else ""}{hint}')
     return found
 
 

@@ -40,6 +40,12 @@ class Report:
     def _totals(self):
         return (('selected weights', self.weights, self.zeros), ('all parameters', self.parameters, self.parameter_zeros))
 
+    def _notes(self):
+        "What was left alone, once for each reason, and no more than a few names."
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [n or '(the model)' for n, r in self.skipped.items() if r == reason]
+            yield ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else ''), reason
+
     def _cells(self):
         "The table as text, header first."
         yield 'layer', 'kind', 'shape', 'weights', 'zeros', 'sparsity', 'groups dead'
@@ -54,7 +60,7 @@ class Report:
         wide = [max(map(len, column)) for column in zip(*cells)]
         lines = ['  '.join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in cells]
         rule = '─' * max(map(len, lines))
-        notes = [f'left alone: {name or "(the model)"}: {reason}' for name, reason in self.skipped.items()]
+        notes = [f'left alone: {names}: {reason}' for names, reason in self._notes()]
         return '\n'.join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *notes])
 
     def _repr_html_(self):
@@ -62,7 +68,7 @@ class Report:
         def row(cells, tag):
             styled = (f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{escape(c)}</{tag}>' for i, c in enumerate(cells))
             return f'<tr>{"".join(styled)}</tr>'
-        notes = ''.join(f'<div>left alone: <code>{escape(name)}</code>: {escape(reason)}</div>' for name, reason in self.skipped.items())
+        notes = ''.join(f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>' for names, reason in self._notes())
         return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(r, "td") for r in body)}</tbody></table>{notes}'
 
     def to_frame(self):

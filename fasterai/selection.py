@@ -1,4 +1,5 @@
 "Which are the lowest: exact, at any size, without gathering the scores."
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ def remove(
             (compare.greater if cut.ties == cut.tied else compare.greater_equal)(scores, cut.score, out=above)
             if alive is not None: above &= alive
             if 0 < cut.ties < cut.tied and seen < cut.ties:
-                equal = _places((scores == cut.score) & above)
+                equal = places((scores == cut.score) & above)
                 above[equal[:cut.ties - seen]] = False
                 seen += len(equal)
         yield keep
@@ -130,28 +131,19 @@ def _bracket(parts, budget):
     "Two scores, three standard errors about the estimated place of the cut: it most likely lies above the one and not above the other."
     groups = sum(len(p.alive) for p in parts)
     step = 1 if groups <= SORTED else round(groups ** (1 / 3)) | 1  # odd, to fall out of step with kernels
-    scores, weights, at = [], [], 0
+    sample, at = [], 0
     for part in parts:
         where = slice(-at % step, None, step)
         at += len(part.alive)
-        found, cost = _host(part.scores(where)), part.size if part.costs is None else _host(part.costs[where])
+        scores, cost = _host(part.scores(where)), part.size if part.costs is None else _host(part.costs[where])
         if part.living < len(part.alive):
-            alive = _places(_host(part.alive[where]))
-            found, cost = found[alive], cost if isinstance(cost, int) else cost[alive]
-        scores.append(_array(found))
-        weights.append(_array(cost) if not isinstance(cost, int) else np.full(len(found), cost))
-    scores, weights = np.concatenate(scores), np.concatenate(weights) * step
-    if not len(scores): return -np.inf, np.inf
-    if weights.min() == weights.max(): scores.sort()
-    else:
-        order = scores.argsort()
-        scores, weights = scores[order], weights[order]
-    gone = weights.cumsum()
-    share = min(budget / gone[-1], 1)
-    error = 0 if step == 1 else 3 * (share * (1 - share) * float(np.square(weights, dtype=float).sum())) ** .5 + step
-    lo, hi = gone.searchsorted([budget - error, budget + error])
-    lower = scores.searchsorted(scores[min(lo, len(scores) - 1)])  # how many lie strictly below
-    return (float(scores[lower - 1]) if lower else -np.inf), (float(scores[hi]) if hi < len(scores) else np.inf)
+            alive = places(_host(part.alive[where]))
+            scores, cost = scores[alive], cost if isinstance(cost, int) else cost[alive]
+        sample.append((_array(scores), cost if isinstance(cost, int) else _array(cost)))
+    ranks = _Ranks(sample, step)
+    share = min(budget / ranks.total, 1) if ranks.total else 1
+    error = 0 if step == 1 else 3 * (share * (1 - share) * ranks.squares) ** .5 + step
+    return ranks.before(ranks.reaching(budget - error)), ranks.reaching(budget + error)
 
 
 def _sweep(part, lo, hi):
@@ -160,35 +152,62 @@ def _sweep(part, lo, hi):
         upto, inside = s <= hi, s > lo
         if alive is not None: upto &= alive
         inside &= upto
-        places = _places(inside)
-        number = count(upto) - len(places)
+        at = places(inside)
+        number = count(upto) - len(at)
         below += number
-        scores.append(_array(s[places]))
+        scores.append(_array(s[at]))
         if part.costs is None: cost += part.size * number
         else:
             c = _host(part.costs[where])
-            costs.append(_array(c[places]))
+            costs.append(_array(c[at]))
             cost += int(c[upto].sum()) - int(costs[-1].sum())
     return Found(below, cost, np.concatenate(scores), part.size if part.costs is None else np.concatenate(costs))
 
 
 def _cut(found, budget):
     "The cut inside the bracket, where `budget` weights are still to go."
-    scores = np.concatenate([f.scores for f in found])
-    sizes = {f.costs if isinstance(f.costs, int) else 0 for f in found}
-    if len(sizes) == 1 and 0 not in sizes:
-        take = int(budget / sizes.pop() + .5)
-        if take == 0: return Cut(float(scores.min()), 0, 1)
-        score = np.partition(scores, take - 1)[take - 1]
-        return Cut(float(score), take - int((scores < score).sum()), int((scores == score).sum()))
-    costs = np.concatenate([np.broadcast_to(f.costs, f.scores.shape) for f in found])
-    order = scores.argsort(kind='stable')
-    ranked, gone = scores[order], costs[order].cumsum()
-    reaching = int(gone.searchsorted(budget))  # the group with which the budget is reached
-    short = budget - (int(gone[reaching - 1]) if reaching else 0)
-    take = reaching + (int(gone[reaching]) - budget <= short)
-    score = ranked[max(take - 1, 0)]
-    return Cut(float(score), int((ranked[:take] == score).sum()), int((ranked == score).sum()))
+    ranks = _Ranks([(f.scores, f.costs) for f in found])
+    score = ranks.reaching(budget)
+    equal = [(f.scores == score).nonzero()[0] for f in found]
+    costs = np.concatenate([np.full(len(e), f.costs) if isinstance(f.costs, int) else f.costs[e] for f, e in zip(found, equal)])
+    short = budget - ranks.weight(score, 'left')
+    gone = costs.cumsum()  # of the tied groups, by position
+    reaching = int(gone.searchsorted(short))
+    before = int(gone[reaching - 1]) if reaching else 0
+    return Cut(score, reaching + (int(gone[reaching]) - short <= short - before), len(costs))
+
+
+class _Ranks:
+    "Scores in order, for each cost apart, to sum the costs up to a score without sorting them all together."
+
+    def __init__(self,
+        pieces: list,  # of (scores (n,), costs: int or (n,))
+        times: int = 1,  # how often each counts
+    ):
+        classes = {}
+        for scores, costs in pieces:
+            for cost in [costs] if isinstance(costs, int) else np.unique(costs).tolist():
+                classes.setdefault(cost * times, []).append(scores if isinstance(costs, int) else scores[costs == cost])
+        self.classes = {cost: np.sort(np.concatenate(scores)) for cost, scores in classes.items()}
+        self.total = sum(cost * len(scores) for cost, scores in self.classes.items())
+        self.squares = float(sum(cost * cost * len(scores) for cost, scores in self.classes.items()))
+
+    def weight(self, score, side='right'):
+        "The weights of what is scored up to `score`, or below it (`side='left'`)."
+        return sum(cost * int(scores.searchsorted(np.float32(score), side)) for cost, scores in self.classes.items())
+
+    def reaching(self, budget):
+        "The lowest score up to which `budget` weights lie; inf if there are not so many."
+        reached = []
+        for scores in self.classes.values():
+            first = bisect_left(range(len(scores)), budget, key=lambda i: self.weight(scores[i]))
+            if first < len(scores): reached.append(float(scores[first]))
+        return min(reached, default=np.inf)
+
+    def before(self, score):
+        "The highest score strictly below; -inf if there is none."
+        below = [float(scores[i - 1]) for scores in self.classes.values() if (i := int(scores.searchsorted(np.float32(score))))]
+        return max(below, default=-np.inf)
 
 
 # On a CPU numpy compares and picks many times faster than torch; elsewhere the tensors stay where they are.
@@ -197,10 +216,12 @@ def _host(tensor): return tensor.numpy() if tensor.device.type == 'cpu' else ten
 def _array(values): return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
-def _places(mask):
+def places(
+    mask,  # bool (n,), tensor or array
+):  # ints, of the same kind
     "Where a mask is True."
     if not isinstance(mask, np.ndarray): return mask.nonzero().flatten()
     if len(mask) % 8 or not mask.flags.c_contiguous: return np.flatnonzero(mask)
     eights = np.flatnonzero(mask.view(np.uint64))  # few are True, so most eights are empty
-    places = (eights[:, None] * 8 + np.arange(8)).ravel()
-    return places[mask[places]]
+    near = (eights[:, None] * 8 + np.arange(8)).ravel()
+    return near[mask[near]]

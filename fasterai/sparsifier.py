@@ -35,6 +35,12 @@ class Layer:
     @property
     def weight(self): return self.module.weight
 
+    @property
+    def alive(self) -> torch.Tensor:  # (groups,), bool
+        "The groups that have any weight left."
+        rows = self.grouping.rows(self.mask)
+        return rows if self.grouping.size == 1 else rows[:, 0] if self.aligned else rows.any(1)
+
 
 class Sparsifier:
     """Makes a model sparse: scores its weights, zeroes the lowest, keeps them zero.
@@ -97,7 +103,7 @@ class Sparsifier:
         share: float = 1.,  # how much of it is due, 0 to 1, as a schedule says
         regrow: bool = False,  # may the sparsity fall? What comes back starts from zero
     ):
-        "Zero the least important weights until the sparsity is reached. Zeros that are there count; all or nothing is done."
+        "Zero the least important weights until the sparsity is reached. Zeros that are there count and, without `regrow`, stay."
         if isinstance(share, bool) or not 0 <= share <= 1: raise ValueError(f'share: got {share!r}, allowed is 0 to 1')
         layers, due = self.layers, Fraction(float(share))
         if isinstance(sparsity, Mapping): jobs = [([layers[n]], f * due) for n, f in self.fractions(sparsity).items()]
@@ -158,12 +164,11 @@ class Sparsifier:
         "What the context sees of a layer."
         grouping, scores = layer.grouping, partial(ask, layer)
         if regrow:  # what is gone competes again, and is the first to go
-            gone = grouping.count(layer.mask) == 0
+            gone = ~layer.alive
             return Part(layer.name, layer.mask.numel(), grouping.size, torch.ones_like(gone),
                         lambda where: scores(where).masked_fill(gone[where], LOWEST))
-        rows = grouping.rows(layer.mask)
-        if layer.aligned: return Part(layer.name, layer.mask.numel(), grouping.size, rows if grouping.size == 1 else rows[:, 0], scores)
-        costs = rows.sum(1)
+        if layer.aligned: return Part(layer.name, layer.mask.numel(), grouping.size, layer.alive, scores)
+        costs = grouping.count(layer.mask)
         stranded = int((grouping.size - costs[costs > 0]).sum())
         return Part(layer.name, layer.mask.numel(), grouping.size, costs > 0, scores, costs, stranded)
 
@@ -190,9 +195,10 @@ class Sparsifier:
         optimizer: torch.optim.Optimizer,  # what steps the model in your own loop
     ):
         "Keep the zeros after every step of an optimiser, until `detach`."
-        if not hasattr(optimizer, 'register_step_post_hook'):
-            raise TypeError(f'optimizer: got {type(optimizer).__name__}, allowed is a torch.optim.Optimizer; '
-                            'with another kind call apply_masks() after each step')
+        if isinstance(optimizer, type) or not hasattr(optimizer, 'register_step_post_hook'):
+            raise TypeError(f'optimizer: got {optimizer!r}, allowed is a torch.optim.Optimizer; with another kind call apply_masks() after each step')
+        if not {id(layer.weight) for layer in self.layers.values()} & {id(p) for group in optimizer.param_groups for p in group['params']}:
+            raise ValueError('optimizer: got one that steps none of the selected weights, allowed is one that was made with parameters of this model')
         def before(*_): self.quiet_gradients()
         def after(*_):
             self.apply_masks()
@@ -226,7 +232,7 @@ class Sparsifier:
     def _silence(self):
         "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
         whole = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
-        dead = {id(layer.weight): (layer.grouping.count(layer.mask) == 0).cpu() for layer in whole}
+        dead = {id(layer.weight): (~layer.alive).cpu() for layer in whole}
         sharing = [m for m in self.model.modules() if id(getattr(m, 'weight', None)) in dead and getattr(m, 'bias', None) is not None]
         found = {module: {'bias': dead[id(module.weight)]} for module in sharing}
         norms = self._flow.silenced(dead, {id(module.bias) for module in sharing}) if self._flow else {}
@@ -272,8 +278,8 @@ class Sparsifier:
             mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
             masks[name] = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
             aligned[name] = bool((layer.grouping.count(masks[name]) % layer.grouping.size == 0).all())
-        self._set(masks)
         for name, layer in self.layers.items(): layer.aligned = aligned[name]
+        self._set(masks)
 
 
 def _layer(name, module, granularity):
@@ -299,7 +305,7 @@ def _flow(model, example):
     try: return trace(model)
     except Exception as error:
         warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code ({type(error).__name__}: {error}), so its '
-                      'output layer is not left alone and the BatchNorm of a dead filter stays: pass example=, one batch of inputs')
+                      'output layer is not left alone and the BatchNorm of a dead filter stays: pass Sparsifier(…, example=one batch of inputs)')
 
 
 def _zero(tensor, keep):

@@ -68,7 +68,7 @@ def test_frozen_layers_wait(make_learner, capsys):
     learn.logger = print
     learn.freeze()
     assert fit(learn, cbs=[SparsifyCallback(90)])[-1] == 0
-    assert "nothing was zeroed while 1 of 3 selected layers are frozen ('0' first): unfreeze them" in capsys.readouterr().out
+    assert "waits while 1 of 3 selected layers are frozen ('0' first): unfreeze them" in capsys.readouterr().out
     callback = SparsifyCallback(90)
     learn.fine_tune(2, freeze_epochs=1, cbs=callback)
     assert callback.sparsifier.report().zeros == 509
@@ -127,6 +127,7 @@ def test_an_exception_leaves_nothing_behind(make_learner):
 
 @pytest.mark.parametrize('arguments, error, says', [
     (dict(sparsity=.9), ValueError, 'write 90 for 90 %'), (dict(sparsity='90'), TypeError, "sparsity: got '90'"),
+    (dict(sparsity={}), ValueError, 'sparsity: got an empty dict'), (dict(sparsity=90, granularity=5), TypeError, 'granularity: got 5'),
     (dict(sparsity={'3': 200}), ValueError, 'sparsity: got 200'), (dict(sparsity=True), TypeError, 'sparsity: got True'),
     (dict(sparsity=90, granularity='weigth'), ValueError, "did you mean 'weight'"),
     (dict(sparsity=90, context='loca'), ValueError, "did you mean 'local'"),
@@ -153,3 +154,9 @@ def test_what_needs_the_model_is_refused_before_the_first_batch(make_learner, ar
 def test_a_name_or_an_object(make_learner):
     for schedule in ('gradual', gradual, gradual(start=.1, end=.75)):
         assert SparsifyCallback(90, schedule=schedule).schedule == gradual(.1, .75)
+
+
+def test_what_one_sees_of_a_callback():
+    assert repr(SparsifyCallback(90)) == ("SparsifyCallback(sparsity=90, granularity='weight', context='global', criteria='magnitude', "
+                                          'schedule=gradual(start=0.1, end=0.75))')
+    with pytest.raises(ValueError, match='plot_sparsity: there is nothing to draw before'): SparsifyCallback(90).plot_sparsity()

@@ -32,6 +32,7 @@ LAYERS = {
     'ConvTranspose2d grouped': lambda: nn.ConvTranspose2d(4, 10, 3, groups=2),
     'ConvTranspose1d depthwise': lambda: nn.ConvTranspose1d(6, 6, 3, groups=6),
 }
+COMPETE = {'global': lambda layers: [layers], 'local': lambda layers: [[layer] for layer in layers]}  # who reaches the share together
 ways = pytest.mark.parametrize('granularity, criteria, context', list(product(GRANULARITIES, CRITERIA, CONTEXTS)))
 
 
@@ -49,7 +50,7 @@ def check(sparsifier, sparsity, context):
     "The counts that the contract asks for: to the weight, or to the nearest group; one group a layer is kept below 100 %."
     share = Fraction(sparsity) / 100
     layers = list(sparsifier.layers.values())
-    for job in [layers] if context == 'global' else [[layer] for layer in layers]:
+    for job in COMPETE[context](layers):
         found, weights = sum(map(zeros, job)), sum(layer.weight.numel() for layer in job)
         size = max(layer.grouping.size for layer in job)
         most = weights if share == 1 else sum(layer.weight.numel() - layer.grouping.size for layer in job)

@@ -53,6 +53,7 @@ def test_outright_is_by_name_or_module_of_the_layer_itself():
 
 @pytest.mark.parametrize('layers, error, says', [
     ('haed', ValueError, "layers: got 'haed', which means no layer of type .*; did you mean 'head'"),
+    ('Conv2d', ValueError, "the layers here are 'body.0', 'body.2.0', 'head', 'tied'; for a type write nn.Conv2d"),
     ('body.1', ValueError, "layers: got 'body.1', which means no layer"),
     ('embed', ValueError, "layers: got 'embed', which means no layer"),
     (nn.LSTM, ValueError, 'means no layer'),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import fasterai
 import fasterai.all
+from fasterai.schedule import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_star_import_shadows_nothing():
     assert not set(fasterai.all.__all__) & set(dir(builtins))
     assert all(hasattr(fasterai.all, n) for n in fasterai.all.__all__)
+    assert set(SCHEDULES) <= set(fasterai.all.__all__)
 
 
 def test_settings_are_what_setup_reads():

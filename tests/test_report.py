@@ -50,3 +50,8 @@ def test_plot():
     assert [bar.get_width() for bar in ax.patches] == [50, 12.5]
     assert [t.get_text() for t in ax.get_yticklabels()] == ['0', '3']
     assert Sparsifier(pruned()).report().plot(ax=ax) is ax
+
+
+def test_many_layers_left_alone_are_one_line():
+    net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(9)])
+    assert str(Sparsifier(net, layers='0').report()).splitlines()[-1] == 'left alone: 1, 2, 3, 4 and 4 more: not chosen'

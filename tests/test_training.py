@@ -68,7 +68,7 @@ def test_layers_that_never_thaw_are_said(make_learner, capsys):
     learn.logger = print
     learn.freeze()
     learn.fit(1, cbs=SparsifyCallback(90))
-    assert zeros(learn.model) == 0 and 'nothing was zeroed while 1 of 3 selected layers are frozen' in capsys.readouterr().out
+    assert zeros(learn.model) == 0 and 'waits while 1 of 3 selected layers are frozen' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('again', ['the same', 'a new one'])
@@ -148,6 +148,17 @@ def test_files_are_those_of_the_dense_model(make_learner, tmp_path, with_opt):
     fresh = make_learner()
     fresh.load('sparse_1', strict=True)
     assert zeros(fresh.model) == zeros(learn.model) == wanted(90)
+
+
+@pytest.mark.parametrize('keeper', [lambda: KeepSparse(), lambda: SparsifyCallback(10)])
+def test_a_fresh_learner_keeps_what_it_loads(make_learner, keeper):
+    learn = make_learner()
+    learn.fit(1, cbs=SparsifyCallback(90))
+    learn.save('sparse')
+    fresh = make_learner()
+    fresh.load('sparse')
+    fresh.fit(2, .1, cbs=keeper())
+    assert zeros(fresh.model) == wanted(90)
 
 
 # Callbacks that compare epochs
@@ -669,4 +680,7 @@ def test_a_plain_loop(kind, granularity):
 
 
 def test_only_optimisers_with_hooks_can_be_attached():
-    with pytest.raises(TypeError, match='optimizer: got dict, allowed is a torch.optim.Optimizer'): Sparsifier(convnet()).attach({})
+    sparsifier = Sparsifier(convnet())
+    for wrong in ({}, torch.optim.Adam):
+        with pytest.raises(TypeError, match='optimizer: got .*, allowed is a torch.optim.Optimizer'): sparsifier.attach(wrong)
+    with pytest.raises(ValueError, match='steps none of the selected weights'): sparsifier.attach(torch.optim.SGD(convnet().parameters(), .1))

@@ -34,7 +34,7 @@ def test_fine_tune(learn, granularity, capsys):
     callback = SparsifyCallback(90, granularity)
     learn.fine_tune(1, cbs=callback)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('sparsity')]
-    assert 'nothing was zeroed while' in lines[0] and lines[1].startswith('sparsity: asked 90 %, reached 9')
+    assert 'waits while' in lines[0] and lines[1].startswith('sparsity: asked 90 %, reached 9')
     report = callback.sparsifier.report()
     if granularity == 'weight': assert report.zeros == round(.9 * report.weights)
     else:

@@ -1,0 +1,208 @@
+"""What an event and a step cost, in passes over the weights; `make bench` writes the table to benchmarks/RESULTS.md.
+
+One pass is `sum(w.abs().sum() for w in weights)`. Each figure is the median over rounds of the ratio to a pass timed just before
+it, so that a machine that speeds up and slows down does not matter. Every event is checked: the zeros are as many as asked for."""
+import argparse
+import copy
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fasterai.sparsifier import Sparsifier
+
+warnings.filterwarnings('ignore', 'sparsity: .* would have been left')  # a network with random weights at 90 %
+PRUNABLE = (nn.Conv2d, nn.Linear)
+
+
+def weights_of(model): return [m.weight.detach() for m in model.modules() if isinstance(m, PRUNABLE)]
+
+
+def one_pass(weights): return sum(w.abs().sum() for w in weights)
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+class Fresh:
+    "A model that can be put back to dense before each round, with gradients."
+    def __init__(self, model):
+        self.model, self.weights = model, weights_of(model)
+        self.dense = [w.clone() for w in self.weights]
+        for p in model.parameters(): p.grad = torch.randn_like(p)
+
+    def reset(self):
+        for w, d in zip(self.weights, self.dense): w.copy_(d)
+        return self.model
+
+
+def in_passes(fresh, prepare, work, check, rounds):
+    "Median ratio of `work` to one pass, interleaved; `check` sees what each round has done."
+    ratios = []
+    for _ in range(rounds + 1):
+        thing = prepare(fresh.reset())
+        for _ in range(3): unit = timed(lambda: one_pass(fresh.weights))
+        ratios.append(timed(lambda: work(thing)) / unit)
+        check(thing)
+    return statistics.median(ratios[1:])  # the first one warms up
+
+
+def events(fresh, sparsity, rounds):
+    "Rows (what, at most, measured) for events on all convolutions and Linears."
+    names = [n for n, m in fresh.model.named_modules() if isinstance(m, PRUNABLE)]
+    total = sum(w.numel() for w in fresh.weights)
+
+    def zeros(): return sum(int((w == 0).sum()) for w in fresh.weights)
+
+    for what, limit, *choices in (
+            ('global event, weight, magnitude', 6, 'weight', 'global', 'magnitude'), ('local event, weight, magnitude', 6, 'weight', 'local', 'magnitude'),
+            ('global event, weight, gradient', 10, 'weight', 'global', 'gradient'), ('local event, weight, gradient', 10, 'weight', 'local', 'gradient'),
+            ('global event, vector', 15, 'vector', 'global', 'magnitude'), ('global event, kernel', 8, 'kernel', 'global', 'magnitude'),
+            ('global event, filter', 4, 'filter', 'global', 'magnitude')):
+        def check(sparsifier):
+            largest = max(layer.grouping.size for layer in sparsifier.layers.values())
+            if choices[:2] == ['weight', 'global']: assert zeros() == round(total * sparsity / 100)
+            elif choices[1] == 'local':
+                for layer in sparsifier.layers.values(): assert abs(int((layer.weight == 0).sum()) - layer.weight.numel() * sparsity / 100) <= .5
+            else: assert abs(zeros() - total * sparsity / 100) <= largest
+        yield what, limit, in_passes(fresh, lambda m: Sparsifier(m, *choices, layers=names), lambda s: s.sparsify_model(sparsity), check, rounds)
+
+    def pruned(model):
+        sparsifier = Sparsifier(model, layers=names)
+        sparsifier.sparsify_model(sparsity)
+        return sparsifier
+    yield 'applying the masks after a step', 1.6, in_passes(fresh, pruned, lambda s: s.apply_masks(), lambda s: None, rounds)
+
+
+def peers(fresh, sparsity, rounds):
+    "The same global event by torch.nn.utils.prune, in passes."
+    from torch.nn.utils import prune
+    total = sum(w.numel() for w in fresh.weights)
+
+    def work(model): prune.global_unstructured([(m, 'weight') for m in model.modules() if isinstance(m, PRUNABLE)], prune.L1Unstructured, amount=sparsity / 100)
+
+    def check(model): assert sum(int((m.weight_mask == 0).sum()) for m in model.modules() if isinstance(m, PRUNABLE)) == round(total * sparsity / 100)
+    return in_passes(fresh, copy.deepcopy, work, check, rounds)
+
+
+def large(weights):
+    """One event over so many weights, in a process of its own; prints passes, and bytes a weight: masks, and the peak above the weights
+    and masks in the event."""
+    layers = nn.ModuleList()
+    while weights > 0:  # layers of at most 64 million
+        rows = min(8192, -(-weights // 8192))
+        layers.append(nn.utils.skip_init(nn.Linear, 8192, rows, bias=False))
+        weights -= 8192 * rows
+    with torch.no_grad():
+        for layer in layers: layer.weight.uniform_(-1, 1)
+    total = sum(layer.weight.numel() for layer in layers)
+    before = peak()
+    sparsifier = Sparsifier(layers)
+    held = sum(layer.mask.numel() for layer in sparsifier.layers.values())
+    unit = min(timed(lambda: sum(layer.weight.detach().abs().sum() for layer in layers)) for _ in range(2))
+    event, after = timed(lambda: sparsifier.sparsify_model(90)), peak()
+    assert sum(int((layer.weight == 0).sum()) for layer in layers) == round(.9 * total)
+    print(event / unit, held / total, (after - before - held) / total, (after - before) / total)
+
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def apart(weights):
+    "`large` in a process of its own, so that its peak of memory is its own."
+    out = subprocess.run([sys.executable, __file__, '--large', str(weights)], capture_output=True, text=True, check=True).stdout
+    return [float(x) for x in out.split()]
+
+
+def in_fit(batches):
+    "The callback's share of a training step: with an event in every step, and between events. Steps with and without it alternate."
+    from fastai.callback.core import Callback
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner, noop
+    from torch.utils.data import TensorDataset
+    from torchvision.models import resnet18
+
+    from fasterai.callback import SparsifyCallback
+    from fasterai.schedule import linear, one_shot
+
+    class Clock(Callback):
+        "The time of whole steps, from before_batch to after_batch."
+        def __init__(self, order): self.order, self.steps = order, []
+        def before_batch(self): self.start = time.perf_counter()
+        def after_batch(self):
+            if self.training: self.steps.append(time.perf_counter() - self.start)
+
+    class Timed(SparsifyCallback):
+        "The time spent in the callback's own events."
+        spent = 0.
+        def __call__(self, event):
+            start = time.perf_counter()
+            try: return super().__call__(event)
+            finally: self.spent += time.perf_counter() - start
+    data = TensorDataset(torch.randn(32 * batches, 3, 64, 64), torch.randint(0, 10, (32 * batches,)))
+    shares = []
+    for schedule in (linear(0, 1), one_shot(at=1)):
+        learn = Learner(DataLoaders.from_dsets(data, data, bs=32, num_workers=0, pin_memory=False, device='cpu'), resnet18(num_classes=10),
+                        loss_func=nn.functional.cross_entropy)
+        learn.remove_cb(learn.progress)
+        learn.logger, learn.dls.valid = noop, []
+        clock, spent = Clock(-100), []
+
+        class Note(Callback):
+            order = 200
+            def before_batch(self): callback.spent = 0.
+            def after_batch(self): spent.append(callback.spent)
+        callback = Timed(90, schedule=schedule)
+        learn.fit(1, 1e-3, cbs=[callback, clock, Note()])
+        steps = [own / whole for own, whole in zip(spent, clock.steps)][1:-1]
+        shares.append(100 * statistics.median(steps))
+    return shares
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--small', action='store_true', help='a small network and few rounds: for a test of correctness, not for figures')
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'RESULTS.md')
+    parser.add_argument('--large', type=int, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    if chosen.large: return large(chosen.large)
+    from torchvision.models import resnet18, resnet50
+    fresh, rounds = (Fresh(resnet18(num_classes=10)), 1) if chosen.small else (Fresh(resnet50()), chosen.rounds)
+    rows = [(what, f'{limit:g} passes', f'{ratio:.1f}', 'yes' if ratio <= limit else 'no') for what, limit, ratio in events(fresh, 90, rounds)]
+    ours = float(rows[0][2])
+    theirs = peers(fresh, 90, min(rounds, 3))
+    rows.append(('torch.nn.utils.prune, the same global event', '30 × ours', f'{theirs:.0f} passes: {theirs / ours:.0f} ×', 'yes' if theirs / ours >= 30 else 'no'))
+    passes, held, transient, _ = apart(2_000_000 if chosen.small else 25_600_000)
+    rows += [('memory held, bytes a weight', '1', f'{held:.2f}', 'yes' if held <= 1 else 'no'),
+             ('peak above weights and masks in an event, bytes a weight', '2', f'{transient:.2f}', 'yes' if transient <= 2 else 'no')]
+    if not chosen.small:
+        more, _, _, above = apart(1_000_000_000)
+        rows += [('a billion weights: cost per weight against 25.6 million', '1.5 ×', f'{more / passes:.2f} × ({more:.1f} passes)', 'yes' if more / passes <= 1.5 else 'no'),
+                 ('a billion weights: peak above the weights, bytes a weight', '3', f'{above:.2f}', 'yes' if above <= 3 else 'no')]
+        every, between = in_fit(20)
+        rows += [('callback in learn.fit, an event in every step (ResNet-18, 64 px, batch 32)', '3 % of the step', f'{every:.1f} %', 'yes' if every <= 3 else 'no'),
+                 ('the same between events', '1 % of the step', f'{between:.1f} %', 'yes' if between <= 1 else 'no')]
+    rows.append(('on CUDA', '3 passes beyond the floor', 'not measured', ''))
+    table = '\n'.join(f'| {" | ".join(row)} |' for row in [('what', 'at most', 'measured', 'reached'), ('---',) * 4, *rows])
+    machine = f'{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, 2 threads'
+    text = (f'# Measured\n\nBy `make bench` ({"--small, no figures to go by" if chosen.small else "ResNet-50, 25.5 million weights, random, 90 %"}); '
+            f'{machine}. One pass is `sum(w.abs().sum() for w in weights)`;\neach figure is a median of ratios taken side by side.\n\n{table}\n')
+    print(text)
+    chosen.out.write_text(text)
+
+
+if __name__ == '__main__': main()
