@@ -121,7 +121,8 @@ class SparsifyCallback(KeepSparse):
     def before_train(self): self.trained = True
 
     def before_batch(self):
-        if self.active and self.training and not self.cleared: self.sparsifier.fractions(self.sparsity)  # now that the data flow is known
+        "With the first batch the data flow can be found, and with it what is left alone; nothing has been zeroed yet."
+        if self.active and self.training and not self.cleared and self.sparsifier.layers: self.sparsifier.fractions(self.sparsity)
 
     def before_step(self):
         if not self.active: return

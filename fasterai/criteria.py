@@ -65,12 +65,12 @@ def evidence_of(
 
 
 def gather(
-    criterion: Callable,
+    asked: tuple,  # names in `EVIDENCE`
     parameter: torch.nn.Parameter,  # the layer's weight, any float type
     name: str,  # the layer's name, for errors
 ) -> dict:  # argument's name: tensor of the weight's shape
-    "The evidence that a criterion asks for."
-    return {n: EVIDENCE[n](parameter, name).detach() for n in evidence_of(criterion)}
+    "The evidence about one layer."
+    return {n: EVIDENCE[n](parameter, name).detach() for n in asked}
 
 
 def score(

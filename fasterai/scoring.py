@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fasterai.criteria import gather, score
+from fasterai.criteria import evidence_of, gather, score
 from fasterai.selection import CHUNK
 
 FEW = 8  # weights a group from which on the scores of all groups are half a byte a weight or less
@@ -19,7 +19,8 @@ class Scores:
     def __init__(self,
         criterion: Callable,
     ):
-        self.criterion, self.seeds, self.at_hand, self.few, self.checked = criterion, {}, {}, {}, set()
+        self.criterion, self.asked = criterion, evidence_of(criterion)
+        self.seeds, self.at_hand, self.few, self.checked = {}, {}, {}, set()
 
     def __call__(self,
         layer,  # what has a name, a weight and a grouping
@@ -36,7 +37,7 @@ class Scores:
         name, grouping, by_chunk = layer.name, layer.grouping, getattr(self.criterion, 'elementwise', False)
         if name not in self.at_hand:
             self.at_hand.clear()
-            evidence = gather(self.criterion, layer.weight, name)
+            evidence = gather(self.asked, layer.weight, name)
             if not by_chunk:
                 with _replayed(self.seeds, layer): evidence = {'scores': score(self.criterion, evidence, name)}
             self.at_hand[name] = {n: grouping.rows(t) for n, t in evidence.items()}

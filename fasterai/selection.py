@@ -3,6 +3,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ class Lowest:
     def __init__(self,
         parts: list,  # of `Part`
     ):
-        self.parts, self.found = parts, None
+        self.parts, self.found, self.ranks = parts, [], None
 
     def cut(self,
         budget: int,  # how many weights shall go, at least 1
@@ -77,11 +78,21 @@ class Lowest:
             if bracket:
                 lo, hi = bracket(self.parts, budget)
                 self.found = [_sweep(part, lo, hi) for part in self.parts]
-            if not self.found: continue
+                self.ranks = _Ranks([(f.scores, f.costs) for f in self.found])
             below = sum(f.cost for f in self.found)
-            inside = sum(f.costs * len(f.scores) if isinstance(f.costs, int) else int(f.costs.sum()) for f in self.found)
-            if below < budget <= below + inside: return _cut(self.found, budget - below)
+            if self.ranks and below < budget <= below + self.ranks.total: return self._inside(budget - below)
         return EVERYTHING  # all there is does not fill the budget
+
+    def _inside(self, budget):
+        "The cut inside the bracket, where `budget` weights are still to go."
+        score = self.ranks.reaching(budget)
+        equal = [(f.scores == score).nonzero()[0] for f in self.found]
+        costs = np.concatenate([np.full(len(e), f.costs) if isinstance(f.costs, int) else f.costs[e] for f, e in zip(self.found, equal)])
+        short = budget - self.ranks.weight(score, 'left')
+        gone = costs.cumsum()  # of the tied groups, by position
+        reaching = int(gone.searchsorted(short))
+        before = int(gone[reaching - 1]) if reaching else 0
+        return Cut(score, reaching + (int(gone[reaching]) - short <= short - before), len(costs))
 
     def taken(self,
         cut: Cut,  # the last one
@@ -164,19 +175,6 @@ def _sweep(part, lo, hi):
     return Found(below, cost, np.concatenate(scores), part.size if part.costs is None else np.concatenate(costs))
 
 
-def _cut(found, budget):
-    "The cut inside the bracket, where `budget` weights are still to go."
-    ranks = _Ranks([(f.scores, f.costs) for f in found])
-    score = ranks.reaching(budget)
-    equal = [(f.scores == score).nonzero()[0] for f in found]
-    costs = np.concatenate([np.full(len(e), f.costs) if isinstance(f.costs, int) else f.costs[e] for f, e in zip(found, equal)])
-    short = budget - ranks.weight(score, 'left')
-    gone = costs.cumsum()  # of the tied groups, by position
-    reaching = int(gone.searchsorted(short))
-    before = int(gone[reaching - 1]) if reaching else 0
-    return Cut(score, reaching + (int(gone[reaching]) - short <= short - before), len(costs))
-
-
 class _Ranks:
     "Scores in order, for each cost apart, to sum the costs up to a score without sorting them all together."
 
@@ -199,8 +197,9 @@ class _Ranks:
     def reaching(self, budget):
         "The lowest score up to which `budget` weights lie; inf if there are not so many."
         reached = []
-        for scores in self.classes.values():
-            first = bisect_left(range(len(scores)), budget, key=lambda i: self.weight(scores[i]))
+        for cost, scores in self.classes.items():
+            if len(self.classes) == 1: first = max(ceil(budget / cost) - 1, 0)
+            else: first = bisect_left(range(len(scores)), budget, key=lambda i: self.weight(scores[i]))
             if first < len(scores): reached.append(float(scores[first]))
         return min(reached, default=np.inf)
 
@@ -222,6 +221,7 @@ def places(
     "Where a mask is True."
     if not isinstance(mask, np.ndarray): return mask.nonzero().flatten()
     if len(mask) % 8 or not mask.flags.c_contiguous: return np.flatnonzero(mask)
-    eights = np.flatnonzero(mask.view(np.uint64))  # few are True, so most eights are empty
-    near = (eights[:, None] * 8 + np.arange(8)).ravel()
-    return near[mask[near]]
+    words = mask.view(np.uint64)  # few are True, so most words of eight are zero
+    some = np.flatnonzero(words)
+    at = np.flatnonzero(words[some].view(bool))
+    return some[at >> 3] * 8 + (at & 7)

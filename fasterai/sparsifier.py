@@ -232,6 +232,7 @@ class Sparsifier:
     def _silence(self):
         "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
         whole = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
+        if not whole: return {}
         dead = {id(layer.weight): (~layer.alive).cpu() for layer in whole}
         sharing = [m for m in self.model.modules() if id(getattr(m, 'weight', None)) in dead and getattr(m, 'bias', None) is not None]
         found = {module: {'bias': dead[id(module.weight)]} for module in sharing}

@@ -151,6 +151,13 @@ def test_what_needs_the_model_is_refused_before_the_first_batch(make_learner, ar
     assert [m.name for m in learn.metrics] == ['accuracy']
 
 
+def test_what_needs_the_data_flow_is_refused_at_the_first_batch(make_learner):
+    learn = make_learner()
+    with pytest.raises(ValueError, match=r"sparsity: got '8\*', which means only '8', and that makes the network's output"):
+        learn.fit(1, cbs=SparsifyCallback({'0': 50, '8*': 30}, 'filter', schedule=one_shot(at=1)))
+    assert learn.iter == 0 and [m.name for m in learn.metrics] == ['accuracy']
+
+
 def test_a_name_or_an_object(make_learner):
     for schedule in ('gradual', gradual, gradual(start=.1, end=.75)):
         assert SparsifyCallback(90, schedule=schedule).schedule == gradual(.1, .75)

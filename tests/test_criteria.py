@@ -6,7 +6,7 @@ from fasterai.criteria import elementwise, evidence_of, gather, gradient, magnit
 from fasterai.criteria import score as score_evidence
 
 
-def score(criterion, parameter, name): return score_evidence(criterion, gather(criterion, parameter, name), name)
+def score(criterion, parameter, name): return score_evidence(criterion, gather(evidence_of(criterion), parameter, name), name)
 
 
 def parameter(values, grad=None, dtype=torch.float32):
