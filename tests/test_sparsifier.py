@@ -81,6 +81,9 @@ def test_zeros_inside_living_groups_count(net):
     sparsifier.sparsify_model(50)  # 216 weights: three filters add 45 each, 207; four would be 252
     (row,) = sparsifier.report().rows
     assert (row.zeros, row.dead) == (207, 3)
+    net[3].weight.data += 1
+    sparsifier.apply_masks()
+    assert sparsifier.report().rows == (row,)  # and those inside living groups stay
 
 
 def test_a_tensor_that_is_all_zero_is_an_initialisation(net):

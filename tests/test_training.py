@@ -653,6 +653,13 @@ class Third(torch.optim.Optimizer):
                 p.sub_(group['lr'] * velocity)
 
 
+def test_an_optimiser_that_moves_weights_without_a_gradient(make_learner):
+    learn, look = make_learner(opt_func=wrapped(Third)), Each(lambda learn: zeros(learn.model))
+    learn.fit(1, .01, cbs=[SparsifyCallback(90, schedule=one_shot(at=0)), look])
+    learn.fit(1, .01, cbs=look)
+    assert look.seen == [wanted(90)] * 8
+
+
 @pytest.mark.parametrize('kind', [lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=.1), torch.optim.AdamW, Third])
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
 def test_a_plain_loop(kind, granularity):
