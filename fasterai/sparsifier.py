@@ -56,7 +56,7 @@ class Sparsifier:
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
-        self.model, self.granularity, self.example = model, granularity, example
+        self.model, self.example = model, example
         self.context = one_of('context', context, CONTEXTS)
         self.criterion = read_criterion(criteria)
         self._choice = choose(model, layers)
