@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fasterai.selection import Lowest, count, places, remove
+from fasterai.selection import Lowest, places
 
 
 def compete(
@@ -16,14 +16,11 @@ def compete(
     if budget <= 0: return [p.alive for p in parts]
     order, spared = Lowest(parts), {}
     while True:  # what is spared stands in the order where it did, so as much more is asked for
-        cut = order.cut(budget + sum(cost for _, cost in spared.values()))
-        taken = order.taken(cut)
-        empty = [i for i, part in enumerate(parts) if part.living == taken[i] > 0 and i not in spared]
-        if fraction == 1 or not empty: break
-        spared |= {i: _best(parts[i]) for i in empty}
-    keeps = list(remove(parts, cut))
-    if any(count(keep) != part.living - n for part, keep, n in zip(parts, keeps, taken)):
-        raise RuntimeError('criteria: the scores of a layer were not the same when they were asked for again; a criterion is a pure function')
+        removed = order.remove(order.cut(budget + sum(cost for _, cost in spared.values())))
+        empty = [i for i, (part, (_, n)) in enumerate(zip(parts, removed)) if part.living == n > 0] if fraction < 1 else []
+        if empty == list(spared): break
+        spared = {i: spared.get(i) or _best(parts[i]) for i in empty}
+    keeps = [keep for keep, _ in removed]
     for i, (group, _) in spared.items(): keeps[i][group] = True
     if spared:
         warnings.warn(f'sparsity: {", ".join(repr(parts[i].name) for i in spared)} would have been left without weights and kept the best group; '

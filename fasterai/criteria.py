@@ -1,15 +1,19 @@
 "How much each weight matters: pure functions from the evidence about one layer to scores."
+import copy
 import inspect
 from collections.abc import Callable
-from math import isfinite
+from math import inf
 
+import numpy as np
 import torch
 
 from fasterai.arguments import name_of, nearest, one_of
 
 
 def elementwise(criterion: Callable) -> Callable:
-    "Mark a criterion that scores each weight by that weight's own evidence alone: it is asked in chunks, which is fast and small."
+    """Mark a criterion that scores each weight by that weight's own evidence alone, in operators that torch and numpy share.
+
+    It is asked in chunks, and on a CPU its evidence comes as arrays: that is fast and small."""
     criterion.elementwise = True
     return criterion
 
@@ -17,13 +21,13 @@ def elementwise(criterion: Callable) -> Callable:
 @elementwise
 def magnitude(weight: torch.Tensor) -> torch.Tensor:
     "|w|: what is small is not missed (Han et al. 2015)."
-    return weight.abs()
+    return abs(weight)
 
 
 @elementwise
 def gradient(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     "|w · ∂L/∂w|: the first-order change of the loss when the weight goes (Mozer & Smolensky 1989, Molchanov et al. 2017)."
-    return (weight * grad).abs()
+    return abs(weight * grad)
 
 
 CRITERIA = {'magnitude': magnitude, 'gradient': gradient}
@@ -75,20 +79,36 @@ def gather(
 
 def score(
     criterion: Callable,
-    evidence: dict,  # of `gather`, or the same part of each of its tensors
+    evidence: dict,  # of `gather`, or the same part of each of its tensors; all tensors, or all arrays
     name: str,  # the layer's name, for errors
-    check: bool = True,  # False where the same was found finite before
-) -> torch.Tensor:  # float32, of the evidence's shape, finite, larger = keep
+) -> torch.Tensor | np.ndarray:  # as the evidence came: float32, of its shape, larger = keep
     "The scores of one layer or a part of it; half-precision evidence is widened first, so that products do not underflow."
-    given = {n: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for n, t in evidence.items()}
-    if criterion not in CRITERIA.values(): given = {n: t.clone() for n, t in given.items()}  # what works in place shall not reach the model
-    scores = criterion(**given)
-    shape = next(iter(evidence.values())).shape
-    if not isinstance(scores, torch.Tensor) or scores.shape != shape:
-        came = f'a tensor of shape {tuple(scores.shape)}' if isinstance(scores, torch.Tensor) else repr(scores)
-        raise ValueError(f"criteria: {name_of(criterion)} gave {came} for layer {name!r}, allowed is a tensor of the weight's shape {tuple(shape)}")
-    scores = scores.float()
-    if check and not isfinite(float(scores.sum())) and not scores.isfinite().all():  # the sum is quick; alone it may overflow
-        blame = next((f'{n} of' for n, t in evidence.items() if not t.isfinite().all()), f'scores by {name_of(criterion)} for')
-        raise ValueError(f'criteria: the {blame} layer {name!r} has NaN or infinite entries; nothing was changed')
+    kind, shape = type(first := next(iter(evidence.values()))), first.shape
+    given = {n: e.float() if getattr(e, 'dtype', None) in (torch.float16, torch.bfloat16) else e for n, e in evidence.items()}
+    if criterion not in CRITERIA.values(): given = {n: copy.deepcopy(e) for n, e in given.items()}  # may work in place
+    with np.errstate(all='ignore'):  # `check_finite` looks at what came of it
+        scores = criterion(**given)
+        if not isinstance(scores, kind) or scores.shape != shape:
+            came = f'a tensor of shape {tuple(scores.shape)}' if isinstance(scores, (torch.Tensor, np.ndarray)) else repr(scores)
+            raise ValueError(f"criteria: {name_of(criterion)} gave {came} for layer {name!r}, allowed is a tensor of the weight's shape {tuple(shape)}")
+        scores = scores.float() if kind is torch.Tensor else scores.astype(np.float32, copy=False)
     return scores
+
+
+def check_finite(
+    scores: torch.Tensor | np.ndarray,  # of `score`
+    criterion: Callable,
+    evidence: dict,  # that they come from
+    name: str,  # the layer's name
+):
+    "`ValueError` if there is a NaN or an infinity, which says where it comes from."
+    if finite(scores): return
+    blame = next((f'{n} of' for n, e in evidence.items() if not finite(abs(e))), f'scores by {name_of(criterion)} for')
+    raise ValueError(f'criteria: the {blame} layer {name!r} has NaN or infinite entries; nothing was changed')
+
+
+def finite(
+    values: torch.Tensor | np.ndarray,
+) -> bool:
+    "Is there no NaN and no infinity? -inf passes: it is lower than all, and does no harm."
+    return 0 in values.shape or float(values.max()) < inf

@@ -85,7 +85,7 @@ def _value(node, values, dead, biases):
         if any(v is None and i.length is None for v, i in zip(values, node.inputs)): return None
         return torch.cat([torch.zeros(i.length, dtype=torch.bool) if v is None else v for v, i in zip(values, node.inputs)])
     if node.op in ('same', 'norm'):
-        value = None if values[0] is None else values[0].repeat_interleave(node.repeat)
+        value = values[0] if values[0] is None or node.repeat == 1 else values[0].repeat_interleave(node.repeat)
         return value if node.op == 'same' or value is None or len(value) == node.length else None
     if node.op == 'both':
         a, b = values

@@ -68,27 +68,30 @@ class Grouping:
         return tensor.reshape(-1) if self.size == 1 else tensor.reshape(self.groups, self.size)
 
     def mean(self,
-        scores: torch.Tensor,  # rows
-    ) -> torch.Tensor:  # (rows,)
+        scores: torch.Tensor | np.ndarray,  # rows
+    ) -> torch.Tensor | np.ndarray:  # (rows,), as they came
         "The score of a group: the mean of its entries' scores, so that groups of different size compare."
         if self.size == 1: return scores
-        if self.size > 8 or scores.device.type != 'cpu': return scores.mean(1)
-        columns = scores.numpy().T  # few summands: a column at a time is several times faster
+        if isinstance(scores, torch.Tensor): return scores.mean(1)
+        if self.size > 8: return torch.from_numpy(scores).mean(1).numpy()
+        columns = scores.T  # few summands: a column at a time is several times faster
         total = columns[0] + columns[1]
         for column in columns[2:]: total += column
-        return torch.from_numpy(total / np.float32(self.size))
+        return total / np.float32(self.size)
 
     def count(self,
         mask: torch.Tensor,  # bool, of the weight's shape
     ) -> torch.Tensor:  # (groups,), int64
         "How many entries of each group are True."
-        return self.rows(mask).view(self.groups, -1).sum(1)
+        return self.rows(mask).view(self.groups, -1).sum(1, dtype=torch.int32).long()
 
     def expand(self,
         keep: torch.Tensor,  # (groups,), bool
     ) -> torch.Tensor:  # bool, of the weight's shape, contiguous
         "A decision for each group, written to each weight."
-        if self.size == 1 and self.order == tuple(sorted(self.order)): return keep.view(self.shape)
+        if self.order == tuple(sorted(self.order)):
+            if self.size > 1: keep = torch.from_numpy(np.repeat(keep.numpy(), self.size)) if keep.device.type == 'cpu' else keep.repeat_interleave(self.size)
+            return keep.view(self.shape)
         wide = keep.view(-1, 1).expand(self.groups, self.size).view([self.view[i] for i in self.order])
         return wide.permute([self.order.index(i) for i in range(len(self.order))]).reshape(self.shape).contiguous()
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 CHUNK = 1 << 19  # weights that are looked at together: few enough for a processor's cache
-SORTED = 1 << 14  # groups that are sorted without much ado; of more, a sample is
+FEW = 1 << 14  # scores of which a partition finds the k-th sooner than counting does
+SAMPLE = 1 << 15  # groups that are ranked without much ado; of more, a sample is
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Part:
     weights: int  # how many in all
     size: int  # weights a group
     alive: torch.Tensor  # (groups,) bool, False = gone already
-    scores: Callable[[slice], torch.Tensor]  # gives (n,) float32 of the groups in a slice, the same each time
+    scores: Callable[[slice], torch.Tensor | np.ndarray]  # gives (n,) float32 of the groups in a slice
     costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `size`
     stranded: int = 0  # zeros in groups that live; they count as gone whatever is decided
 
@@ -54,17 +55,19 @@ EVERYTHING = Cut(np.inf, 0, 0)
 
 class Found(NamedTuple):
     "What a sweep has seen of one part."
+    keep: torch.Tensor  # (groups,) bool, True for the living groups above the bracket
+    at: torch.Tensor | np.ndarray  # positions of the living groups inside the bracket
+    scores: np.ndarray  # and their scores
+    costs: np.ndarray | int  # and their weights, one number where they are all the same
     below: int  # living groups scored up to the lower end of the bracket
     cost: int  # the weights of these
-    scores: np.ndarray  # of the living groups inside the bracket, by position
-    costs: np.ndarray | int  # and their weights, one number where they are all the same
 
 
 class Lowest:
-    """Finds the cut that removes the lowest living groups until a budget of weights is gone, to the nearest group, halves upward.
+    """Finds the lowest living groups, up to a budget of weights, to the nearest group, halves upward.
 
-    A strided sample brackets the cut (Floyd & Rivest 1975); one sweep sums what lies below the bracket and collects
-    what lies inside; only that is sorted. A bracket that misses is given up for everything; one that hits serves again."""
+    A strided sample brackets the cut (Floyd & Rivest 1975); one sweep decides what lies above the bracket and below it, and
+    collects what lies inside. A bracket that misses is given up for everything; one that hits serves again."""
 
     def __init__(self,
         parts: list,  # of `Part`
@@ -74,7 +77,8 @@ class Lowest:
     def cut(self,
         budget: int,  # how many weights shall go, at least 1
     ) -> Cut:
-        for bracket in (None, _bracket, _everything):
+        few = sum(len(part.alive) for part in self.parts) <= SAMPLE
+        for bracket in (None, _everything) if few else (None, _bracket, _everything):
             if bracket:
                 lo, hi = bracket(self.parts, budget)
                 self.found = [_sweep(part, lo, hi) for part in self.parts]
@@ -85,46 +89,30 @@ class Lowest:
 
     def _inside(self, budget):
         "The cut inside the bracket, where `budget` weights are still to go."
-        score = self.ranks.reaching(budget)
-        equal = [(f.scores == score).nonzero()[0] for f in self.found]
+        score, = self.ranks.reaching(budget)
+        equal = [np.flatnonzero(f.scores == score) for f in self.found]
         costs = np.concatenate([np.full(len(e), f.costs) if isinstance(f.costs, int) else f.costs[e] for f, e in zip(self.found, equal)])
-        short = budget - self.ranks.weight(score, 'left')
         gone = costs.cumsum()  # of the tied groups, by position
+        short = budget - (self.ranks.upto(score) - int(gone[-1]))
         reaching = int(gone.searchsorted(short))
         before = int(gone[reaching - 1]) if reaching else 0
-        return Cut(score, reaching + (int(gone[reaching]) - short <= short - before), len(costs))
+        return Cut(score, reaching + (int(gone[reaching]) - short <= short - before), len(gone))
 
-    def taken(self,
+    def remove(self,
         cut: Cut,  # the last one
-    ) -> list:  # ints
-        "How many groups of each part go."
-        if cut == EVERYTHING: return [part.living for part in self.parts]
-        taken, left = [], cut.ties
+    ) -> list:  # (keep mask (groups,), how many groups go), one a part
+        "Keep masks: what is gone stays gone, what lies below the cut goes."
+        if cut == EVERYTHING: return [(torch.zeros_like(part.alive), part.living) for part in self.parts]
+        removed, left = [], cut.ties
         for found in self.found:
-            ties = min(left, int((found.scores == cut.score).sum())) if left else 0
-            left -= ties
-            taken.append(found.below + int((found.scores < cut.score).sum()) + ties)
-        return taken
-
-
-def remove(
-    parts: list,  # of `Part`
-    cut: Cut,
-) -> Iterator[torch.Tensor]:  # keep masks (groups,), one a part
-    "Keep masks: what is gone stays gone, what lies below the cut goes."
-    seen = 0  # tied groups so far
-    for part in parts:
-        keep = torch.empty_like(part.alive)
-        for where, scores, alive in part.chunks():
-            above = _host(keep)[where]
-            compare = np if isinstance(scores, np.ndarray) else torch
-            (compare.greater if cut.ties == cut.tied else compare.greater_equal)(scores, cut.score, out=above)
-            if alive is not None: above &= alive
-            if 0 < cut.ties < cut.tied and seen < cut.ties:
-                equal = places((scores == cut.score) & above)
-                above[equal[:cut.ties - seen]] = False
-                seen += len(equal)
-        yield keep
+            keep, stays = _host(found.keep), found.scores > cut.score
+            if cut.ties < cut.tied:
+                equal = np.flatnonzero(found.scores == cut.score)
+                stays[equal[left:]] = True
+                left = max(left - len(equal), 0)
+            keep[found.at] = stays if isinstance(keep, np.ndarray) else torch.from_numpy(stays).to(keep.device)
+            removed.append((found.keep, found.below + len(stays) - count(stays)))
+        return removed
 
 
 def count(
@@ -140,78 +128,88 @@ def _everything(parts, budget): return -np.inf, np.inf
 
 def _bracket(parts, budget):
     "Two scores, three standard errors about the estimated place of the cut: it most likely lies above the one and not above the other."
-    groups = sum(len(p.alive) for p in parts)
-    step = 1 if groups <= SORTED else round(groups ** (1 / 3)) | 1  # odd, to fall out of step with kernels
+    step = round(sum(len(p.alive) for p in parts) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
     sample, at = [], 0
     for part in parts:
         where = slice(-at % step, None, step)
         at += len(part.alive)
-        scores, cost = _host(part.scores(where)), part.size if part.costs is None else _host(part.costs[where])
+        scores, costs = _host(part.scores(where)), part.size if part.costs is None else _host(part.costs[where])
         if part.living < len(part.alive):
             alive = places(_host(part.alive[where]))
-            scores, cost = scores[alive], cost if isinstance(cost, int) else cost[alive]
-        sample.append((_array(scores), cost if isinstance(cost, int) else _array(cost)))
+            scores, costs = scores[alive], costs if isinstance(costs, int) else costs[alive]
+        sample.append((_array(scores), costs if isinstance(costs, int) else _array(costs)))
     ranks = _Ranks(sample, step)
     share = min(budget / ranks.total, 1) if ranks.total else 1
-    error = 0 if step == 1 else 3 * (share * (1 - share) * ranks.squares) ** .5 + step
-    return ranks.before(ranks.reaching(budget - error)), ranks.reaching(budget + error)
+    error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
+    lo, hi = ranks.reaching(budget - error, budget + error)
+    return _score(_ordinal(lo) - 1) if budget > error else -np.inf, hi
 
 
 def _sweep(part, lo, hi):
-    below, cost, scores, costs = 0, 0, [], []
-    for where, s, alive in part.chunks():
-        upto, inside = s <= hi, s > lo
-        if alive is not None: upto &= alive
-        inside &= upto
-        at = places(inside)
-        number = count(upto) - len(at)
-        below += number
-        scores.append(_array(s[at]))
-        if part.costs is None: cost += part.size * number
-        else:
-            c = _host(part.costs[where])
-            costs.append(_array(c[at]))
-            cost += int(c[upto].sum()) - int(costs[-1].sum())
-    return Found(below, cost, np.concatenate(scores), part.size if part.costs is None else np.concatenate(costs))
+    keep, at, inside = torch.empty_like(part.alive), [], []
+    for where, scores, alive in part.chunks():
+        above, within = _host(keep)[where], scores > lo
+        (np if isinstance(scores, np.ndarray) else torch).greater(scores, hi, out=above)
+        if alive is not None:
+            above &= alive
+            within &= alive
+        within ^= above
+        here = places(within)
+        inside.append(_array(scores[here]))
+        at.append(here + where.start)
+    at = np.concatenate(at) if isinstance(at[0], np.ndarray) else torch.cat(at)
+    below = part.living - count(keep) - len(at)
+    if part.costs is None: return Found(keep, at, np.concatenate(inside), part.size, below, part.size * below)
+    costs = _array(_host(part.costs[at]))
+    cost = int(part.costs[part.alive & ~keep].sum()) - int(costs.sum())
+    return Found(keep, at, np.concatenate(inside), costs, below, cost)
 
 
 class _Ranks:
-    "Scores in order, for each cost apart, to sum the costs up to a score without sorting them all together."
+    "Scores and what they cost, to sum the costs up to a score. Nothing is sorted: comparing and counting is quicker, and any costs will do."
 
     def __init__(self,
         pieces: list,  # of (scores (n,), costs: int or (n,))
         times: int = 1,  # how often each counts
     ):
-        classes = {}
+        alike, self.mixed, self.times = {}, [], times
         for scores, costs in pieces:
-            for cost in [costs] if isinstance(costs, int) else np.unique(costs).tolist():
-                classes.setdefault(cost * times, []).append(scores if isinstance(costs, int) else scores[costs == cost])
-        self.classes = {cost: np.sort(np.concatenate(scores)) for cost, scores in classes.items()}
-        self.total = sum(cost * len(scores) for cost, scores in self.classes.items())
-        self.squares = float(sum(cost * cost * len(scores) for cost, scores in self.classes.items()))
+            if isinstance(costs, int): alike.setdefault(costs, []).append(scores)
+            elif len(scores): self.mixed.append((scores, costs))
+        self.alike = {cost: np.concatenate(scores) for cost, scores in alike.items()}
+        self.scores = [s for s in (*self.alike.values(), *(s for s, _ in self.mixed)) if len(s)]
+        self.total = self.upto(np.inf)
+        self.squares = times ** 2 * (sum(cost ** 2 * len(s) for cost, s in self.alike.items()) + sum(int((c ** 2).sum()) for _, c in self.mixed))
 
-    def weight(self, score, side='right'):
-        "The weights of what is scored up to `score`, or below it (`side='left'`)."
-        return sum(cost * int(scores.searchsorted(np.float32(score), side)) for cost, scores in self.classes.items())
+    def upto(self, score):
+        "The weights of what is scored up to `score`."
+        return self.times * (sum(cost * count(s <= score) for cost, s in self.alike.items())
+                             + sum(int(costs[s <= score].sum()) for s, costs in self.mixed))
 
-    def reaching(self, budget):
-        "The lowest score up to which `budget` weights lie; inf if there are not so many."
-        reached = []
-        for cost, scores in self.classes.items():
-            if len(self.classes) == 1: first = max(ceil(budget / cost) - 1, 0)
-            else: first = bisect_left(range(len(scores)), budget, key=lambda i: self.weight(scores[i]))
-            if first < len(scores): reached.append(float(scores[first]))
-        return min(reached, default=np.inf)
+    def reaching(self, *budgets):
+        "For each, the lowest score up to which so many weights lie; inf if there are not so many."
+        if len(self.scores) == len(self.alike) == 1 and len(self.scores[0]) < FEW:
+            (cost, scores), = self.alike.items()
+            places = [max(ceil(b / (cost * self.times)) - 1, 0) for b in budgets]
+            found = np.partition(scores, [k for k in places if k < len(scores)])
+            return [float(found[k]) if k < len(scores) else np.inf for k in places]
+        if not self.scores: return [np.inf for _ in budgets]
+        least, most = _ordinal(min(s.min() for s in self.scores)), _ordinal(max(s.max() for s in self.scores))
+        return [_score(least + bisect_left(range(least, most), b, key=lambda i: self.upto(_score(i)))) if b <= self.total else np.inf for b in budgets]
 
-    def before(self, score):
-        "The highest score strictly below; -inf if there is none."
-        below = [float(scores[i - 1]) for scores in self.classes.values() if (i := int(scores.searchsorted(np.float32(score))))]
-        return max(below, default=-np.inf)
+
+def _ordinal(score):
+    "Integers in the order of the floats: the bits, where those of a negative number run backward."
+    bits = int(np.float32(score).view(np.int32))
+    return bits if bits >= 0 else bits ^ 0x7fffffff
+
+
+def _score(ordinal): return float(np.int32(ordinal if ordinal >= 0 else ordinal ^ 0x7fffffff).view(np.float32))
 
 
 # On a CPU numpy compares and picks many times faster than torch; elsewhere the tensors stay where they are.
 
-def _host(tensor): return tensor.numpy() if tensor.device.type == 'cpu' else tensor
+def _host(values): return values.numpy() if isinstance(values, torch.Tensor) and values.device.type == 'cpu' else values
 def _array(values): return values if isinstance(values, np.ndarray) else values.cpu().numpy()
 
 
@@ -222,6 +220,6 @@ def places(
     if not isinstance(mask, np.ndarray): return mask.nonzero().flatten()
     if len(mask) % 8 or not mask.flags.c_contiguous: return np.flatnonzero(mask)
     words = mask.view(np.uint64)  # few are True, so most words of eight are zero
-    some = np.flatnonzero(words)
+    some = np.flatnonzero(words != 0)
     at = np.flatnonzero(words[some].view(bool))
     return some[at >> 3] * 8 + (at & 7)

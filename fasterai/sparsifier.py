@@ -166,7 +166,7 @@ class Sparsifier:
         if regrow:  # what is gone competes again, and is the first to go
             gone = ~layer.alive
             return Part(layer.name, layer.mask.numel(), grouping.size, torch.ones_like(gone),
-                        lambda where: scores(where).masked_fill(gone[where], LOWEST))
+                        lambda where: torch.as_tensor(scores(where)).masked_fill(gone[where], LOWEST))
         if layer.aligned: return Part(layer.name, layer.mask.numel(), grouping.size, layer.alive, scores)
         costs = grouping.count(layer.mask)
         stranded = int((grouping.size - costs[costs > 0]).sum())

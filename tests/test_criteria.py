@@ -2,11 +2,15 @@ import pytest
 import torch
 from torch import nn
 
+from fasterai import criteria
 from fasterai.criteria import elementwise, evidence_of, gather, gradient, magnitude, read_criterion
-from fasterai.criteria import score as score_evidence
 
 
-def score(criterion, parameter, name): return score_evidence(criterion, gather(evidence_of(criterion), parameter, name), name)
+def score(criterion, parameter, name):
+    evidence = gather(evidence_of(criterion), parameter, name)
+    scores = criteria.score(criterion, evidence, name)
+    criteria.check_finite(scores, criterion, evidence, name)
+    return scores
 
 
 def parameter(values, grad=None, dtype=torch.float32):

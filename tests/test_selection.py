@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasterai import selection
-from fasterai.selection import Lowest, Part, remove
+from fasterai.selection import Lowest, Part
 
 INF = torch.inf
 
@@ -22,9 +22,9 @@ def removed(chunks, budget):
     if budget == 0: return [(~p.alive).int().tolist() for p in parts]
     order = Lowest(parts)
     cut = order.cut(budget)
-    keeps = list(remove(parts, cut))
-    assert order.taken(cut) == [p.living - int(keep.sum()) for p, keep in zip(parts, keeps)]
-    return [(~keep).int().tolist() for keep in keeps]
+    kept = order.remove(cut)
+    assert [n for _, n in kept] == [p.living - int(keep.sum()) for p, (keep, _) in zip(parts, kept)]
+    return [(~keep).int().tolist() for keep, _ in kept]
 
 
 @pytest.mark.parametrize('chunks, budget, gone', [
@@ -61,10 +61,10 @@ def brute(scores, costs, budget):
        st.floats(0, 1), st.sampled_from([1, 3, 1 << 16]), st.sampled_from([1, 7, 1 << 19]))
 def test_as_a_plain_sort_would(chunks, share, sample, chunk):
     budget = round(share * sum(len(s) * c for s, c in chunks))
-    before = selection.SORTED, selection.CHUNK
-    selection.SORTED, selection.CHUNK = sample, chunk
+    before = selection.SAMPLE, selection.CHUNK
+    selection.SAMPLE, selection.CHUNK = sample, chunk
     try: gone = [g for one in removed(chunks, budget) for g in one]
-    finally: selection.SORTED, selection.CHUNK = before
+    finally: selection.SAMPLE, selection.CHUNK = before
     flat = [(v, c) for s, c in chunks for v in s]
     assert {i for i, g in enumerate(gone) if g} == brute([v for v, _ in flat], [c for _, c in flat], budget)
 
@@ -73,16 +73,16 @@ def test_as_a_plain_sort_would(chunks, share, sample, chunk):
     torch.randn(300_000).abs(), torch.ones(300_000), torch.arange(300_000.), torch.randn(300_000).bfloat16().float(),
     torch.cat([torch.zeros(200_000), torch.rand(100_000)]), (torch.arange(300_000) % 9).float()], ids='normal equal rising bf16 zeros periodic'.split())
 @pytest.mark.parametrize('budget', [1, 3, 149_999, 150_000, 270_000, 299_999, 300_000])
-def test_exact_where_only_a_sample_was_sorted(scores, budget, monkeypatch):
-    monkeypatch.setattr(selection, 'SORTED', 1000)
+def test_exact_where_only_a_sample_was_ranked(scores, budget, monkeypatch):
+    monkeypatch.setattr(selection, 'SAMPLE', 1000)
     monkeypatch.setattr(selection, 'CHUNK', 10_000)
     parts = [part(s) for s in scores.split(70_001)]
-    expected = torch.ones_like(scores, dtype=torch.bool)
+    order, expected = Lowest(parts), torch.ones_like(scores, dtype=torch.bool)
     expected[scores.sort(stable=True).indices[:budget]] = False
-    assert torch.equal(torch.cat(list(remove(parts, Lowest(parts).cut(budget)))), expected)
+    assert torch.equal(torch.cat([keep for keep, _ in order.remove(order.cut(budget))]), expected)
 
 
-def test_little_is_sorted():
+def test_little_is_collected():
     "The promise that the scores of the network are never gathered: what is collected is a small part."
     order = Lowest([part(torch.rand(400_000)) for _ in range(10)])
     order.cut(3_600_000)
@@ -99,4 +99,4 @@ def test_a_bracket_that_hits_serves_again():
     before = len(asked)
     second = order.cut(50_003)
     assert len(asked) == before and second.score > first.score
-    assert [int((~k).sum()) for k in remove([one], second)] == [50_003]
+    assert [int((~k).sum()) for k, _ in order.remove(second)] == [50_003]
