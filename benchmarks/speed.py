@@ -19,6 +19,7 @@ from torch import nn
 from fasterai.sparsifier import Sparsifier
 
 warnings.filterwarnings('ignore', 'sparsity: .* would have been left')  # a network with random weights at 90 %
+WARM = 2  # rounds that are not counted: the first ones wait for memory
 PRUNABLE = (nn.Conv2d, nn.Linear)
 
 
@@ -49,12 +50,12 @@ class Fresh:
 def in_passes(fresh, prepare, work, check, rounds):
     "Median ratio of `work` to one pass, interleaved; `check` sees what each round has done."
     ratios = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + WARM):
         thing = prepare(fresh.reset())
         for _ in range(3): unit = timed(lambda: one_pass(fresh.weights))
         ratios.append(timed(lambda: work(thing)) / unit)
         check(thing)
-    return statistics.median(ratios[1:])  # the first one warms up
+    return statistics.median(ratios[WARM:])
 
 
 def events(fresh, sparsity, rounds):
@@ -101,8 +102,8 @@ def peers(fresh, sparsity, rounds):
 
 
 def large(weights):
-    """One event over so many weights, in a process of its own; prints passes, and bytes a weight: masks, and the peak above the weights
-    and masks in the event."""
+    """One event over so many weights, in a process of its own; prints nanoseconds a weight, passes, and bytes a weight: masks, and the peak
+    above the weights and masks in the event."""
     layers = nn.ModuleList()
     while weights > 0:  # layers of at most 64 million
         rows = min(8192, -(-weights // 8192))
@@ -117,7 +118,7 @@ def large(weights):
     event, after = timed(lambda: sparsifier.sparsify_model(90)), peak()
     unit = min(timed(lambda: sum(layer.weight.detach().abs().sum() for layer in layers)) for _ in range(2))  # after it: a pass needs memory too
     assert sum(int((layer.weight == 0).sum()) for layer in layers) == round(.9 * total)
-    print(event / unit, held / total, (after - before - held) / total, (after - before) / total)
+    print(1e9 * event / total, event / unit, held / total, (after - before - held) / total, (after - before) / total)
 
 
 def peak(): return resident('VmHWM')  # what getrusage tells a child begins with its parent's
@@ -200,13 +201,13 @@ def main():
     theirs = peers(fresh, 90, min(rounds, 3))
     rows.append(('torch.nn.utils.prune, the same global event', '30 × ours',
                  f'{theirs:.0f} passes: {theirs / ours:.0f} ×', reached(30, theirs / ours)))
-    passes, held, transient, _ = apart(2_000_000 if chosen.small else 25_600_000)
+    cost, _, held, transient, _ = map(statistics.median, zip(*(apart(2_000_000 if chosen.small else 25_600_000) for _ in range(1 if chosen.small else 5))))
     rows += [('memory held, bytes a weight', '1', f'{held:.2f}', reached(held, 1)),
              ('peak above weights and masks in an event, bytes a weight', '2', f'{transient:.2f}', reached(transient, 2))]
     if not chosen.small:
-        more, _, _, above = apart(1_000_000_000)
-        rows += [('a billion weights: cost per weight against 25.6 million', '1.5 ×', f'{more / passes:.2f} × ({more:.1f} passes)',
-                  reached(more / passes, 1.5)),
+        more, passes, _, _, above = apart(1_000_000_000)
+        rows += [('a billion weights: cost per weight against 25.6 million', '1.5 ×', f'{more / cost:.2f} × ({more:.1f} ns, {passes:.1f} passes)',
+                  reached(more / cost, 1.5)),
                  ('a billion weights: peak above the weights, bytes a weight', '3', f'{above:.2f}', reached(above, 3))]
         every, between = in_fit(20)
         rows += [('callback in learn.fit, an event in every step (ResNet-18, 64 px, batch 32)', '3 % of the step', f'{every:.1f} %',

@@ -59,7 +59,7 @@ class Found(NamedTuple):
     at: torch.Tensor | np.ndarray  # positions of the living groups inside the bracket
     scores: np.ndarray  # and their scores
     costs: np.ndarray | int  # and their weights, one number where they are all the same
-    below: int  # living groups scored up to the lower end of the bracket
+    below: int  # living groups below the bracket
     cost: int  # the weights of these
 
 
@@ -127,7 +127,7 @@ def _everything(parts, budget): return -np.inf, np.inf
 
 
 def _bracket(parts, budget):
-    "Two scores, three standard errors about the estimated place of the cut: it most likely lies above the one and not above the other."
+    "Two scores, three standard errors about the estimated place of the cut: it most likely lies between them, or at one of them."
     step = round(sum(len(p.alive) for p in parts) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
     sample, at = [], 0
     for part in parts:
@@ -142,13 +142,13 @@ def _bracket(parts, budget):
     share = min(budget / ranks.total, 1) if ranks.total else 1
     error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
     lo, hi = ranks.reaching(budget - error, budget + error)
-    return _score(_ordinal(lo) - 1) if budget > error else -np.inf, hi
+    return lo if budget > error else -np.inf, hi
 
 
 def _sweep(part, lo, hi):
     keep, at, inside = torch.empty_like(part.alive), [], []
     for where, scores, alive in part.chunks():
-        above, within = _host(keep)[where], scores > lo
+        above, within = _host(keep)[where], scores >= lo
         (np if isinstance(scores, np.ndarray) else torch).greater(scores, hi, out=above)
         if alive is not None:
             above &= alive

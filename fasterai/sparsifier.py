@@ -20,6 +20,7 @@ from fasterai.scoring import Scores
 from fasterai.selection import Part
 
 LOWEST = torch.finfo(torch.float32).min  # the score of what is gone, where it competes again
+PIECE = 1 << 20  # weights that are zeroed together
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
@@ -313,5 +314,6 @@ def _zero(tensor, keep):
     "Zero all but `keep`. Integers of the same bits are multiplied: faster than a fill, and a NaN becomes zero too."
     tensor = tensor.detach()
     bits = BITS.get(tensor.dtype)
-    if bits: tensor.view(bits).mul_(keep)
-    else: tensor.masked_fill_(~keep, 0)
+    if not bits: return tensor.masked_fill_(~keep, 0)
+    rows = max(1, PIECE // max(tensor[:1].numel(), 1))  # torch widens the mask of a piece for the product
+    for piece, kept in zip(tensor.view(bits).split(rows), keep.split(rows)): piece.mul_(kept)

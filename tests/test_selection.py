@@ -100,3 +100,11 @@ def test_a_bracket_that_hits_serves_again():
     second = order.cut(50_003)
     assert len(asked) == before and second.score > first.score
     assert [int((~k).sum()) for k, _ in order.remove(second)] == [50_003]
+
+
+def test_scores_may_be_minus_infinity():
+    scores = torch.cat([torch.full((30,), -INF), torch.rand(70)])[torch.randperm(100)]
+    one = Part('', 100, 1, torch.ones(100, dtype=torch.bool), lambda where: scores[where])
+    order = Lowest([one])
+    (keep, n), = order.remove(order.cut(20))
+    assert n == 20 and (scores[~keep] == -INF).all()
