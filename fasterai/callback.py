@@ -6,16 +6,14 @@ from fastai.callback.core import Callback as FastaiCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import ValueMetric, noop
-from torch import nn
 
 from fasterai.arguments import name_of, one_of, percent
-from fasterai.context import CONTEXTS
+from fasterai.context import check_sparsity, read_context
 from fasterai.criteria import read_criterion
-from fasterai.granularity import GRANULARITIES
-from fasterai.layers import choose
+from fasterai.granularity import AXES, GRANULARITIES
+from fasterai.layers import Weight, choose
 from fasterai.schedule import read_schedule
-from fasterai.selection import count
-from fasterai.sparsifier import Sparsifier
+from fasterai.sparsifier import Sparsifier, read_min_keep
 
 
 class KeepSparse(FastaiCallback):
@@ -26,7 +24,7 @@ class KeepSparse(FastaiCallback):
 
     def __init__(self,
         granularity: str | tuple = 'weight',  # at filter the BatchNorm of a dead filter is held at zero too
-        layers=None,  # None for every convolution and Linear; else as in `Sparsifier`
+        layers=None,  # None for all but embeddings; else as in `Sparsifier`
     ):
         self.choices = dict(granularity=granularity, layers=layers)
 
@@ -34,7 +32,7 @@ class KeepSparse(FastaiCallback):
         if self._looking(): return
         layers = self.choices['layers']
         if isinstance(layers, list):  # what has been replaced or changed its kind since is not missed
-            layers = [m for m in layers if not isinstance(m, nn.Module) or m in set(self._model().modules()) and 'weight' in m._parameters]
+            layers = [w for w in layers if not isinstance(w, Weight) or w.module in set(self._model().modules()) and w.attr in w.module._parameters]
         chosen = [] if layers == [] else choose(self._model(), layers).chosen
         taken = {n for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active for n in cb.sparsifier.candidates}
         layers = [n for n in chosen if n not in taken]
@@ -62,9 +60,9 @@ class KeepSparse(FastaiCallback):
     def _build(self, **choices):
         "The zeros that are there are the masks; a tensor that is all zero is one only where it was emptied on purpose."
         self.sparsifier, self.cleared = Sparsifier(self._model(), **choices, example=self._batch), False
-        emptied = {m for cb in self.learn.cbs if isinstance(cb, KeepSparse) for m in cb.emptied}
+        emptied = {w for cb in self.learn.cbs if isinstance(cb, KeepSparse) for w in cb.emptied}
         for layer in self.sparsifier.candidates.values():
-            if layer.module in emptied and not layer.weight.any(): layer.mask.zero_()
+            if layer.at in emptied and not layer.weight.any(): layer.empty()
 
     def _batch(self):
         "The inputs that are in the loop, None before the first."
@@ -85,20 +83,22 @@ class SparsifyCallback(KeepSparse):
 
     def __init__(self,
         sparsity,  # percent of the selected weights that shall be zero; or {layer's name or glob: percent}, then layer by layer
-        granularity: str | tuple = 'weight',  # what lives and dies together: weight, vector, kernel, filter, or axes as ('I', 'kh')
-        context: str | Callable = 'global',  # who competes with whom: local, global, or a function
+        granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as ('I', 'kh'), block(4, 4), head(8)
+        context: str | Callable = 'global',  # who competes with whom: a name, a pattern as '2:4', or a function
         criteria: str | Callable = 'magnitude',  # how much a weight matters: magnitude, gradient, or a function of weight and grad
         schedule: str | Callable = 'gradual',  # when: a name, gradual(start=.2, end=.8) and its like, or any function of progress
-        layers=None,  # None for every convolution and Linear, or for those that a dict `sparsity` names; else as in `Sparsifier`
+        layers=None,  # None for all but embeddings, or for those that a dict `sparsity` names; else as in `Sparsifier`
+        min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as .05; None: one group
     ):
         if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: percent(value)
-        if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes')
-        one_of('context', context, CONTEXTS)
+        if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), head(…)')
+        check_sparsity(read_context(context), sparsity)
         read_criterion(criteria)
+        read_min_keep(min_keep, context)
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
-        self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers)
+        self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, min_keep=min_keep)
         self.keeper, self.waiting, self.history, self.trouble = None, [], [], ''
 
     def before_fit(self):
@@ -184,7 +184,7 @@ class SparsifyCallback(KeepSparse):
         if share == self.share or self._frozen(): return
         self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
         self.share = share
-        self.keeper.emptied = [layer.module for layer in self.sparsifier.layers.values() if not count(layer.mask)]
+        self.keeper.emptied = [layer.at for layer in self.sparsifier.layers.values() if not layer.left]
         self._forget()
 
     def _frozen(self): return [n for n, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
@@ -208,7 +208,7 @@ class SparsifyCallback(KeepSparse):
             recorder.log.insert(i, value)
 
     def _leave_keeper(self):
-        keeper = KeepSparse(self.choices['granularity'], [layer.module for layer in self.sparsifier.candidates.values()])
+        keeper = KeepSparse(self.choices['granularity'], [layer.at for layer in self.sparsifier.candidates.values()])
         self.keeper = next((cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.choices == keeper.choices), keeper)
         if self.keeper is keeper: self.learn.add_cb(keeper)
 

@@ -9,8 +9,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fasterai.granularity import axes_of
-
 # Functions and modules by name, lower case without underscores, and what they make of a channel that is all zero.
 LAYERS = set('linear conv1d conv2d conv3d convtranspose1d convtranspose2d convtranspose3d'.split())
 NORMS = set('batchnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm'.split())
@@ -38,6 +36,7 @@ class Node:
     weight: nn.Parameter | None = None  # of the layer
     bias: object = None  # what the layer adds: None, a parameter, or some tensor
     norm: nn.Module | None = None  # the BatchNorm
+    reads: frozenset = frozenset()  # ids of the weights that are read here
 
 
 class Flow:
@@ -49,7 +48,7 @@ class Flow:
         sure: bool = True,  # False where tensors were changed in ways that could not be followed
     ):
         self.tape, self.sure = tape, sure
-        self.ran = {id(n.weight) for n in tape if n.op == 'layer'}  # ids of the weights that took part
+        self.ran = frozenset().union(*(n.reads for n in tape))  # ids of the weights that took part
         if None in outputs or not outputs:  # then all that nobody reads may be an output
             read = {i for n in tape for i in n.inputs}
             outputs = [n for n in (*outputs, *(n for n in tape if n not in read)) if n is not None]
@@ -104,7 +103,7 @@ def _note(name, args, kwargs, of, norms, shapes, after):
     inputs = tuple(n for n in map(of, leaves) if n is not None)
     reads = frozenset(id(p) for p in leaves if isinstance(p, nn.Parameter) and p.ndim > 1)
     makers = frozenset().union(*(n.makers for n in inputs))
-    other = Node(inputs=inputs, makers=reads if name in MAKERS else makers | reads, ndim=after and len(after))
+    other = Node(inputs=inputs, makers=reads if name in MAKERS else makers | reads, reads=reads, ndim=after and len(after))
 
     def argument(i, key, default=None): return args[i] if len(args) > i else kwargs.get(key, default)
     first = argument(0, 'input')
@@ -116,7 +115,7 @@ def _note(name, args, kwargs, of, norms, shapes, after):
         ndim = len(after) if after else weight.ndim if name != 'linear' else x and x.ndim
         axis = ndim and (ndim - 1 if name == 'linear' else ndim - (weight.ndim - 1))
         length = after[axis] if after else None if 'transpose' in name else len(weight)
-        return Node('layer', inputs, frozenset([id(weight)]), axis, ndim, length, weight=weight, bias=bias)
+        return Node('layer', inputs, frozenset([id(weight)]), axis, ndim, length, weight=weight, bias=bias, reads=reads)
     if name == 'cat':
         parts, dim = tuple(map(of, argument(0, 'tensors'))), argument(1, 'dim', 0)
         if None in parts or None in {p.ndim for p in parts} or {p.axis for p in parts} != {dim % parts[0].ndim}: return other
@@ -212,8 +211,8 @@ def trace(model: nn.Module) -> Flow:
         if n.op == 'call_module':
             module, args = modules[n.target], args[:1] or tuple(kwargs.values())[:1]
             kwargs, name = {}, type(module).__name__
-            if axes_of(module) is not None:
-                name, args = next(c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), (*args, module.weight, module.bias)
+            layer = next((c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), None)
+            if layer: name, args = layer, (*args, module.weight, module.bias)
             elif name == 'Flatten': args += (module.start_dim,)
             elif name == 'Hardtanh': args += (module.min_val, module.max_val)
             else: args += (*module.parameters(), *module.buffers())

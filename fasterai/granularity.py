@@ -1,77 +1,157 @@
 "What lives and dies together: sets of named axes of a layer's weight."
 import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from math import prod
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fasterai.arguments import nearest
 
-# The axes of a layer type's weight: O output, I input, k… kernel. G is the groups of a grouped convolution,
-# which PyTorch folds into the first axis: (G O) is one axis of G × O entries.
+_CONV = {d: f'(G O) I {k}' for d, k in ((1, 'k'), (2, 'kh kw'), (3, 'kd kh kw'))}
+_TRANSPOSED = {d: f'(G I) O {k}' for d, k in ((1, 'k'), (2, 'kh kw'), (3, 'kd kh kw'))}
+
+# A layer type's weights: the name of the parameter, which may be a glob, and its axes. O output, I input, k… kernel.
+# (G O) is one axis of the tensor that holds two: G the groups of a grouped convolution; S what is stacked, four gates or q, k and v.
 AXES = {
-    nn.Linear: 'O I',
-    nn.Conv1d: '(G O) I k',
-    nn.Conv2d: '(G O) I kh kw',
-    nn.Conv3d: '(G O) I kd kh kw',
-    nn.ConvTranspose1d: '(G I) O k',
-    nn.ConvTranspose2d: '(G I) O kh kw',
-    nn.ConvTranspose3d: '(G I) O kd kh kw',
+    nn.Linear: {'weight': 'O I'},
+    nn.Conv1d: {'weight': _CONV[1]}, nn.Conv2d: {'weight': _CONV[2]}, nn.Conv3d: {'weight': _CONV[3]},
+    nn.ConvTranspose1d: {'weight': _TRANSPOSED[1]}, nn.ConvTranspose2d: {'weight': _TRANSPOSED[2]}, nn.ConvTranspose3d: {'weight': _TRANSPOSED[3]},
+    nn.Bilinear: {'weight': 'O I J'},
+    nn.Embedding: {'weight': 'I O'}, nn.EmbeddingBag: {'weight': 'I O'},  # the input is one of I, as a one-hot vector
+    nn.MultiheadAttention: {'in_proj_weight': '(S:3 O) I', '[qkv]_proj_weight': 'O I'},
+    nn.RNN: {'weight_[ih]h_l*': 'O I'}, nn.RNNCell: {'weight_[ih]h': 'O I'},
+    nn.LSTM: {'weight_[ih]h_l*': '(S:4 O) I', 'weight_hr_l*': 'O I'}, nn.LSTMCell: {'weight_[ih]h': '(S:4 O) I'},
+    nn.GRU: {'weight_[ih]h_l*': '(S:3 O) I'}, nn.GRUCell: {'weight_[ih]h': '(S:3 O) I'},
 }
+OUTPUTS, INPUTS = 'GSO', 'GI'  # axes that tell outputs apart, and inputs
+
+
+def add_layer_type(
+    kind: type,  # a subclass of `nn.Module`
+    **weights: str,  # the axes of each of its weights, by the parameter's name: weight='O I'; (G O) where one axis holds two
+):
+    "Make a layer type known: a row in `AXES`. `add_layer_type(MyLinear, weight='O I')`."
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)): raise TypeError(f'kind: got {kind!r}, allowed is a subclass of nn.Module')
+    if not weights: raise ValueError(f"weights: got none for {kind.__name__}, allowed is at least one, as weight='O I'")
+    for name, row in weights.items():
+        axes = isinstance(row, str) and [a for folded in _read(row) for a, _ in folded]
+        if not axes or len(set(axes)) < len(axes) or re.sub(r'\((\w+)(:\d+)? \w+\)|\w+', '', row).strip():
+            raise ValueError(f"{name}: got {row!r}, allowed are different names of axes, as 'O I', '(G O) I kh kw', or '(S:3 O) I' for three in one")
+    AXES[kind] = weights
+
+
+def weights_of(
+    module: nn.Module,
+) -> dict:  # name of a parameter: its axes; nothing for a type that has no row
+    "What of a module are weights, by the row of `AXES` for its type or the nearest base class."
+    row = next((AXES[c] for c in type(module).__mro__ if c in AXES), {})
+    have = (*module._parameters, *getattr(module, 'parametrizations', ()), *(n for n in row if getattr(module, n, None) is not None))
+    have = [n for n in dict.fromkeys(have) if getattr(module, n, None) is not None]
+    return {n: axes for n in have for pattern, axes in row.items() if fnmatchcase(n, pattern)}
 
 
 def _kernel(axes): return tuple(a for a in axes if a.startswith('k'))
-def _filter(axes): return tuple(a for a in axes if a not in 'GO')
+def _but(axes, names): return tuple(a for a in axes if a not in names)
 
 
-# A granularity picks, from the axes of a layer, those that one group spans.
+# A granularity picks, from the axes of a layer, those that one group spans. `axes` is a dict: name: size.
 GRANULARITIES = {
     'weight': lambda axes: (),
     'vector': lambda axes: _kernel(axes)[-1:],
+    'row': lambda axes: _kernel(axes)[-1:],
+    'column': lambda axes: _kernel(axes)[-2:-1],
     'kernel': _kernel,
-    'filter': _filter,
+    'horizontal_slice': lambda axes: ('I', *_kernel(axes)[-1:]),
+    'vertical_slice': lambda axes: ('I', *_kernel(axes)[-2:-1]),
+    'filter': lambda axes: _but(axes, OUTPUTS),
+    'channel': lambda axes: _but(axes, INPUTS),
+    'layer': lambda axes: tuple(axes),
 }
 
 
-def axes_of(
-    module: nn.Module,
-) -> str | None:  # the row of `AXES` for its type or the nearest base class, None if there is none
-    "The axes of a layer's weight."
-    return next((AXES[c] for c in type(module).__mro__ if c in AXES), None)
+class block:
+    "Blocks of the O × I matrix, at each place of a kernel; where they do not fill it, those at the end are smaller."
+
+    def __init__(self,
+        rows: int,  # outputs a block
+        columns: int,  # inputs a block
+    ):
+        for name, n in (('rows', rows), ('columns', columns)):
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'block: got {n!r} as {name}, allowed is a whole number from 1 on')
+        self.sides = rows, columns
+
+    def __call__(self, axes): return ('O', self.sides[0]), ('I', self.sides[1])
+    def __repr__(self): return f'block({self.sides[0]}, {self.sides[1]})'
+    def __eq__(self, other): return type(other) is block and other.sides == self.sides
+    def __hash__(self): return hash(self.sides)
+
+
+class head:
+    "The heads of an attention's projections: a head's share of the outputs; with `axis='I'` of the inputs, for what follows the attention."
+
+    def __init__(self,
+        n: int,  # heads
+        axis: str = 'O',  # which axis they share, O or I
+    ):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'head: got {n!r}, allowed is a whole number of heads from 1 on')
+        if axis not in ('O', 'I'): raise ValueError(f"head: got {axis!r} as axis, allowed is 'O' or 'I'")
+        self.n, self.axis = n, axis
+
+    def __call__(self, axes):
+        size = axes.get(self.axis, self.n)
+        if size % self.n: raise ValueError(f'{self.n} heads cannot share {self.axis} = {size}; allowed is a number that divides it')
+        return *_but(axes, self.axis), (self.axis, size // self.n)
+
+    def __repr__(self): return f'head({self.n})' if self.axis == 'O' else f'head({self.n}, {self.axis!r})'
+    def __eq__(self, other): return type(other) is head and (other.n, other.axis) == (self.n, self.axis)
+    def __hash__(self): return hash((self.n, self.axis))
 
 
 class Grouping:
-    "How the weight of one layer falls into groups."
+    "How one weight of a layer falls into groups."
 
     def __init__(self,
-        module: nn.Module,  # a layer of a type in `AXES`
-        granularity: str | tuple = 'weight',  # a name in `GRANULARITIES`, or the axes that a group spans, as ('I', 'kh')
-        name: str = '',  # the layer's name, for errors
+        module: nn.Module,
+        granularity: str | tuple | Callable = 'weight',  # a name in `GRANULARITIES`, the axes that a group spans as ('I', 'kh'), or a block or head
+        name: str = '',  # the weight's name, for errors
+        attr: str = 'weight',  # the parameter's name in the module
     ):
-        row = axes_of(module)
-        axes = tuple(re.findall(r'\w+', row))
-        spanned = _spanned(granularity, axes, f'{type(module).__name__} {name!r}')
-        self.shape = tuple(module.weight.shape)
-        self.view = (module.groups, self.shape[0] // module.groups, *self.shape[1:]) if row.startswith('(') else self.shape  # one entry an axis
-        across = [i for i, a in enumerate(axes) if a not in spanned]
-        self.order = (*across, *(i for i, a in enumerate(axes) if a in spanned))  # what tells groups apart, then what they span
-        self.groups = prod(self.view[i] for i in across)
-        self.size = prod(self.shape) // max(self.groups, 1)  # weights a group
-        self.whole_filters = set(spanned) == set(_filter(axes))  # a group is all that makes one output channel
+        self.shape = tuple(getattr(module, attr).shape)
+        self.axes = _axes(module, attr, self.shape)
+        whole = _spanned(granularity, self.axes, f'{type(module).__name__} {name!r}')
+        pieces = {a: whole.get(a, 1) for a in self.axes}  # how much of each axis a group spans
+        self.view = [(-(-size // pieces[a]), pieces[a]) for a, size in self.axes.items()]  # groups along it, and entries of one
+        short = [n * p - size for (n, p), size in zip(self.view, self.axes.values())]
+        self.pad = [x for s in reversed(short) for x in (0, s)] if any(short) else None
+        self.groups, self.size = prod(n for n, _ in self.view), prod(p for _, p in self.view)  # how many, and weights a group
+        # the view's axes that matter: first what tells groups apart, then what they span
+        flat = [n for pair in self.view for n in pair]
+        self.dims = [n for n in flat if n != 1]
+        inner = [i % 2 for i, n in enumerate(flat) if n != 1]
+        self.order = sorted(range(len(inner)), key=inner.__getitem__)
+        self.sizes = self.count(torch.ones(self.shape, dtype=torch.bool)) if self.pad else self.size  # weights of each group: one number, or (groups,)
+        self.whole_filters = 'O' in self.axes and all(whole.get(a) == n for a, n in self.axes.items() if a not in OUTPUTS)  # a group makes, or makes up, output channels
+        self.whole_layer = granularity == 'layer'
 
     def rows(self,
         tensor: torch.Tensor,  # of the weight's shape
-    ) -> torch.Tensor:  # (groups, size), or (groups,) where a group is one weight; a view where the layout allows
+    ) -> torch.Tensor:  # (groups, size), or (groups,) where a group is one weight; a view where the layout allows; short groups end in zeros
         "One row for each group, in the order of their position."
-        tensor = tensor.reshape(self.view).permute(self.order)
+        if self.pad: tensor = F.pad(tensor.reshape(tuple(self.axes.values())), self.pad)
+        tensor = tensor.reshape(self.dims).permute(self.order)
         return tensor.reshape(-1) if self.size == 1 else tensor.reshape(self.groups, self.size)
 
     def mean(self,
         scores: torch.Tensor | np.ndarray,  # rows
+        where: slice = slice(None),  # of the groups, which rows they are
     ) -> torch.Tensor | np.ndarray:  # (rows,), as they came
         "The score of a group: the mean of its entries' scores, so that groups of different size compare."
         if self.size == 1: return scores
+        if self.pad: return torch.as_tensor(scores).sum(1) / self.sizes[where].to(getattr(scores, 'device', 'cpu'))
         if isinstance(scores, torch.Tensor): return scores.mean(1)
         if self.size > 8: return torch.from_numpy(scores).mean(1).numpy()
         columns = scores.T  # few summands: a column at a time is several times faster
@@ -89,21 +169,62 @@ class Grouping:
         keep: torch.Tensor,  # (groups,), bool
     ) -> torch.Tensor:  # bool, of the weight's shape, contiguous
         "A decision for each group, written to each weight."
-        if self.order == tuple(sorted(self.order)):
-            if self.size > 1: keep = torch.from_numpy(np.repeat(keep.numpy(), self.size)) if keep.device.type == 'cpu' else keep.repeat_interleave(self.size)
-            return keep.view(self.shape)
-        wide = keep.view(-1, 1).expand(self.groups, self.size).view([self.view[i] for i in self.order])
-        return wide.permute([self.order.index(i) for i in range(len(self.order))]).reshape(self.shape).contiguous()
+        wide = keep
+        if self.size > 1:  # on a CPU numpy repeats several times faster
+            wide = torch.from_numpy(np.repeat(keep.numpy(), self.size)) if keep.device.type == 'cpu' else keep.repeat_interleave(self.size)
+        wide = wide.view([self.dims[i] for i in self.order]).permute([self.order.index(i) for i in range(len(self.order))])
+        if self.pad:
+            wide = wide.reshape([n * p for n, p in self.view])[tuple(slice(size) for size in self.axes.values())]
+        return wide.reshape(self.shape).contiguous()
+
+
+def _read(row): return [[(a, int(n or 0)) for a, n in re.findall(r'(\w+)(?::(\d+))?', folded)] for folded in re.findall(r'\([^)]*\)|\w+', row)]
+
+
+def _axes(module, attr, shape):
+    "The axes of a weight and their sizes; those of a parameter that no row names are d0, d1, …"
+    row = weights_of(module).get(attr)
+    if row is None: return {f'd{i}': n for i, n in enumerate(shape)}
+    read = _read(row)
+    if len(read) != len(shape): raise ValueError(f'{attr}: {type(module).__name__} has one of shape {shape}, but its row says {row!r}')
+    axes = {}
+    for folded, n in zip(read, shape):
+        for axis, size in folded[:-1]: axes[axis] = size or module.groups
+        axes[folded[-1][0]] = n // prod(axes[a] for a, _ in folded[:-1])
+    return axes
 
 
 def _spanned(granularity, axes, whose):
-    "The axes that a group spans in a layer with these `axes`; `ValueError` if the layer cannot have that."
-    allowed = f'allowed for {whose} is one of {", ".join(GRANULARITIES)}, or a tuple of its axes {", ".join(axes)}'
+    "Which axes a group spans, and how much of each; `ValueError` if the layer cannot have that."
+    names = [g for g in GRANULARITIES if 'O' in axes or g in ('weight', 'layer')]
+    blocks = ', block(rows, columns), head(n)' if 'O' in axes else ''
+    allowed = f'allowed for {whose} is one of {", ".join(names)}{blocks}, or a tuple of its axes {", ".join(axes)}'
     if isinstance(granularity, str):
-        if granularity in GRANULARITIES: return GRANULARITIES[granularity](axes)
-        raise ValueError(f'granularity: got {granularity!r}, {allowed}{nearest(granularity, GRANULARITIES)}')
-    if not isinstance(granularity, (tuple, list)):
-        raise TypeError(f'granularity: got {granularity!r}, {allowed}')
-    for axis in granularity:
-        if axis not in axes: raise ValueError(f'granularity: got axis {axis!r}, {allowed}{nearest(axis, axes)}')
-    return tuple(granularity)
+        if granularity not in names: raise ValueError(f'granularity: got {granularity!r}, {allowed}{nearest(granularity, names)}')
+        spanned = GRANULARITIES[granularity](axes)
+    elif isinstance(granularity, (tuple, list)): spanned = granularity
+    elif callable(granularity):
+        try: spanned = granularity(axes)
+        except ValueError as error: raise ValueError(f'granularity: got {granularity!r} for {whose}: {error}') from None
+    else: raise TypeError(f'granularity: got {granularity!r}, {allowed}')
+    whole = {}
+    for entry in spanned:
+        axis, piece = (entry, None) if isinstance(entry, str) or not isinstance(entry, tuple) else entry
+        if axis not in axes:
+            got = f'axis {axis!r}' if granularity is spanned else repr(granularity)
+            raise ValueError(f'granularity: got {got}, {allowed}{nearest(axis, axes)}')
+        whole[axis] = axes[axis] if piece is None else min(piece, axes[axis])
+    return whole
+
+
+def layer_table() -> str:
+    "Which layer types there are, and how many axes a group of each granularity spans, as a Markdown table."
+    head_line = ['layer type', 'weight', 'axes', *GRANULARITIES]
+    lines = [head_line, ['---'] * len(head_line)]
+    for kind, weights in AXES.items():
+        if not kind.__module__.startswith('torch.'): continue
+        for name, row in weights.items():
+            axes = dict.fromkeys((a for folded in _read(row) for a, _ in folded), 2)
+            spans = [' '.join(GRANULARITIES[g](axes)) or '·' for g in GRANULARITIES]
+            lines.append([kind.__name__, f'`{name}`', f'`{row}`', *spans])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

@@ -97,14 +97,14 @@ def _percent(part, whole): return 100 * part / whole if whole else 0.
 
 def measure(
     model,  # the network
-    layers: list,  # (name, module, grouping) of the selected layers
+    layers: list,  # (name, `layers.Weight`, grouping) of the selected ones
     skipped: dict,  # name: reason
 ) -> Report:
     "Count the zeros."
     rows = []
-    for name, module, grouping in layers:
-        zero = module.weight.detach() == 0
-        dead = int((grouping.count(zero) == grouping.size).sum())
-        rows.append(Row(name, type(module).__name__, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead))
+    for name, weight, grouping in layers:
+        zero = weight.tensor.detach().cpu() == 0
+        dead = int((grouping.count(zero) == grouping.sizes).sum())
+        rows.append(Row(name, type(weight.module).__name__, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead))
     parameters = list(model.parameters())
     return Report(tuple(rows), sum(p.numel() for p in parameters), sum(int((p.detach() == 0).sum()) for p in parameters), dict(skipped))

@@ -36,18 +36,19 @@ class Scores:
         return self.few[name][where]
 
     def _ask(self, layer, where):
+        by_chunk = self.elementwise and not layer.grouping.pad  # what pads a short group has no score
         if self.at_hand is not layer:
             self.at_hand, self.rows = layer, {}  # what was at hand goes first
             evidence = gather(self.asked, layer.weight, layer.name)
-            if not self.elementwise:
+            if not by_chunk:
                 scores = score(self.criterion, evidence, layer.name)
                 check_finite(scores, self.criterion, evidence, layer.name)
                 evidence = {'scores': scores}
             self.rows = {n: _array(layer.grouping.rows(t)) for n, t in evidence.items()}
         rows = {n: t[where] for n, t in self.rows.items()}
-        if not self.elementwise: return layer.grouping.mean(rows['scores'])
+        if not by_chunk: return layer.grouping.mean(rows['scores'], where)
         scores = score(self.criterion, rows, layer.name)
-        means = layer.grouping.mean(scores)
+        means = layer.grouping.mean(scores, where)
         if not finite(means): check_finite(scores, self.criterion, rows, layer.name)  # a mean may overflow
         return means
 

@@ -23,17 +23,33 @@ class Part:
     alive: torch.Tensor  # (groups,) bool, False = gone already
     scores: Callable[[slice], torch.Tensor | np.ndarray]  # gives (n,) float32 of the groups in a slice
     costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `size`
-    stranded: int = 0  # zeros in groups that live; they count as gone whatever is decided
+    floor: int | None = None  # weights that stay at least; None: one, unless all shall go
+    whole: bool = False  # is its one group the layer, which goes where there are others?
+    shape: tuple = ()  # of the layer's weight
+    axes: dict | None = None  # name: size, whose product are the groups, where each is a weight
 
     @cached_property
     def living(self) -> int:
         "Groups that are alive."
         return count(self.alive)
 
+    @cached_property
+    def standing(self) -> int:
+        "The weights that are left."
+        return self.size * self.living if self.costs is None else int(self.costs[self.alive].sum())
+
     @property
     def gone(self) -> int:
-        "Zeros that are there, in weights."
-        return self.stranded + self.size * (len(self.alive) - self.living)
+        "Zeros that are there, in groups that are gone and in others: they count whatever is decided."
+        return self.weights - self.standing
+
+    def all_scores(self) -> np.ndarray:  # (groups,) float32, not to be changed
+        "The whole layer's scores."
+        return np.concatenate([_array(scores) for _, scores, _ in self.chunks()])
+
+    def living_scores(self) -> Iterator[np.ndarray]:
+        "The scores of living groups, in pieces."
+        for _, scores, alive in self.chunks(): yield _array(scores if alive is None else scores[alive])
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
         "The part in pieces of `CHUNK` weights."
@@ -59,8 +75,7 @@ class Found(NamedTuple):
     at: torch.Tensor | np.ndarray  # positions of the living groups inside the bracket
     scores: np.ndarray  # and their scores
     costs: np.ndarray | int  # and their weights, one number where they are all the same
-    below: int  # living groups below the bracket
-    cost: int  # the weights of these
+    cost: int  # the weights of the living groups below the bracket
 
 
 class Lowest:
@@ -82,7 +97,7 @@ class Lowest:
             if bracket:
                 lo, hi = bracket(self.parts, budget)
                 self.found = [_sweep(part, lo, hi) for part in self.parts]
-                self.ranks = _Ranks([(f.scores, f.costs) for f in self.found])
+                self._rank()
             below = sum(f.cost for f in self.found)
             if self.ranks and below < budget <= below + self.ranks.total: return self._inside(budget - below)
         return EVERYTHING  # all there is does not fill the budget
@@ -98,11 +113,21 @@ class Lowest:
         before = int(gone[reaching - 1]) if reaching else 0
         return Cut(score, reaching + (int(gone[reaching]) - short <= short - before), len(gone))
 
+    def leave(self,
+        parts: list,  # of `Part`
+    ):
+        "These no longer compete."
+        stay = [i for i, part in enumerate(self.parts) if not any(part is other for other in parts)]
+        self.parts, self.found = [self.parts[i] for i in stay], [self.found[i] for i in stay if self.found]
+        self._rank()
+
+    def _rank(self): self.ranks = _Ranks([(f.scores, f.costs) for f in self.found]) if self.found else None
+
     def remove(self,
         cut: Cut,  # the last one
-    ) -> list:  # (keep mask (groups,), how many groups go), one a part
+    ) -> list:  # (keep mask (groups,), how many weights go), one a part
         "Keep masks: what is gone stays gone, what lies below the cut goes."
-        if cut == EVERYTHING: return [(torch.zeros_like(part.alive), part.living) for part in self.parts]
+        if cut == EVERYTHING: return [(torch.zeros_like(part.alive), part.standing) for part in self.parts]
         removed, left = [], cut.ties
         for found in self.found:
             keep, stays = _host(found.keep), found.scores > cut.score
@@ -111,7 +136,8 @@ class Lowest:
                 stays[equal[left:]] = True
                 left = max(left - len(equal), 0)
             keep[found.at] = stays if isinstance(keep, np.ndarray) else torch.from_numpy(stays).to(keep.device)
-            removed.append((found.keep, found.below + len(stays) - count(stays)))
+            inside = found.costs * (len(stays) - count(stays)) if isinstance(found.costs, int) else int(found.costs[~stays].sum())
+            removed.append((found.keep, found.cost + inside))
         return removed
 
 
@@ -157,12 +183,10 @@ def _sweep(part, lo, hi):
         here = places(within)
         inside.append(_array(scores[here]))
         at.append(here + where.start)
-    at = np.concatenate(at) if isinstance(at[0], np.ndarray) else torch.cat(at)
-    below = part.living - count(keep) - len(at)
-    if part.costs is None: return Found(keep, at, np.concatenate(inside), part.size, below, part.size * below)
+    at, inside = np.concatenate(at) if isinstance(at[0], np.ndarray) else torch.cat(at), np.concatenate(inside)
+    if part.costs is None: return Found(keep, at, inside, part.size, part.size * (part.living - count(keep) - len(at)))
     costs = _array(_host(part.costs[at]))
-    cost = int(part.costs[part.alive & ~keep].sum()) - int(costs.sum())
-    return Found(keep, at, np.concatenate(inside), costs, below, cost)
+    return Found(keep, at, inside, costs, part.standing - int(part.costs[keep].sum()) - int(costs.sum()))
 
 
 class _Ranks:

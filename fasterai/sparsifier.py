@@ -4,20 +4,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from math import ceil
 
 import numpy as np
 import torch
 from torch import nn
 
-from fasterai.arguments import name_of, nearest, one_of, percent
-from fasterai.context import CONTEXTS
+from fasterai.arguments import name_of, nearest, percent
+from fasterai.context import CONTEXTS, check_sparsity, read_context
 from fasterai.criteria import evidence_of, read_criterion
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
-from fasterai.layers import choose, matching
+from fasterai.layers import Named, Weight, choose, matching
 from fasterai.report import Report, measure
 from fasterai.scoring import Scores
-from fasterai.selection import Part
+from fasterai.selection import Part, count
 
 LOWEST = torch.finfo(torch.float32).min  # the score of what is gone, where it competes again
 PIECE = 1 << 20  # weights that are zeroed together
@@ -26,21 +27,35 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: t
 
 @dataclass
 class Layer:
-    "A selected layer."
+    "A selected weight."
     name: str
-    module: nn.Module
+    at: Weight  # where it is
     grouping: Grouping
     mask: torch.Tensor  # bool, of the weight's shape, True = keep
+    left: int  # how many are kept
     aligned: bool  # every group lives or dies whole
+    filters: Grouping | None  # its filters, where groups make up whole ones
 
     @property
-    def weight(self): return self.module.weight
+    def module(self): return self.at.module
+
+    @property
+    def weight(self): return self.at.tensor
 
     @property
     def alive(self) -> torch.Tensor:  # (groups,), bool
         "The groups that have any weight left."
         rows = self.grouping.rows(self.mask)
         return rows if self.grouping.size == 1 else rows[:, 0] if self.aligned else rows.any(1)
+
+    def empty(self):
+        "All of it is gone."
+        self.mask.zero_()
+        self.left = 0
+
+    @property
+    def dead_filters(self) -> torch.Tensor:  # (output channels,), bool
+        return ~self.alive.cpu() if self.filters.groups == self.grouping.groups else self.filters.count(self.mask.cpu()) == 0
 
 
 class Sparsifier:
@@ -50,21 +65,31 @@ class Sparsifier:
 
     def __init__(self,
         model: nn.Module,  # any model; it is changed in place, and only in its zeros
-        granularity: str | tuple = 'weight',  # what lives and dies together: weight, vector, kernel, filter, or axes as ('I', 'kh')
-        context: str | Callable = 'global',  # who competes with whom: local, global, or a function
+        granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as ('I', 'kh'), block(4, 4), head(8)
+        context: str | Callable = 'global',  # who competes with whom: a name, a pattern as '2:4', or a function
         criteria: str | Callable = 'magnitude',  # how much a weight matters: magnitude, gradient, or a function of weight and grad
-        layers=None,  # None for every convolution and Linear; a type, name, glob, module, or a list of these
+        layers=None,  # None for all but embeddings; a type, name, glob, module, parameter, or a list of these
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
+        min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as .05; None: one group
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
         self.model, self.example = model, example
-        self.context = one_of('context', context, CONTEXTS)
+        self.context, self.min_keep = read_context(context), read_min_keep(min_keep, context)
         self.criterion = read_criterion(criteria)
         self._choice = choose(model, layers)
-        self.candidates = {n: _layer(n, m, granularity) for n, m in self._choice.chosen.items()}
-        self._hooks, self._flow, self._silenced = [], None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
+        self.candidates = {n: _layer(n, w, granularity) for n, w in self._choice.chosen.items()}
+        self._check_pattern(granularity)
+        self._hooks, self._thin, self._flow, self._silenced = [], set(), None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
         self._followed = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not callable(example) or isinstance(example, torch.Tensor): self._follow()
+
+    def _check_pattern(self, granularity):
+        if not hasattr(self.context, 'sparsity'): return
+        if any(layer.grouping.size > 1 for layer in self.candidates.values()):
+            raise ValueError(f"granularity: got {granularity!r}, allowed with context={self.context!r} is 'weight': a pattern is one of single weights")
+        for name, layer in self.candidates.items():
+            if 'I' not in layer.grouping.axes:
+                raise ValueError(f'context: got {self.context!r}, and {name!r} has no input axis I along which it could run; leave it out by layers=')
 
     # Which layers take part, and what hangs on them
 
@@ -106,6 +131,7 @@ class Sparsifier:
     ):
         "Zero the least important weights until the sparsity is reached. Zeros that are there count and, without `regrow`, stay."
         if isinstance(share, bool) or not 0 <= share <= 1: raise ValueError(f'share: got {share!r}, allowed is 0 to 1')
+        check_sparsity(self.context, sparsity)
         layers, due = self.layers, Fraction(float(share))
         if isinstance(sparsity, Mapping): jobs = [([layers[n]], f * due) for n, f in self.fractions(sparsity).items()]
         else: jobs = [(list(layers.values()), percent(sparsity) * due)]
@@ -116,11 +142,12 @@ class Sparsifier:
         sparsity: float,  # percent of its weights that shall be zero
     ):
         "The same for one layer alone."
-        name = next((n for n, known in self.layers.items() if layer is known.module), layer)
-        if not isinstance(name, str) or name not in self.layers:
-            raise ValueError(f'layer: got {name!r}, {self._choice.skipped.get(str(name), "no selected layer")}; '
-                             f'allowed is one of {", ".join(self.layers)}{nearest(name, self.layers)}')
-        self._event([([self.layers[name]], percent(sparsity))], regrow=False)
+        check_sparsity(self.context, sparsity)
+        names = [n for n, known in self.layers.items() if layer is known.module or isinstance(layer, str) and (n == layer or n.startswith(layer + '.'))]
+        if not names:
+            raise ValueError(f'layer: got {layer!r}, {self._choice.skipped.get(str(layer), "no selected layer")}; '
+                             f'allowed is one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
+        self._event([([self.layers[n]], percent(sparsity)) for n in names], regrow=False)
 
     def fractions(self,
         sparsity,  # percent, or {name, glob, type or module: percent}
@@ -128,11 +155,11 @@ class Sparsifier:
         "What a sparsity means for each layer. A layer's own name goes before what means several; of those the first counts."
         if not isinstance(sparsity, Mapping): return dict.fromkeys(self.candidates, percent(sparsity))
         if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-        named, able = dict(self.model.named_modules()), {n: layer.module for n, layer in self.candidates.items()}
+        named, able = Named(self.model), {n: layer.at for n, layer in self.candidates.items()}
         found = {}
         for pattern, value in sorted(sparsity.items(), key=lambda item: item[0] not in able):
             fraction = percent(value, f'sparsity[{pattern!r}]')
-            names = matching(pattern, named, {**able, **{n: named[n] for n in self._choice.chosen}}, 'sparsity')
+            names = matching(pattern, named, self._choice.chosen, 'sparsity')
             if not any(n in able for n in names):
                 raise ValueError(f'sparsity: got {pattern!r}, which means only {names[0]!r}, and that {self._choice.skipped[names[0]]}')
             for name in names: found.setdefault(name, fraction)
@@ -151,6 +178,11 @@ class Sparsifier:
         self._set(masks)
         if regrow:
             for layer in layers: layer.aligned = True
+        thin = [layer.name for job, fraction in jobs for layer in job if 100 * layer.left < layer.mask.numel() and fraction <= Fraction(99, 100)]
+        if thin := [n for n in thin if n not in self._thin]:
+            self._thin.update(thin)
+            warnings.warn(f'sparsity: {", ".join(map(repr, thin))} has less than 1 % of its weights left, so little passes: '
+                          "see report(); min_keep= sets a floor, context='local' or 'erk' shares the zeros out", stacklevel=4)
 
     def _keeps(self, parts, fraction):
         "What the context decides; one of the user's own is not trusted."
@@ -163,15 +195,16 @@ class Sparsifier:
 
     def _part(self, layer, ask, regrow):
         "What the context sees of a layer."
-        grouping, scores = layer.grouping, partial(ask, layer)
+        grouping, scores, weights = layer.grouping, partial(ask, layer), layer.mask.numel()
+        costs = grouping.sizes.to(layer.mask.device) if isinstance(grouping.sizes, torch.Tensor) else None
+        alive = layer.alive
         if regrow:  # what is gone competes again, and is the first to go
-            gone = ~layer.alive
-            return Part(layer.name, layer.mask.numel(), grouping.size, torch.ones_like(gone),
-                        lambda where: torch.as_tensor(scores(where)).masked_fill(gone[where], LOWEST))
-        if layer.aligned: return Part(layer.name, layer.mask.numel(), grouping.size, layer.alive, scores)
-        costs = grouping.count(layer.mask)
-        stranded = int((grouping.size - costs[costs > 0]).sum())
-        return Part(layer.name, layer.mask.numel(), grouping.size, costs > 0, scores, costs, stranded)
+            gone, alive = ~alive, torch.ones_like(alive)
+            def scores(where): return torch.as_tensor(ask(layer, where)).masked_fill(gone[where], LOWEST)
+        elif not layer.aligned: costs = grouping.count(layer.mask)
+        floor = self.min_keep if self.min_keep is None or isinstance(self.min_keep, int) else ceil(self.min_keep * weights)
+        return Part(layer.name, weights, grouping.size, alive, scores, costs, floor and min(floor, weights), grouping.whole_layer,
+                    grouping.shape, grouping.axes)
 
     # Keeping
 
@@ -220,24 +253,29 @@ class Sparsifier:
             for name, quiet in tensors.items(): yield getattr(module, name), ~quiet.to(getattr(module, name).device)
 
     def _set(self, masks):
-        for name, mask in masks.items(): self.layers[name].mask = mask
+        for name, mask in masks.items(): self.layers[name].mask, self.layers[name].left = mask, count(mask)
         before, self._silenced = self._silenced, self._silence()
         with torch.no_grad():  # what comes back must be able to learn: a scale of zero, or a ReLU at zero, would pass no gradient
             for module, tensors in before.items():
-                for name, start in (('weight', 1.), ('bias', .01)):
-                    if name not in tensors: continue
-                    quiet = self._silenced.get(module, {}).get(name, torch.zeros_like(tensors[name]))
-                    getattr(module, name)[(tensors[name] & ~quiet).to(module.weight.device)] = start
+                for name, was in tensors.items():
+                    if name == 'running_mean': continue
+                    quiet, tensor = self._silenced.get(module, {}).get(name, torch.zeros_like(was)), getattr(module, name)
+                    tensor[(was & ~quiet).to(tensor.device)] = 1. if name == 'weight' else .01
         self.apply_masks()
 
     def _silence(self):
         "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
         whole = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not whole: return {}
-        dead = {id(layer.weight): (~layer.alive).cpu() for layer in whole}
-        sharing = [m for m in self.model.modules() if id(getattr(m, 'weight', None)) in dead and getattr(m, 'bias', None) is not None]
-        found = {module: {'bias': dead[id(module.weight)]} for module in sharing}
-        norms = self._flow.silenced(dead, {id(module.bias) for module in sharing}) if self._flow else {}
+        dead = {id(layer.weight): layer.dead_filters for layer in whole}
+        found, biases = {}, set()
+        for module in self.model.modules():
+            for attr, weight in module._parameters.items():
+                bias = module._parameters.get(attr.replace('weight', 'bias')) if id(weight) in dead and 'weight' in attr else None
+                if bias is None or bias.shape != dead[id(weight)].shape: continue
+                found.setdefault(module, {})[attr.replace('weight', 'bias')] = dead[id(weight)]
+                biases.add(id(bias))
+        norms = self._flow.silenced(dead, biases) if self._flow else {}
         for norm, quiet in norms.items():
             found[norm] = {n: quiet for n in ('running_mean', 'weight', 'bias') if getattr(norm, n) is not None}
         return found
@@ -254,7 +292,7 @@ class Sparsifier:
 
     def report(self) -> Report:
         "What is zero, layer by layer, counted now."
-        return measure(self.model, [(n, layer.module, layer.grouping) for n, layer in self.layers.items()], self.skipped)
+        return measure(self.model, [(n, layer.at, layer.grouping) for n, layer in self.layers.items()], self.skipped)
 
     def state_dict(self) -> dict:  # layer's name: {'shape': its weight's, 'bits': the keep mask, uint8 (weights / 8 rounded up,)}
         "The masks, packed to bits."
@@ -279,15 +317,33 @@ class Sparsifier:
                 raise ValueError(f'state: got a mask of shape {shape} for {name!r}, allowed is {tuple(layer.mask.shape)}')
             mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
             masks[name] = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
-            aligned[name] = bool((layer.grouping.count(masks[name]) % layer.grouping.size == 0).all())
+            aligned[name] = _aligned(layer.grouping, masks[name])
         for name, layer in self.layers.items(): layer.aligned = aligned[name]
         self._set(masks)
 
 
-def _layer(name, module, granularity):
-    grouping, mask = Grouping(module, granularity, name), _living(module.weight)
-    alive = grouping.count(mask) if grouping.size > 1 else None
-    return Layer(name, module, grouping, mask, alive is None or bool((alive % grouping.size == 0).all()))
+def read_min_keep(
+    min_keep,  # a whole number of weights, a share between 0 and 1, or None
+    context,  # as the user gave it
+) -> int | float | None:
+    "The floor that is meant."
+    if min_keep is None: return None
+    if isinstance(min_keep, bool) or not isinstance(min_keep, (int, float)) or not (isinstance(min_keep, int) and min_keep >= 0 or 0 < min_keep < 1):
+        raise ValueError(f'min_keep: got {min_keep!r}, allowed is a whole number of weights, or a share between 0 and 1, as .05')
+    if hasattr(read_context(context), 'sparsity'): raise ValueError(f'min_keep: got {min_keep!r}, allowed with context={context!r} is None: the pattern says what stays')
+    return min_keep
+
+
+def _layer(name, at, granularity):
+    grouping, mask = Grouping(at.module, granularity, name, at.attr), _living(at.tensor)
+    filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
+    return Layer(name, at, grouping, mask, count(mask), _aligned(grouping, mask), filters)
+
+
+def _aligned(grouping, mask):
+    if grouping.size == 1: return True
+    alive = grouping.count(mask)
+    return bool(((alive == 0) | (alive == (grouping.sizes if isinstance(grouping.sizes, int) else grouping.sizes.to(alive.device)))).all())
 
 
 def _living(weight):

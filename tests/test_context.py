@@ -9,10 +9,10 @@ from fasterai.selection import Part
 INF = torch.inf
 
 
-def layer(name, scores, size=1, stranded=0, cost=None):
+def layer(name, scores, size=1, cost=None, **more):
     scores = torch.tensor(scores, dtype=torch.float32)
     return Part(name, len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.),
-                None if cost is None else torch.tensor(cost), stranded)
+                None if cost is None else torch.tensor(cost), **more)
 
 
 def kept(context, layers, share): return [k.int().tolist() for k in CONTEXTS[context](layers, Fraction(share))]
@@ -62,7 +62,7 @@ def test_groups_of_different_size_pay_what_they_cost():
 
 
 def test_weights_that_are_zero_in_living_groups_count():
-    layers = [layer('a', [1, 2, 3], size=4, stranded=4, cost=[2, 2, 4])]
+    layers = [layer('a', [1, 2, 3], size=4, cost=[2, 2, 4])]
     assert kept('global', layers, '1/2') == [[0, 1, 1]]  # 6 of 12: 4 are there, the first group adds 2
 
 

@@ -32,7 +32,7 @@ def test_how_many_groups(layer, groups):
 def test_groups_of_a_convolution_by_eye():
     layer = nn.Conv2d(1, 2, 2)  # two filters, each one 2 × 2 kernel of two vectors
     scores = T([[[[1., 2.], [3., 4.]]], [[[5., 6.], [7., 8.]]]])
-    means = {g: mean(Grouping(layer, g), scores).tolist() for g in GRANULARITIES}
+    means = {g: mean(Grouping(layer, g), scores).tolist() for g in ('weight', 'vector', 'kernel', 'filter')}
     assert means == {'weight': [1, 2, 3, 4, 5, 6, 7, 8], 'vector': [1.5, 3.5, 5.5, 7.5], 'kernel': [2.5, 6.5], 'filter': [2.5, 6.5]}
     assert Grouping(layer, 'vector').expand(T([True, False, False, True])).tolist() == [
         [[[True, True], [False, False]]], [[[False, False], [True, True]]]]
@@ -68,8 +68,8 @@ def test_axes_by_name():
 
 
 @pytest.mark.parametrize('layer, granularity, error, says', [
-    (nn.Conv2d(1, 1, 1), 'filtr', ValueError, r"granularity: got 'filtr', allowed for Conv2d 'c' is one of weight, vector, kernel, filter, or a tuple of "
-                                             r"its axes G, O, I, kh, kw; did you mean 'filter'"),
+    (nn.Conv2d(1, 1, 1), 'filtr', ValueError, r"granularity: got 'filtr', allowed for Conv2d 'c' is one of weight, vector, .* layer, block\(rows, "
+                                             r"columns\), head\(n\), or a tuple of its axes G, O, I, kh, kw; did you mean 'filter'"),
     (nn.Linear(1, 1), ('I', 'kh'), ValueError, r"granularity: got axis 'kh', allowed for Linear 'c' is .* axes O, I"),
     (nn.Linear(1, 1), 4, TypeError, 'granularity: got 4, allowed for Linear')])
 def test_what_a_layer_cannot_have_is_refused(layer, granularity, error, says):

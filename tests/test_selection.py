@@ -23,7 +23,8 @@ def removed(chunks, budget):
     order = Lowest(parts)
     cut = order.cut(budget)
     kept = order.remove(cut)
-    assert [n for _, n in kept] == [p.living - int(keep.sum()) for p, (keep, _) in zip(parts, kept)]
+    costs = [p.costs if p.costs is not None else torch.full((len(p.alive),), p.size) for p in parts]
+    assert [n for _, n in kept] == [int(c[p.alive & ~keep].sum()) for p, c, (keep, _) in zip(parts, costs, kept)]
     return [(~keep).int().tolist() for keep, _ in kept]
 
 
