@@ -1,8 +1,9 @@
 "All that one needs, for `from fasterai.all import *`."
 from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.granularity import add_layer_type, block, head
 from fasterai.report import Report
 from fasterai.schedule import cosine, dense_sparse_dense, gradual, iterative, linear, one_cycle, one_shot, plot_schedule
 from fasterai.sparsifier import Sparsifier
 
-__all__ = ['SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle',
+__all__ = ['SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type', 'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle',
            'dense_sparse_dense', 'plot_schedule']

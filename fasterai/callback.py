@@ -6,14 +6,17 @@ from fastai.callback.core import Callback as FastaiCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import ValueMetric, noop
+from fastai.text.models.awdlstm import WeightDropout
 
 from fasterai.arguments import name_of, one_of, percent
 from fasterai.context import check_sparsity, read_context
 from fasterai.criteria import read_criterion
-from fasterai.granularity import AXES, GRANULARITIES
+from fasterai.granularity import GRANULARITIES, add_layer_type
 from fasterai.layers import Weight, choose
 from fasterai.schedule import read_schedule
 from fasterai.sparsifier import Sparsifier, read_min_keep
+
+add_layer_type(WeightDropout, **{'weight_*_raw': 'O I'})  # fastai's AWD_LSTM keeps the weights that it drops from there
 
 
 class KeepSparse(FastaiCallback):

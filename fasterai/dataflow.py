@@ -20,7 +20,9 @@ RESHAPE = {'flatten', 'view', 'reshape'}
 REDUCE = {'mean', 'sum', 'amax'}  # over space: zero stays zero
 BOTH = {'add', 'iadd', 'sub', 'isub'}  # zero where both are
 EITHER = {'mul', 'imul', 'multiply'}  # zero where either is
-MAKERS = set('embedding embeddingbag bilinear lstm gru rnn rnntanh rnnrelu multiheadattention multiheadattentionforward'.split())
+MAKERS = set('''embedding embeddingbag bilinear lstm gru rnn rnntanh rnnrelu lstmcell grucell rnncell rnntanhcell rnnrelucell
+    multiheadattention multiheadattentionforward'''.split())
+PRODUCTS = set('matmul rmatmul mm bmm addmm baddbmm einsum'.split())  # a layer in disguise, where one of the factors is a weight
 
 
 @dataclass(eq=False)
@@ -103,7 +105,7 @@ def _note(name, args, kwargs, of, norms, shapes, after):
     inputs = tuple(n for n in map(of, leaves) if n is not None)
     reads = frozenset(id(p) for p in leaves if isinstance(p, nn.Parameter) and p.ndim > 1)
     makers = frozenset().union(*(n.makers for n in inputs))
-    other = Node(inputs=inputs, makers=reads if name in MAKERS else makers | reads, reads=reads, ndim=after and len(after))
+    other = Node(inputs=inputs, makers=reads if name in MAKERS or name in PRODUCTS and reads else makers | reads, reads=reads, ndim=after and len(after))
 
     def argument(i, key, default=None): return args[i] if len(args) > i else kwargs.get(key, default)
     first = argument(0, 'input')

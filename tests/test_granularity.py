@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.granularity import AXES, GRANULARITIES, Grouping
+from fasterai.granularity import AXES, GRANULARITIES, Grouping, block, head, weights_of
 
 T = torch.tensor
 
@@ -67,6 +67,91 @@ def test_axes_by_name():
     assert Grouping(layer, ['O']).groups == 3 * 4 * 5
 
 
+@pytest.mark.parametrize('layer, attr, groups', [  # vector, column, kernel, horizontal_slice, vertical_slice, filter, channel, layer
+    (nn.Conv2d(4, 6, (2, 3)), 'weight', (48, 72, 24, 12, 18, 6, 4, 1)),
+    (nn.Conv2d(4, 6, 3, groups=2), 'weight', (36, 36, 12, 18, 18, 6, 4, 1)),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), 'weight', (36, 36, 12, 18, 18, 6, 4, 1)),
+    (nn.Conv1d(4, 6, 3), 'weight', (24, 72, 24, 6, 18, 6, 4, 1)),
+    (nn.Linear(5, 3), 'weight', (15, 15, 15, 3, 3, 3, 5, 1)),
+    (nn.Bilinear(2, 3, 4), 'weight', (24, 24, 24, 12, 12, 4, 2, 1)),
+    (nn.Embedding(5, 3), 'weight', (15, 15, 15, 3, 3, 3, 5, 1)),
+    (nn.MultiheadAttention(4, 2), 'in_proj_weight', (48, 48, 48, 12, 12, 12, 4, 1)),
+    (nn.LSTM(5, 3), 'weight_ih_l0', (60, 60, 60, 12, 12, 12, 5, 1)),
+    (nn.GRU(5, 3), 'weight_hh_l0', (27, 27, 27, 9, 9, 9, 3, 1)),
+    (nn.LSTM(5, 3, proj_size=2), 'weight_hr_l0', (6, 6, 6, 2, 2, 2, 3, 1)),
+])
+def test_how_many_groups_of_other_shapes(layer, attr, groups):
+    names = 'vector column kernel horizontal_slice vertical_slice filter channel layer'.split()
+    found = [Grouping(layer, g, '', attr) for g in names]
+    assert tuple(g.groups for g in found) == groups
+    for g in found: assert g.groups * g.size == getattr(layer, attr).numel()
+    assert found[-1].whole_layer and not any(g.whole_layer for g in found[:-1])
+
+
+@pytest.mark.parametrize('granularity', [*GRANULARITIES, ('O',), ('I',), block(4, 4), block(1, 16), block(3, 2), block(64, 64), head(1), head(2)], ids=str)
+@pytest.mark.parametrize('layer', [nn.Linear(6, 4), nn.Conv2d(6, 4, (2, 3)), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose1d(6, 4, 3, groups=2),
+                                   nn.Embedding(6, 4), nn.LSTM(6, 4), nn.MultiheadAttention(4, 2), nn.Bilinear(3, 2, 4)], ids=lambda m: type(m).__name__)
+def test_every_pair_works(layer, granularity):
+    "Each weight is in one group; what is kept of groups is kept of weights."
+    for attr in weights_of(layer):
+        grouping = Grouping(layer, granularity, '', attr)
+        shape = getattr(layer, attr).shape
+        keep = torch.rand(grouping.groups) > .5
+        mask, everything = grouping.expand(keep), torch.ones(shape, dtype=torch.bool)
+        assert mask.shape == shape and mask.is_contiguous()
+        counts = grouping.count(mask)
+        assert torch.equal(counts > 0, keep) and (counts[keep] == grouping.count(everything)[keep]).all()
+        assert int(grouping.count(everything).sum()) == everything.numel()
+        scores = torch.rand(shape)
+        rows, means = grouping.rows(scores).view(grouping.groups, -1), torch.as_tensor(mean(grouping, scores))
+        assert torch.allclose(means, rows.sum(1) / grouping.count(everything))
+
+
+def test_blocks_by_eye():
+    grouping = Grouping(nn.Linear(5, 3), block(2, 2))  # 3 × 5: the last row and the last column are smaller blocks
+    assert grouping.groups == 6 and grouping.sizes.tolist() == [4, 4, 2, 2, 2, 1]
+    assert grouping.expand(T([True, False, True, False, True, False])).int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 0]]
+    assert mean(grouping, torch.arange(15.).view(3, 5)).tolist() == [3, 5, 6.5, 10.5, 12.5, 14]
+    conv = Grouping(nn.Conv2d(4, 4, 3), block(2, 4))  # one for each place of the kernel
+    assert conv.groups == 2 * 9 and conv.size == 8 and not conv.whole_filters
+
+
+def test_heads_by_eye():
+    attention = nn.MultiheadAttention(4, 2)
+    grouping = Grouping(attention, head(2), '', 'in_proj_weight')  # q, k and v of a head together
+    assert grouping.groups == 2 and grouping.whole_filters
+    assert grouping.expand(T([False, True]))[:, 0].int().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
+    out = Grouping(attention.out_proj, head(2, 'I'))
+    assert out.expand(T([False, True]))[0].int().tolist() == [0, 0, 1, 1] and not out.whole_filters
+
+
+def test_a_dead_head_changes_nothing_of_the_others():
+    attention, x = nn.MultiheadAttention(8, 4, batch_first=True), torch.randn(2, 3, 8)
+    keep = T([True, False, True, True])
+    with torch.no_grad():
+        attention.in_proj_weight *= Grouping(attention, head(4), '', 'in_proj_weight').expand(keep)
+        out = attention(x, x, x)[0]
+        attention.out_proj.weight *= Grouping(attention.out_proj, head(4, 'I')).expand(keep)
+        assert torch.allclose(out, attention(x, x, x)[0], atol=1e-6)  # what the head puts out is zero already
+
+
+def test_units_of_an_lstm_are_its_gates_together():
+    lstm = nn.LSTM(3, 2)
+    grouping = Grouping(lstm, ('S', 'I'), '', 'weight_ih_l0')
+    assert grouping.expand(T([True, False]))[:, 0].int().tolist() == [1, 0] * 4
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: block(0, 4), 'block: got 0 as rows'), (lambda: block(4, 2.), 'block: got 2.0 as columns'), (lambda: head(True), 'head: got True'),
+    (lambda: head(2, 'kh'), "head: got 'kh' as axis, allowed is 'O' or 'I'"),
+    (lambda: Grouping(nn.Linear(4, 6), head(4), 'q'), r"granularity: got head\(4\) for Linear 'q': 4 heads cannot share O = 6"),
+    (lambda: Grouping(nn.Embedding(4, 6), ('kh',), 'e'), "got axis 'kh', allowed for Embedding 'e' .* axes I, O"),
+    (lambda: Grouping(nn.LayerNorm(4), 'filter', 'n'), "got 'filter', allowed for LayerNorm 'n' is one of weight, layer, or a tuple of its axes d0"),
+    (lambda: Grouping(nn.LayerNorm(4), block(2, 2), 'n'), "got block\\(2, 2\\), allowed for LayerNorm 'n' is one of weight, layer")])
+def test_shapes_that_cannot_be_are_refused(make, says):
+    with pytest.raises(ValueError, match=says): make()
+
+
 @pytest.mark.parametrize('layer, granularity, error, says', [
     (nn.Conv2d(1, 1, 1), 'filtr', ValueError, r"granularity: got 'filtr', allowed for Conv2d 'c' is one of weight, vector, .* layer, block\(rows, "
                                              r"columns\), head\(n\), or a tuple of its axes G, O, I, kh, kw; did you mean 'filter'"),
@@ -79,7 +164,7 @@ def test_what_a_layer_cannot_have_is_refused(layer, granularity, error, says):
 def test_subclasses_are_found_by_their_base():
     class Special(nn.Conv2d): pass
     assert Grouping(Special(1, 2, 3), 'filter').groups == 2
-    assert set(AXES) >= {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+    assert weights_of(Special(1, 2, 3)) == {'weight': '(G O) I kh kw'} == AXES[nn.Conv2d]
 
 
 def test_channels_last_gives_the_same_groups():

@@ -2,11 +2,14 @@ import subprocess
 import sys
 from copy import deepcopy
 
+import warnings
+
 import pytest
 import torch
 from conftest import convnet
 from torch import nn
 
+from fasterai.granularity import AXES, add_layer_type
 from fasterai.sparsifier import Sparsifier
 
 
@@ -340,3 +343,120 @@ def test_layers_without_weights_are_left_out():
 @pytest.mark.parametrize('state, error', [(None, TypeError), ({'0': {}, '3': {}, '8': {}}, ValueError)])
 def test_states_of_other_kinds_are_refused(net, state, error):
     with pytest.raises(error, match='state: got'): Sparsifier(net).load_state_dict(state)
+
+
+def test_min_keep_is_a_floor_for_each_layer(net):
+    Sparsifier(net, layers=['0', '3', '8'], min_keep=.3).sparsify_model(60)
+    for i in (0, 3, 8): assert int((net[i].weight != 0).sum()) >= .3 * net[i].weight.numel()
+    assert sum(int((net[i].weight == 0).sum()) for i in (0, 3, 8)) == round(.6 * sum(net[i].weight.numel() for i in (0, 3, 8)))
+    Sparsifier(net, layers='8', min_keep=5).sparsify_model(100)
+    assert int((net[8].weight != 0).sum()) == 5
+    Sparsifier(net, layers='8', min_keep=0).sparsify_model(99)
+    assert int((net[8].weight != 0).sum()) == 1
+
+
+def test_a_layer_that_is_nearly_empty_is_named_once(net):
+    with torch.no_grad(): net[3].weight /= 1e4
+    sparsifier = Sparsifier(net, layers=['0', '3', '8'])
+    with pytest.warns(UserWarning, match="'3' has less than 1 % of its weights left, .* min_keep= sets a floor"): sparsifier.sparsify_model(80)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        warnings.filterwarnings('ignore', '.*would have been left')
+        sparsifier.sparsify_model(85)
+        Sparsifier(net, context='local', layers=['3']).sparsify_model(99.5)  # as it was asked
+
+
+@pytest.mark.parametrize('context', ['erk', 'lamp', 'normalized', 'uniform_plus'])
+def test_allocations_reach_the_sparsity_of_all(context):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(16, 30), nn.Linear(30, 10))
+    sparsifier = Sparsifier(net, context=context, layers=['0', '1', '2', '3'])
+    for sparsity in (30, 70):
+        sparsifier.sparsify_model(sparsity)
+        assert sparsifier.report().zeros == round(sparsity / 100 * sparsifier.report().weights)
+    if context == 'uniform_plus': assert [r.zeros for r in sparsifier.report().rows][0] == 0
+    sparsifier.sparsify_model(70, share=.2, regrow=True)
+    masks = [layer.mask for layer in sparsifier.layers.values()]
+    assert sum(int((~m).sum()) for m in masks) == round(.14 * sum(m.numel() for m in masks))
+
+
+PATTERNED = {'Linear': lambda: nn.Linear(10, 6), 'Conv2d': lambda: nn.Conv2d(8, 6, 3), 'Conv2d grouped': lambda: nn.Conv2d(8, 6, 3, groups=2),
+             'ConvTranspose2d': lambda: nn.ConvTranspose2d(8, 6, 3), 'LSTM': lambda: nn.LSTM(8, 6)}
+
+
+@pytest.mark.parametrize('kind', PATTERNED)
+@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+def test_patterns_hold_in_every_line(kind, memory):
+    net = nn.Sequential(PATTERNED[kind]())
+    if 'Conv' in kind: net = net.to(memory_format=memory)
+    sparsifier = Sparsifier(net, context='2:4', layers='0')
+    for share in (.3, .6, 1): sparsifier.sparsify_model(50, share)
+    for layer in sparsifier.layers.values():
+        lines = (layer.weight != 0).movedim(1 if 'Transpose' not in kind else 0, -1)
+        for start in range(0, lines.shape[-1], 4):
+            group = lines[..., start:start + 4]
+            assert (group.sum(-1) == -(-group.shape[-1] // 2)).all()
+
+
+@pytest.mark.parametrize('arguments, sparsity, says', [
+    (dict(context='2:4'), 75, "sparsity: got 75, allowed with context='2:4' is 50, which it implies"),
+    (dict(context='1:4'), {'0': 75, '8': 50}, "sparsity: got 50, allowed with context='1:4' is 75"),
+    (dict(context='2:4', granularity='kernel'), 50, "granularity: got 'kernel', allowed with context='2:4' is 'weight'"),
+    (dict(context='2:4', layers='1.bias'), 50, "got '2:4', and '1.bias' has no input axis I"),
+    (dict(context='2:4', min_keep=3), 50, "min_keep: got 3, allowed with context='2:4' is None"),
+    (dict(min_keep=1.5), 50, 'min_keep: got 1.5, allowed is a whole number of weights, or a share between 0 and 1'),
+    (dict(min_keep=True), 50, 'min_keep: got True'), (dict(min_keep=-1), 50, 'min_keep: got -1')])
+def test_what_does_not_go_together_is_refused(net, arguments, sparsity, says):
+    with pytest.raises(ValueError, match=says): Sparsifier(net, **arguments).sparsify_model(sparsity)
+    assert not any((p == 0).all() for n, p in net.named_parameters() if n.endswith('weight'))
+
+
+def test_the_biases_of_dead_rows_go_too():
+    net = nn.ModuleDict({'lstm': nn.LSTM(4, 3), 'attn': nn.MultiheadAttention(6, 2)})
+    with torch.no_grad(): net['attn'].in_proj_bias.fill_(1)
+    sparsifier = Sparsifier(net, 'filter', 'local', layers=['lstm', 'attn'], example=None)
+    sparsifier.sparsify_model(50)
+    assert torch.equal(net['lstm'].bias_ih_l0 == 0, (net['lstm'].weight_ih_l0 == 0).all(1)) and int((net['lstm'].bias_ih_l0 == 0).sum()) == 6
+    assert torch.equal(net['attn'].in_proj_bias == 0, (net['attn'].in_proj_weight == 0).all(1)) and int((net['attn'].in_proj_bias == 0).sum()) == 9
+
+
+def test_a_dead_layer_is_dead_altogether():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    with torch.no_grad(): net[0].weight /= 100
+    sparsifier = Sparsifier(net, 'layer', example=torch.randn(2, 4))
+    assert list(sparsifier.layers) == ['0', '3']
+    with pytest.warns(UserWarning, match="'0' has less than 1 %"): sparsifier.sparsify_model(20)
+    assert not net[0].weight.any() and not net[0].bias.any() and not net[1].weight.any() and not net[1].bias.any() and net[3].weight.all()
+
+
+def test_a_type_of_ones_own_by_one_row():
+    "As Hugging Face's Conv1D, a Linear with its weight the other way round."
+    class Conv1D(nn.Module):
+        def __init__(self, out, into):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(into, out)), nn.Parameter(torch.ones(out))
+        def forward(self, x): return torch.addmm(self.bias, x, self.weight)
+    add_layer_type(Conv1D, weight='I O')
+    try:
+        net, x = nn.Sequential(Conv1D(6, 4), nn.ReLU(), Conv1D(3, 6)), torch.randn(5, 4)
+        sparsifier = Sparsifier(net, 'filter', example=x)
+        assert list(sparsifier.layers) == ['0'] and "makes the network's output" in sparsifier.skipped['2']
+        sparsifier.sparsify_model(50)
+        assert ((net[0](x) == 0).all(0)).sum() == 3
+    finally: del AXES[Conv1D]
+
+
+def test_recurrent_weights_stay_sparse_and_flat():
+    lstm = nn.LSTM(6, 8, num_layers=2, bidirectional=True)
+    pointers = [p.data_ptr() for p in lstm.parameters()]
+    sparsifier = Sparsifier(lstm)
+    sparsifier.sparsify_model(80)
+    optimizer = torch.optim.Adam(lstm.parameters())
+    sparsifier.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        lstm(torch.randn(5, 2, 6))[0].square().mean().backward()
+        optimizer.step()
+    lstm.flatten_parameters()
+    report = sparsifier.report()
+    assert report.zeros == round(.8 * report.weights) and len(report.rows) == 8
+    assert [p.data_ptr() for p in lstm.parameters()] == pointers  # what cuDNN has flattened is where it was
