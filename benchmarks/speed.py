@@ -201,7 +201,8 @@ def main():
     theirs = peers(fresh, 90, min(rounds, 3))
     rows.append(('torch.nn.utils.prune, the same global event', '30 × ours',
                  f'{theirs:.0f} passes: {theirs / ours:.0f} ×', reached(30, theirs / ours)))
-    cost, _, held, transient, _ = map(statistics.median, zip(*(apart(2_000_000 if chosen.small else 25_600_000) for _ in range(1 if chosen.small else 5))))
+    some = [apart(2_000_000)] if chosen.small else [apart(25_600_000) for _ in range(5)]
+    cost, _, held, transient, _ = map(statistics.median, zip(*some))
     rows += [('memory held, bytes a weight', '1', f'{held:.2f}', reached(held, 1)),
              ('peak above weights and masks in an event, bytes a weight', '2', f'{transient:.2f}', reached(transient, 2))]
     if not chosen.small:

@@ -5,5 +5,5 @@ from fasterai.report import Report
 from fasterai.schedule import cosine, dense_sparse_dense, gradual, iterative, linear, one_cycle, one_shot, plot_schedule
 from fasterai.sparsifier import Sparsifier
 
-__all__ = ['SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type', 'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle',
-           'dense_sparse_dense', 'plot_schedule']
+__all__ = ['SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type', 'one_shot', 'iterative', 'gradual',
+           'linear', 'cosine', 'one_cycle', 'dense_sparse_dense', 'plot_schedule']

@@ -144,7 +144,8 @@ class pattern:
     m: int
 
     def __post_init__(self):
-        if not 1 <= self.n < self.m: raise ValueError(f"context: got '{self.n}:{self.m}', allowed is 'n:m' with n from 1 and smaller than m, as '2:4'")
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"context: got '{self.n}:{self.m}', allowed is 'n:m' with n from 1 and smaller than m, as '2:4'")
 
     @property
     def sparsity(self) -> Fraction: return 1 - Fraction(self.n, self.m)
@@ -152,7 +153,8 @@ class pattern:
     def __call__(self, parts, fraction): return [self._one(part, fraction / self.sparsity) for part in parts]
 
     def _one(self, part, share):
-        keep = torch.from_numpy(self._lines(np.where(part.alive.cpu().numpy(), part.all_scores(), -np.inf), part)).to(part.alive.device) & part.alive
+        scores = np.where(part.alive.cpu().numpy(), part.all_scores(), -np.inf)
+        keep = torch.from_numpy(self._lines(scores, part)).to(part.alive.device) & part.alive
         due = round(share * (part.weights - count(keep))) - part.gone
         if share >= 1 or due <= 0: return keep if share >= 1 else part.alive
         order = Lowest([replace(part, alive=part.alive & ~keep)])

@@ -85,12 +85,13 @@ def score(
     "The scores of one layer or a part of it; half-precision evidence is widened first, so that products do not underflow."
     kind, shape = type(first := next(iter(evidence.values()))), first.shape
     given = {n: e.float() if getattr(e, 'dtype', None) in (torch.float16, torch.bfloat16) else e for n, e in evidence.items()}
-    if criterion not in CRITERIA.values(): given = {n: copy.deepcopy(e) for n, e in given.items()}  # may work in place
+    if criterion not in CRITERIA.values(): given = {n: copy.deepcopy(e) for n, e in given.items()}  # one of the user's may work in place
     with np.errstate(all='ignore'):  # `check_finite` looks at what came of it
         scores = criterion(**given)
         if not isinstance(scores, kind) or scores.shape != shape:
             came = f'a tensor of shape {tuple(scores.shape)}' if isinstance(scores, (torch.Tensor, np.ndarray)) else repr(scores)
-            raise ValueError(f"criteria: {name_of(criterion)} gave {came} for layer {name!r}, allowed is a tensor of the weight's shape {tuple(shape)}")
+            raise ValueError(f"criteria: {name_of(criterion)} gave {came} for layer {name!r}, "
+                             f"allowed is a tensor of the weight's shape {tuple(shape)}")
         scores = scores.float() if kind is torch.Tensor else scores.astype(np.float32, copy=False)
     return scores
 

@@ -81,7 +81,8 @@ class block:
         columns: int,  # inputs a block
     ):
         for name, n in (('rows', rows), ('columns', columns)):
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'block: got {n!r} as {name}, allowed is a whole number from 1 on')
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise ValueError(f'block: got {n!r} as {name}, allowed is a whole number from 1 on')
         self.sides = rows, columns
 
     def __call__(self, axes): return ('O', self.sides[0]), ('I', self.sides[1])
@@ -133,9 +134,10 @@ class Grouping:
         self.dims = [n for n in flat if n != 1]
         inner = [i % 2 for i, n in enumerate(flat) if n != 1]
         self.order = sorted(range(len(inner)), key=inner.__getitem__)
-        self.sizes = self.count(torch.ones(self.shape, dtype=torch.bool)) if self.pad else self.size  # weights of each group: one number, or (groups,)
-        self.whole_filters = 'O' in self.axes and all(whole.get(a) == n for a, n in self.axes.items() if a not in OUTPUTS)  # a group makes, or makes up, output channels
+        self.sizes = self.count(torch.ones(self.shape, dtype=torch.bool)) if self.pad else self.size  # one number, or (groups,)
         self.whole_layer = granularity == 'layer'
+        # a group is one filter, or several
+        self.whole_filters = 'O' in self.axes and all(whole.get(a) == n for a, n in self.axes.items() if a not in OUTPUTS)
 
     def rows(self,
         tensor: torch.Tensor,  # of the weight's shape

@@ -219,7 +219,8 @@ class _Ranks:
             return [float(found[k]) if k < len(scores) else np.inf for k in places]
         if not self.scores: return [np.inf for _ in budgets]
         least, most = _ordinal(min(s.min() for s in self.scores)), _ordinal(max(s.max() for s in self.scores))
-        return [_score(least + bisect_left(range(least, most), b, key=lambda i: self.upto(_score(i)))) if b <= self.total else np.inf for b in budgets]
+        def reached(budget): return _score(least + bisect_left(range(least, most), budget, key=lambda i: self.upto(_score(i))))
+        return [reached(b) if b <= self.total else np.inf for b in budgets]
 
 
 def _ordinal(score):

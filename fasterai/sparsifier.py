@@ -79,7 +79,8 @@ class Sparsifier:
         self._choice = choose(model, layers)
         self.candidates = {n: _layer(n, w, granularity) for n, w in self._choice.chosen.items()}
         self._check_pattern(granularity)
-        self._hooks, self._thin, self._flow, self._silenced = [], set(), None, {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
+        self._hooks, self._thin, self._flow = [], set(), None
+        self._silenced = {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
         self._followed = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not callable(example) or isinstance(example, torch.Tensor): self._follow()
 
@@ -330,7 +331,8 @@ def read_min_keep(
     if min_keep is None: return None
     if isinstance(min_keep, bool) or not isinstance(min_keep, (int, float)) or not (isinstance(min_keep, int) and min_keep >= 0 or 0 < min_keep < 1):
         raise ValueError(f'min_keep: got {min_keep!r}, allowed is a whole number of weights, or a share between 0 and 1, as .05')
-    if hasattr(read_context(context), 'sparsity'): raise ValueError(f'min_keep: got {min_keep!r}, allowed with context={context!r} is None: the pattern says what stays')
+    if hasattr(read_context(context), 'sparsity'):
+        raise ValueError(f'min_keep: got {min_keep!r}, allowed with context={context!r} is None: the pattern says what stays')
     return min_keep
 
 
