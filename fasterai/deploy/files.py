@@ -1,0 +1,136 @@
+"A smaller file: a bitmask and the values that are not zero, in safetensors."
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+FORMAT = 'fasterai.sparse 1'
+MASK, VALUES = '\0mask', '\0values'  # what is added to a tensor's name, where it is packed
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def save_sparse(
+    model: nn.Module,  # any model; parameters and buffers are saved, all types
+    path: str | Path,  # the file, which is replaced if it is there, at once or not at all
+):
+    "Write a model's tensors to one safetensors file, packed where that is smaller. `load_sparse` gives the same bits back."
+    tensors, about, first = {}, {}, {}
+    for name, tensor in _state(model).items():
+        owner = first.setdefault(_memory(tensor), name)
+        if owner != name: about[name] = {'same': owner}  # tied
+        else: about[name] = _pack(name, tensor.detach(), tensors)
+    metadata = {'format': FORMAT, 'tensors': json.dumps(about), 'sha256': _digest(tensors, about)}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, 'rb') as file: os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_sparse(
+    model: nn.Module,  # of the same architecture; its tensors are overwritten
+    path: str | Path,  # what `save_sparse` has written
+) -> nn.Module:  # the model
+    "Fill a model from a file; `ValueError`, and the model unchanged, where the file is damaged, foreign, or does not fit."
+    stored, about = _read(path)
+    state = _state(model)
+    _check_fit(state, about, path)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            owner = about[name].get('same', name)
+            tensor.copy_(_unpack(owner, stored, about[owner]))
+    return model
+
+
+def _read(path):
+    "What a file holds, and what it says of it; both as they were written."
+    try:
+        with safe_open(path, 'pt') as file:
+            metadata, stored = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
+    except FileNotFoundError: raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'path: got {str(path)!r}, which is damaged or no safetensors file: {error}') from error
+    if metadata.get('format') != FORMAT:
+        raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, allowed is what save_sparse writes, {FORMAT!r}')
+    try: about = json.loads(metadata.get('tensors', ''))
+    except json.JSONDecodeError: about = None
+    if about is None or _digest(stored, about) != metadata.get('sha256'):
+        raise ValueError(f'path: got {str(path)!r}, which was altered since it was written')
+    return stored, about
+
+
+def _state(model):
+    if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, allowed are dense tensors')
+    return state
+
+
+def _memory(tensor):
+    "Equal for tensors that are the same in memory; a tensor without any is like no other."
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+
+
+def _pack(name, tensor, tensors):
+    "Add a tensor to those that are saved; what one must know to unpack it."
+    kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
+    tensor, size = tensor.cpu().contiguous(), tensor.element_size()
+    if size in WORDS and tensor.dtype != torch.bool and tensor.ndim:
+        keep = (tensor.view(WORDS[size]) != 0).flatten()  # by the bits: a negative zero is kept
+        number = int(np.count_nonzero(keep.numpy()))
+        if -(-keep.numel() // 8) + number * size < keep.numel() * size:
+            tensors[name + MASK] = torch.from_numpy(np.packbits(keep.numpy()))
+            tensors[name + VALUES] = tensor.flatten()[keep]
+            return kind | {'packed': number}
+    tensors[name] = tensor
+    return kind
+
+
+def _unpack(name, stored, kind):
+    if 'packed' not in kind: return stored[name]
+    tensor = torch.zeros(kind['shape'], dtype=getattr(torch, kind['dtype']))
+    keep = np.unpackbits(stored[name + MASK].numpy(), count=tensor.numel()).view(bool)
+    tensor.view(-1).view(WORDS[tensor.element_size()])[torch.from_numpy(keep)] = stored[name + VALUES].view(WORDS[tensor.element_size()])
+    return tensor
+
+
+def _digest(tensors, about):
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy() if tensors[name].numel() else b'')
+    return digest.hexdigest()
+
+
+def _check_fit(state, about, path):
+    missing, unexpected = [n for n in state if n not in about], [n for n in about if n not in state]
+    if missing or unexpected:
+        said = [f'{what} {", ".join(map(repr, names[:5]))}{" and more" if len(names) > 5 else ""}'
+                for what, names in (('lacks', missing), ('has the unexpected', unexpected)) if names]
+        raise ValueError(f'path: got {str(path)!r}, which does not fit the model: it {"; it ".join(said)}')
+    for name, tensor in state.items():
+        kind = about[about[name].get('same', name)]
+        shape, dtype = tuple(kind['shape']), kind['dtype']
+        if shape != tuple(tensor.shape): raise ValueError(f'path: got {name!r} of shape {shape}, allowed is that of the model, {tuple(tensor.shape)}')
+        if f'torch.{dtype}' != str(tensor.dtype): raise ValueError(f'path: got {name!r} of type {dtype}, allowed is that of the model, {tensor.dtype}')
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
