@@ -91,11 +91,12 @@ def _pack(name, tensor, tensors):
     kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
     tensor, size = tensor.cpu().contiguous(), tensor.element_size()
     if size in WORDS and tensor.dtype != torch.bool and tensor.ndim:
-        keep = (tensor.view(WORDS[size]) != 0).flatten()  # by the bits: a negative zero is kept
-        number = int(np.count_nonzero(keep.numpy()))
-        if -(-keep.numel() // 8) + number * size < keep.numel() * size:
-            tensors[name + MASK] = torch.from_numpy(np.packbits(keep.numpy()))
-            tensors[name + VALUES] = tensor.flatten()[keep]
+        words = tensor.view(WORDS[size]).flatten().numpy()
+        keep = words != 0  # by the bits: a negative zero is kept
+        number = int(np.count_nonzero(keep))
+        if -(-len(keep) // 8) + number * size < len(keep) * size:
+            tensors[name + MASK] = torch.from_numpy(np.packbits(keep))
+            tensors[name + VALUES] = torch.from_numpy(words[keep]).view(tensor.dtype)
             return kind | {'packed': number}
     tensors[name] = tensor
     return kind
