@@ -24,7 +24,7 @@ def bits(model): return {n: t.detach().contiguous().view(-1).view(torch.uint8).t
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
-          torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]
+          torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -32,7 +32,8 @@ def test_every_type_comes_back_bit_for_bit(dtype, tmp_path):
     def tensors():
         values = zeroed(torch.randint(-100, 100, (7, 9)).float())
         return {'sparse': values.to(dtype), 'dense': torch.ones(5, 3).to(dtype), 'none': torch.zeros(0, 3).to(dtype), 'one': torch.zeros(()).to(dtype),
-                'zero': torch.zeros(33).to(dtype), 'turned': values.to(dtype).t()}
+                'zero': torch.zeros(33).to(dtype), 'turned': values.to(dtype).t(),
+                'signed': (values * -(values > 0).float()).to(dtype)}
     model, other = Tensors(**tensors()), Tensors(**tensors())
     save_sparse(model, tmp_path / 'a')
     assert load_sparse(other, tmp_path / 'a') is other
@@ -44,7 +45,7 @@ def test_strange_numbers_come_back(tmp_path):
     model, other = Tensors(x=values), Tensors(x=torch.ones(108))
     save_sparse(model, tmp_path / 'a')
     load_sparse(other, tmp_path / 'a')
-    assert bits(model) == bits(other) and len(load_file(tmp_path / 'a')) == 2
+    assert bits(model) == bits(other) and len(load_file(tmp_path / 'a')) == 3
 
 
 def test_a_network_with_its_buffers_and_ties(tmp_path):
@@ -73,6 +74,9 @@ def test_how_small(tmp_path):
     with torch.no_grad(): model.weight.view(-1)[torch.randperm(10 ** 6)[:900_000]] = 0
     save_sparse(model, tmp_path / 'sparse')
     assert os.path.getsize(tmp_path / 'sparse') <= .14 * 4e6
+    with torch.no_grad(): model.weight.copy_(nn.init.normal_(torch.empty(1000, 1000)) * (model.weight != 0))  # half of the zeros are negative
+    save_sparse(model, tmp_path / 'negative')
+    assert os.path.getsize(tmp_path / 'negative') <= .165 * 4e6
     nn.init.normal_(model.weight)
     save_sparse(model, tmp_path / 'dense')
     assert os.path.getsize(tmp_path / 'dense') <= 4e6 + 1000

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 FORMAT = 'fasterai.sparse 1'
-MASK, VALUES = '\0mask', '\0values'  # what is added to a tensor's name, where it is packed
+MASK, VALUES, SIGNS = '\0mask', '\0values', '\0signs'  # what is added to a tensor's name, where it is packed
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -92,12 +92,14 @@ def _pack(name, tensor, tensors):
     tensor, size = tensor.cpu().contiguous(), tensor.element_size()
     if size in WORDS and tensor.dtype != torch.bool and tensor.ndim:
         words = tensor.view(WORDS[size]).flatten().numpy()
-        keep = words != 0  # by the bits: a negative zero is kept
-        number = int(np.count_nonzero(keep))
-        if -(-len(keep) // 8) + number * size < len(keep) * size:
+        keep = words & _magnitude(tensor.dtype, words.dtype) != 0
+        signs = np.packbits(words[~keep] != 0)  # what multiplies by a mask leaves negative zeros
+        signs = signs if signs.any() else signs[:0]
+        if -(-len(keep) // 8) + len(signs) + int(np.count_nonzero(keep)) * size < len(keep) * size:
             tensors[name + MASK] = torch.from_numpy(np.packbits(keep))
             tensors[name + VALUES] = torch.from_numpy(words[keep]).view(tensor.dtype)
-            return kind | {'packed': number}
+            if len(signs): tensors[name + SIGNS] = torch.from_numpy(signs)
+            return kind | {'packed': True}
     tensors[name] = tensor
     return kind
 
@@ -105,9 +107,20 @@ def _pack(name, tensor, tensors):
 def _unpack(name, stored, kind):
     if 'packed' not in kind: return stored[name]
     tensor = torch.zeros(kind['shape'], dtype=getattr(torch, kind['dtype']))
-    keep = np.unpackbits(stored[name + MASK].numpy(), count=tensor.numel()).view(bool)
-    tensor.view(-1).view(WORDS[tensor.element_size()])[torch.from_numpy(keep)] = stored[name + VALUES].view(WORDS[tensor.element_size()])
+    words = tensor.view(-1).view(WORDS[tensor.element_size()]).numpy()
+    keep = np.unpackbits(stored[name + MASK].numpy(), count=len(words)).view(bool)
+    words[keep] = stored[name + VALUES].view(WORDS[tensor.element_size()]).numpy()
+    if name + SIGNS in stored:
+        signs = np.unpackbits(stored[name + SIGNS].numpy(), count=np.count_nonzero(~keep)).astype(words.dtype)
+        words[~keep] = signs * ~_magnitude(tensor.dtype, words.dtype)
     return tensor
+
+
+def _magnitude(dtype, words):
+    "The bits that tell a number from zero: all, but for the sign of a float."
+    every = np.iinfo(words).max if words.kind == 'u' else -1
+    signed = dtype.is_floating_point and 'fnuz' not in str(dtype)  # those have no negative zero
+    return words.type((every >> 1 if words.kind == 'u' else np.iinfo(words).max) if signed else every)
 
 
 def _digest(tensors, about):
