@@ -14,7 +14,7 @@ from fasterai.criteria import read_criterion
 from fasterai.granularity import GRANULARITIES, add_layer_type
 from fasterai.layers import Weight, choose
 from fasterai.schedule import read_schedule
-from fasterai.sparsifier import Sparsifier, read_min_keep
+from fasterai.sparsifier import Sparsifier, check_coupled, read_min_keep
 
 add_layer_type(WeightDropout, **{'weight_*_raw': 'O I'})  # fastai's AWD_LSTM keeps the weights that it drops from there
 
@@ -92,6 +92,7 @@ class SparsifyCallback(KeepSparse):
         schedule: str | Callable = 'gradual',  # when: a name, gradual(start=.2, end=.8) and its like, or any function of progress
         layers=None,  # None for all but embeddings, or for those that a dict `sparsity` names; else as in `Sparsifier`
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as .05; None: one group
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
     ):
         if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
         for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: percent(value)
@@ -99,9 +100,10 @@ class SparsifyCallback(KeepSparse):
         check_sparsity(read_context(context), sparsity)
         read_criterion(criteria)
         read_min_keep(min_keep, context)
+        if coupled: check_coupled(granularity, read_context(context))
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
-        self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, min_keep=min_keep)
+        self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, min_keep=min_keep, coupled=coupled)
         self.keeper, self.waiting, self.history, self.trouble = None, [], [], ''
 
     def before_fit(self):
@@ -177,7 +179,7 @@ class SparsifyCallback(KeepSparse):
         return ax
 
     def __repr__(self):
-        given = {'sparsity': self.sparsity} | {k: v for k, v in self.choices.items() if v is not None} | {'schedule': self.schedule}
+        given = {'sparsity': self.sparsity} | {k: v for k, v in self.choices.items() if v is not None and v is not False} | {'schedule': self.schedule}
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in given.items())})'
 
     def _sparsify(self):

@@ -75,6 +75,26 @@ class Flow:
             if all(torch.equal(before[k], quiet[k]) for k in quiet): break
         return {n.norm: quiet[_shared(n.norm)] for n in norms if quiet[_shared(n.norm)].any()}
 
+    def tied(self) -> list:  # of sets of ids of weights
+        "Layers whose n-th output channels meet: in a sum, or in a depthwise convolution, which reads each by itself."
+        sources, sets = {}, []
+
+        def tie(ids):
+            met = [s for s in sets if s & ids]
+            sets[:] = [s for s in sets if not s & ids] + [frozenset().union(ids, *met)]
+        for node in self.tape:
+            before = [sources.get(i) for i in node.inputs]
+            if node.op == 'layer':
+                sources[node] = frozenset([id(node.weight)])
+                alone = node.weight.ndim > 2 and node.weight.shape[1] == 1 < node.length and node.inputs and node.inputs[0].length == node.length
+                if alone and before[0]: tie(sources[node] | before[0])
+            elif node.op in ('same', 'norm') and node.repeat == 1: sources[node] = before[0]
+            elif node.op == 'either': sources[node] = before[0]
+            elif node.op == 'both' and all(before):
+                sources[node] = before[0] | before[1]
+                tie(sources[node])
+        return [s for s in sets if len(s) > 1]
+
 
 def _shared(norm): return norm if norm.weight is None else id(norm.weight)  # two that share their scale count as one
 

@@ -71,6 +71,7 @@ class Sparsifier:
         layers=None,  # None for all but embeddings; a type, name, glob, module, parameter, or a list of these
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as .05; None: one group
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
         self.model, self.example = model, example
@@ -79,6 +80,8 @@ class Sparsifier:
         self._choice = choose(model, layers)
         self.candidates = {n: _layer(n, w, granularity) for n, w in self._choice.chosen.items()}
         self._check_pattern(granularity)
+        self.coupled, self._ties = coupled, []  # lists of names that live and die together
+        if coupled: check_coupled(granularity, self.context)
         self._hooks, self._thin, self._flow = [], set(), None
         self._silenced = {}  # module: {tensor's name: bool (channels,), zero with the dead filters}
         self._followed = not any(layer.grouping.whole_filters for layer in self.candidates.values())
@@ -121,7 +124,20 @@ class Sparsifier:
         self._choice.skipped.update(left)
         for name in left: del self.candidates[name]
         self._flow, self._followed, self.example = flow, True, None
+        if self.coupled: self._couple()
         self._silenced = self._silence()
+
+    def _couple(self):
+        "Find what a sum ties together; where a part of it is not selected the others are left alone."
+        if self._flow is None: raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: pass example=one batch of inputs')
+        names = {id(layer.weight): n for n, layer in self.candidates.items()}
+        for ids in self._flow.tied():
+            known = [n for i, n in names.items() if i in ids]
+            if len(known) == len(ids): self._ties.append(known)
+            for name in known if len(known) < len(ids) else ():
+                self._choice.skipped[name] = 'is added to what is not selected, so with coupled=True it stays'
+                del self.candidates[name]
+        if not self.candidates: raise ValueError('layers: no layer selected: all are added to what is not')
 
     # Sparsifying
 
@@ -173,9 +189,11 @@ class Sparsifier:
                              'and before optimizer.zero_grad(); nothing was changed')
         ask, masks = Scores(self.criterion), {}
         for job, fraction in jobs:
-            for layer, keep in zip(job, self._keeps([self._part(layer, ask, regrow) for layer in job], fraction)):
+            units = self._units(job)
+            parts = [_together([self._part(layer, ask, regrow) for layer in unit]) for unit in units]
+            for layer, keep in [(layer, keep) for unit, keep in zip(units, self._keeps(parts, fraction)) for layer in unit]:
                 mask = layer.grouping.expand(keep)
-                masks[layer.name] = mask if layer.aligned or regrow else mask & layer.mask
+                masks[layer.name] = mask if regrow or layer.aligned and not self._ties else mask & layer.mask
         self._set(masks)
         if regrow:
             for layer in layers: layer.aligned = True
@@ -184,6 +202,18 @@ class Sparsifier:
             self._thin.update(thin)
             warnings.warn(f'sparsity: {", ".join(map(repr, thin))} has less than 1 % of its weights left, so little passes: '
                           "see report(); min_keep= sets a floor, context='local' or 'erk' shares the zeros out", stacklevel=4)
+
+    def _units(self, job):
+        "What lives and dies together: layers, or several that are tied."
+        units = {}
+        for layer in job:
+            tie = next((i for i, names in enumerate(self._ties) if layer.name in names), layer.name)
+            units.setdefault(tie, []).append(layer)
+        for unit in units.values():
+            tied = next((names for names in self._ties if unit[0].name in names), [unit[0].name])
+            if len(unit) < len(tied):
+                raise ValueError(f'sparsity: got one for {unit[0].name!r} alone, allowed with coupled=True is one for all of {", ".join(map(repr, tied))}')
+        return list(units.values())
 
     def _keeps(self, parts, fraction):
         "What the context decides; one of the user's own is not trusted."
@@ -321,6 +351,26 @@ class Sparsifier:
             aligned[name] = _aligned(layer.grouping, masks[name])
         for name, layer in self.layers.items(): layer.aligned = aligned[name]
         self._set(masks)
+
+
+def check_coupled(granularity, context):
+    "`ValueError` where filters cannot be coupled."
+    if granularity != 'filter': raise ValueError(f"coupled: got True with granularity={granularity!r}, allowed is 'filter'")
+    if context in (CONTEXTS['erk'], CONTEXTS['uniform_plus']):
+        raise ValueError(f'coupled: got True with context={next(n for n, c in CONTEXTS.items() if c is context)!r}, which goes by the shape of single layers; '
+                         'allowed is local, global, lamp, normalized, or a function')
+
+
+def _together(parts):
+    "Several layers whose n-th groups live and die together, as one."
+    if len(parts) == 1: return parts[0]
+    size = sum(p.size for p in parts)
+    def scores(where): return sum(torch.as_tensor(p.scores(where)) * (p.size / size) for p in parts)
+    alike = all(p.costs is None and torch.equal(p.alive, parts[0].alive) for p in parts)
+    costs = None if alike else sum(p.size * p.alive if p.costs is None else p.costs for p in parts)
+    floor = None if parts[0].floor is None else sum(p.floor for p in parts)
+    return Part(' + '.join(p.name for p in parts), sum(p.weights for p in parts), size, torch.stack([p.alive for p in parts]).any(0),
+                scores, costs, floor)
 
 
 def read_min_keep(
