@@ -201,7 +201,7 @@ class Sparsifier:
         if thin := [n for n in thin if n not in self._thin]:
             self._thin.update(thin)
             warnings.warn(f'sparsity: {", ".join(map(repr, thin))} has less than 1 % of its weights left, so little passes: '
-                          "see report(); min_keep= sets a floor, context='local' or 'erk' shares the zeros out", stacklevel=4)
+                          "see report(); min_keep= sets a floor, context='local' or 'erk' shares the zeros out", stacklevel=3)
 
     def _units(self, job):
         "What lives and dies together: layers, or several that are tied."
