@@ -19,7 +19,7 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python $(DESCRIPTION)
-	$(RUN) -m pip install --quiet --editable .
+	$(RUN) -m pip install --quiet --editable '.[deploy]'
 	touch $@
 
 .venv/installed-dev: .venv/bin/python $(DESCRIPTION)

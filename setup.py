@@ -21,9 +21,10 @@ setup(
     author=about['author'],
     license=about['license'],
     license_files=['LICENSE'],
-    packages=['fasterai'],
+    packages=['fasterai', 'fasterai.deploy'],
     python_requires='>=' + about['min_python'],
     install_requires=about['requirements'].split(),
-    extras_require={'dev': about['dev_requirements'].split()},
+    extras_require={'deploy': about['deploy_requirements'].split(),
+                    'dev': (about['deploy_requirements'] + ' ' + about['dev_requirements']).split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )

@@ -1,0 +1,112 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.deploy import faster
+from fasterai.deploy.faster import SparseLinear, realisations, speed_up
+from fasterai.deploy.smaller import agree, outputs
+from fasterai.deploy.timing import Latency, side_by_side
+
+
+def zeroed(layer, share=.95):
+    with torch.no_grad(): layer.weight.mul_(torch.rand(layer.weight.shape) > share)
+    return layer
+
+
+def blocks(layer, side, share=.9):
+    rows, columns = (n // side for n in layer.weight.shape)
+    with torch.no_grad(): layer.weight.mul_((torch.rand(rows, columns) > share).repeat_interleave(side, 0).repeat_interleave(side, 1))
+    return layer
+
+
+@pytest.mark.parametrize('layer, x', [
+    (nn.Linear(24, 16), (5, 24)), (nn.Linear(24, 16, bias=False), (24,)), (nn.Linear(24, 16), (2, 3, 24)), (nn.Conv2d(24, 16, 1), (3, 24, 5, 4)),
+    (nn.Conv2d(24, 16, 1, stride=2), (2, 24, 5, 4)), (nn.Conv2d(24, 16, 1, stride=(1, 3), bias=False), (1, 24, 5, 7))], ids=str)
+@pytest.mark.parametrize('side', [1, 8])
+def test_a_sparse_layer_computes_the_same(layer, x, side):
+    layer = zeroed(layer, .7)
+    sparse, x = SparseLinear(layer, side), torch.randn(x)
+    assert sparse(x).shape == layer(x).shape and agree([sparse(x)], [layer(x)], 1e-5)
+    for other in (deepcopy(sparse), sparse.to(torch.float64).to(torch.float32)): assert agree([other(x)], [layer(x)], 1e-5)
+
+
+def test_it_saves_and_loads(tmp_path):
+    layer, x = zeroed(nn.Linear(24, 16)), torch.randn(2, 24)
+    sparse = SparseLinear(layer)
+    torch.save(sparse, tmp_path / 'whole')
+    assert torch.equal(torch.load(tmp_path / 'whole', weights_only=False)(x), sparse(x))
+    other = deepcopy(sparse)
+    nn.init.zeros_(other.values)
+    other.load_state_dict(sparse.state_dict())
+    assert torch.equal(other(x), sparse(x)) and set(sparse.state_dict()) == {'rows', 'columns', 'values', 'bias'}
+
+
+@pytest.mark.parametrize('layer, kinds', [
+    (zeroed(nn.Linear(32, 32)), ['CSR']), (blocks(nn.Linear(64, 64), 16), ['CSR', 'BSR 16 × 16']), (nn.Linear(32, 32), []),
+    (zeroed(nn.Conv2d(32, 32, 1)), ['CSR']), (zeroed(nn.Conv2d(32, 32, 3)), []), (zeroed(nn.Conv2d(32, 32, 1, groups=2)), []),
+    (zeroed(nn.Conv2d(32, 32, 1, padding=1)), []), (zeroed(nn.Linear(32, 32)).double(), []), (nn.ReLU(), [])], ids=str)
+def test_what_a_layer_could_be(layer, kinds): assert list(realisations(layer)) == kinds
+
+
+def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
+    "The clock is pretended, so that the choice can be checked."
+    model = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU(), zeroed(nn.Linear(32, 16)), nn.Linear(16, 4))
+    x = torch.randn(3, 16)
+
+    def clock(calls, *rest, **more): return [Latency(s, s * .9, s * 1.1) for s in (1., .5, .4)[:len(calls)]]
+    monkeypatch.setattr(faster, 'side_by_side', clock)
+    new = speed_up(model, x)
+    assert [type(m).__name__ for m in new] == ['SparseLinear', 'ReLU', 'SparseLinear', 'Linear'] and agree(outputs(new, (x,)), outputs(model, (x,)), 1e-5)
+    said = capsys.readouterr().out
+    assert 'CSR 500.000 ms  CSR' in said and 'the whole model: 1000.000 ms before, 500.000 ms after: 2.00 × as fast' in said
+    assert [type(m).__name__ for m in model] == ['Linear', 'ReLU', 'Linear', 'Linear']
+    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s * .9, s * 1.1) for s in (1., .95)[:len(calls)]])
+    assert 'nothing here is faster than dense' in (speed_up(model, x), capsys.readouterr().out)[1]  # within the noise
+
+
+def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys):
+    model, x = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU()), torch.randn(3, 16)
+    answers = iter([(1., .5), (1., 1.5), (1.,)])
+    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in next(answers)])
+    assert type(speed_up(model, x)[0]) is nn.Linear and '1500.000 ms after, so all layers stay dense' in capsys.readouterr().out
+    monkeypatch.setattr(SparseLinear, '_product', lambda self, x: x.new_ones(self.size[0], x.shape[1]))
+    assert type(speed_up(model, x)[0]) is nn.Linear and 'CSR: other outputs' in capsys.readouterr().out
+
+
+def test_a_model_that_reaches_into_its_layers_is_left_alone(monkeypatch, capsys):
+    class Reaches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = zeroed(nn.Linear(16, 16))
+        def forward(self, x): return self.a(x) + self.a.weight.sum()
+    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
+    model, x = Reaches(), torch.randn(2, 16)
+    assert type(speed_up(model, x).a) is nn.Linear and 'would not compute the same' in capsys.readouterr().out
+
+
+def test_a_layer_that_is_shared_stays_shared(monkeypatch):
+    layer = zeroed(nn.Linear(16, 16))
+    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
+    new = speed_up(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(2, 16), verbose=False)
+    assert type(new[0]) is SparseLinear and new[0] is new[2]
+
+
+def test_two_of_four_is_offered_to_a_gpu_alone():
+    layer = nn.Linear(64, 32).half()
+    with torch.no_grad(): layer.weight.view(-1, 4)[:, :2] = 0
+    assert faster._is_two_of_four(layer.weight) and realisations(layer) == {}
+    with torch.no_grad(): layer.weight[0, 0] = 1
+    assert not faster._is_two_of_four(layer.weight)
+
+
+def test_the_clock():
+    calls = []
+    found = side_by_side([lambda: calls.append(0), lambda: calls.append(1)], seconds=.01)
+    assert calls[:4] == [0, 1, 0, 1] and len(calls) >= 14 and all(f.low <= f.seconds <= f.high for f in found)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match='model: got int'): speed_up(3, torch.randn(2))
+    with pytest.raises(ValueError, match=r'example: got \[\(2, 3\)\], on which the model fails'): speed_up(nn.Linear(4, 4), torch.randn(2, 3))
