@@ -4,8 +4,6 @@ One pass is `sum(w.abs().sum() for w in weights)`. Each figure is the median ove
 it, so that a machine that speeds up and slows down does not matter. Every event is checked: the zeros are as many as asked for."""
 import argparse
 import copy
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from results import RESULTS, machine, table, write
 from torch import nn
 
 from fasterai.sparsifier import Sparsifier
@@ -188,7 +187,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--small', action='store_true', help='a small network and few rounds: for a test of correctness, not for figures')
     parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'RESULTS.md')
+    parser.add_argument('--out', type=Path, default=RESULTS)
     parser.add_argument('--large', type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(2)
@@ -215,13 +214,9 @@ def main():
                   reached(every, 3)),
                  ('the same between events', '1 % of the step', f'{between:.1f} %', reached(between, 1))]
     rows.append(('on CUDA', '3 passes beyond the floor', 'not measured', ''))
-    table = '\n'.join(f'| {" | ".join(row)} |' for row in [('what', 'at most', 'measured', 'reached'), ('---',) * 4, *rows])
-    machine = f'{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, 2 threads'
     network = '--small, no figures to go by' if chosen.small else 'ResNet-50, 25.5 million weights, random, 90 %'
-    text = (f'# Measured\n\nBy `make bench` ({network});\n{machine}.\nOne pass is '
-            f'`sum(w.abs().sum() for w in weights)`; each figure is a median of ratios taken side by side.\n\n{table}\n')
-    print(text)
-    chosen.out.write_text(text)
+    write('What an event and a step cost', f'By `make bench` ({network}); {machine()}.\nOne pass is `sum(w.abs().sum() for w in weights)`; '
+          f'each figure is a median of ratios taken side by side.\n\n{table(rows)}', chosen.out)
 
 
 if __name__ == '__main__': main()

@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 from fasterai.arguments import percent
 from fasterai.callback import SparsifyCallback
+from fasterai.deploy import payoff, save_sparse, shrink
 from fasterai.plot import CROSS, DEAD, GAP, plot_kernels
 from fasterai.report import Report
 from fasterai.sparsifier import Sparsifier
@@ -185,6 +186,31 @@ def draw_granularities(
     return figure
 
 
+def accounts(
+    dense: Run,
+    weights: Run,  # one whose single weights went
+    filters: Run,  # one whose filters went
+    digits: TensorDataset,  # of the validation
+    file: Path,  # where the one with single weights is saved
+) -> dict:  # title: what the zeros brought
+    "The filters that are zero removed, the single weights saved packed, and what came of both."
+    images, classes = digits.tensors
+    small = shrink(filters.model, images[:64])
+    save_sparse(weights.model, file)
+    batches = list(zip(images.split(64), classes.split(64)))
+    return {f'{name}': payoff(dense.model, model, images[:64], dls=batches, seconds=1) for name, model in (
+        (f'{filters.name}, {filters.asked:g} %, shrunk', small), (f'{weights.name}, {weights.asked:g} %, saved packed', weights.model))}
+
+
+def draw_accounts(
+    found: dict,  # of `accounts`
+) -> Figure:
+    "What is left of the dense network."
+    figure = Figure(figsize=(9, 6.6), layout='constrained')
+    for ax, (title, one) in zip(figure.subplots(len(found)), found.items()): one.plot(ax=ax).set_title(title, loc='left')
+    return figure
+
+
 def options(
     arguments: list | None = None,  # None for the command line
 ):
@@ -219,9 +245,13 @@ def main(arguments=None):
                                    f'{filters.name}: the lowest {filters.asked:g} % of each layer, in whole filters': filters}),
         'granularity.png': draw_granularities(dense.model),
     }
+    print('\n' + table(runs) + '\n')
+    packed = chosen.out / 'weights.safetensors'
+    found = accounts(dense, weights[0], filters, datasets[1], packed)
+    for title, one in found.items(): print(f'\n{title}, against the dense network\n{one}')
+    pictures['payoff.png'] = draw_accounts(found)
     for name, picture in pictures.items(): picture.savefig(chosen.out / name, dpi=100)
-    print('\n' + table(runs))
-    print('\npictures:', ', '.join(str(chosen.out / name) for name in pictures))
+    print('\npictures:', ', '.join(str(chosen.out / name) for name in pictures), f'and {packed}')
 
 
 if __name__ == '__main__': main()

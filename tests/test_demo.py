@@ -1,20 +1,23 @@
 import pytest
 from matplotlib.image import imread
 
-from fasterai.demo import main, options
+from fasterai.demo import main, network, options
+from fasterai.deploy import load_sparse
 
 
 def test_a_short_run(tmp_path, capsys):
     main(['--epochs', '2', '--sparsity', '80', '--out', str(tmp_path / 'pictures'), '--seed', '3'])
     lines = capsys.readouterr().out.splitlines()
-    rows = {line.split('  ')[0]: line for line in lines if ' of ' in line and '%' in line}
+    rows = {line.split('  ')[0]: line for line in lines if ' of 5' in line and '%' in line}
     assert list(rows) == ['dense', 'weight, gradual', 'weight, one-shot', 'weight, iterative', 'filter, gradual']
     assert ' 0.00 %  56,224 of 56,224' in rows['dense']
     for name in list(rows)[1:4]: assert '80 %' in rows[name] and '80.00 %  11,245 of 56,224' in rows[name]
     assert '50.00 %  27,792 of 55,584' in rows['filter, gradual']
-    for name in ('schedules', 'layers', 'granularity'):
+    for name in ('schedules', 'layers', 'granularity', 'payoff'):
         picture = imread(tmp_path / 'pictures' / f'{name}.png')
         assert picture.shape[1] == 900 and picture.std() > .1  # something is drawn
+    assert 'shrink: 80 filters of 3 layers removed; 56,554 parameters became 14,458 (25.6 %)' in lines
+    load_sparse(network(), tmp_path / 'pictures' / 'weights.safetensors')
 
 
 @pytest.mark.parametrize('arguments, says', [
