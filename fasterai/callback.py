@@ -8,8 +8,8 @@ from fastai.callback.training import GradientClip
 from fastai.learner import ValueMetric, noop
 from fastai.text.models.awdlstm import WeightDropout
 
-from fasterai.arguments import name_of, one_of, percent
-from fasterai.context import check_sparsity, read_context
+from fasterai.arguments import name_of, one_of
+from fasterai.context import read_context, read_sparsity
 from fasterai.criteria import read_criterion
 from fasterai.granularity import GRANULARITIES, add_layer_type
 from fasterai.layers import Weight, choose
@@ -95,12 +95,12 @@ class SparsifyCallback(KeepSparse):
         coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
     ):
         if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-        for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: percent(value)
         if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), head(…)')
-        check_sparsity(read_context(context), sparsity)
+        chosen = read_context(context)
+        for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: read_sparsity(value, chosen)
         read_criterion(criteria)
         read_min_keep(min_keep, context)
-        if coupled: check_coupled(granularity, read_context(context))
+        if coupled: check_coupled(granularity, chosen)
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, min_keep=min_keep, coupled=coupled)

@@ -1,7 +1,7 @@
 "Who competes with whom: how a sparsity becomes a keep mask for each layer."
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -34,6 +34,9 @@ def contest(
         budget = zeros - sum(settled[p.name][1] if p.name in settled else p.gone for p in parts)
         removed = order.remove(order.cut(budget)) if budget > 0 and order.parts else [(p.alive, 0) for p in order.parts]
         low = [p for p, (_, cost) in zip(order.parts, removed) if cost and p.standing - cost < least[p.name]]
+        if not low and not settled and removed and not everything and all(p.standing == cost and p.floor is None for p, (_, cost) in zip(order.parts, removed)):
+            low = sorted((p for p in order.parts if p.standing), key=lambda p: max(float(s.max()) for s in p.living_scores() if len(s)))[-1:]
+            least |= {p.name: 1 for p in low}  # of layers that go whole the best stays
         if not low: break
         settled |= {p.name: _settle(p, least[p.name]) for p in low}
         spared += [p.name for p in low if p.floor is None]
@@ -61,9 +64,9 @@ def local(parts, fraction):
 
 
 def _each(parts, zeros, fraction):
-    "Each layer for itself, so many zeros, which may be fractions; the whole numbers have the same sum."
-    whole = [floor(z) for z in zeros]
-    for i in sorted(range(len(parts)), key=lambda i: whole[i] - zeros[i])[:round(sum(zeros)) - sum(whole)]: whole[i] += 1
+    "Each layer for itself, so many zeros, which may be fractions; together the whole numbers make up what was asked."
+    whole, total = [floor(z) for z in zeros], round(fraction * sum(p.weights for p in parts))
+    for i in sorted(range(len(parts)), key=lambda i: whole[i] - zeros[i])[:max(total - sum(whole), 0)]: whole[i] += 1
     return [contest([part], n, fraction == 1)[0] for part, n in zip(parts, whole)]
 
 
@@ -89,20 +92,30 @@ def erk(parts, fraction):
     return _each(parts, [p.weights * (1 - d) for p, d in zip(parts, densities)], fraction)
 
 
-def uniform_plus(parts, fraction):
-    "The same sparsity everywhere, but for the first convolution, which stays dense, and the last layer, at most 80 % (Gale et al. 2019)."
-    first = next((p for p in parts if len(p.shape) > 2), None)
-    last = parts[-1] if parts[-1] is not first else None
-    rest = sum(p.weights for p in parts if p is not first and p is not last)
-    budget, capped = fraction * sum(p.weights for p in parts), last.weights if last else 0
-    share = budget / (rest + capped) if rest + capped else Fraction(bool(budget))
-    at_last = min(share, Fraction(4, 5))
-    if share > at_last: share = (budget - at_last * capped) / rest if rest else Fraction(2)
+def uniform_plus_shares(
+    sizes: list,  # weights of each layer
+    axes: list,  # names of its weight's axes
+    fraction: Fraction,  # of zeros, of all together
+) -> list:  # of zeros, of each
+    "The same everywhere, but for the first convolution, which stays dense, and the last layer, at most 80 % (Gale et al. 2019)."
+    if len(sizes) == 1: return [fraction]  # it is neither the first nor the last of a network
+    first = next((i for i, a in enumerate(axes) if any(n.startswith('k') for n in a)), None)
+    last = next((i for i in reversed(range(len(axes))) if 'O' in axes[i] and i != first), None)
+    rest = sum(n for i, n in enumerate(sizes) if i not in (first, last))
+    budget, capped, cap = fraction * sum(sizes), 0 if last is None else sizes[last], Fraction(4, 5)
+    share = budget / (rest + capped) if rest + capped else Fraction(2 * bool(budget))
+    at_last = min(share, cap)
+    if share > at_last: share = (budget - cap * capped) / rest if rest else Fraction(2)
     if share > 1:
-        most = float(100 * (rest + Fraction(4, 5) * capped) / sum(p.weights for p in parts))
-        raise ValueError(f'sparsity: got {float(100 * fraction):.4g} %, allowed with uniform_plus is {most:.4g} % at most here: '
-                         'the first convolution stays dense and the last layer keeps 20 %')
-    return _each(parts, [p.weights * (0 if p is first else at_last if p is last else share) for p in parts], fraction)
+        raise ValueError(f'sparsity: got {float(100 * fraction):.4g} %, allowed with uniform_plus is {float(100 * (rest + cap * capped) / sum(sizes)):.4g} % '
+                         'at most here: the first convolution stays dense and the last layer keeps 20 %')
+    return [Fraction(0) if i == first else at_last if i == last else share for i in range(len(sizes))]
+
+
+def uniform_plus(parts, fraction):
+    "Each layer for itself, the shares of zeros by `uniform_plus_shares`."
+    shares = uniform_plus_shares([p.weights for p in parts], [p.axes or () for p in parts], fraction)
+    return _each(parts, [p.weights * s for p, s in zip(parts, shares)], fraction)
 
 
 def lamp(parts, fraction):
@@ -112,7 +125,7 @@ def lamp(parts, fraction):
     def scores(part, where):
         if part.name not in at_hand:
             at_hand.clear()  # one layer at a time
-            at_hand[part.name] = _lamp(part)
+            at_hand[part.name] = torch.from_numpy(_lamp(part)).to(part.alive.device)
         return at_hand[part.name][where]
     return compete([replace(p, scores=partial(scores, p)) for p in parts], fraction)
 
@@ -191,12 +204,14 @@ def read_context(
     return one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
 
 
-def check_sparsity(
+def read_sparsity(
+    value,  # percent
     context: Callable,
-    sparsity,  # percent, or {name: percent}
-):
-    "`ValueError` for a sparsity that is not the one that a pattern implies."
-    for name, value in sparsity.items() if isinstance(sparsity, Mapping) else [(None, sparsity)]:
-        asked = percent(value, 'sparsity' if name is None else f'sparsity[{name!r}]')
-        if asked != getattr(context, 'sparsity', asked):
-            raise ValueError(f'sparsity: got {value!r}, allowed with context={context!r} is {float(100 * context.sparsity):g}, which it implies')
+    argument: str = 'sparsity',  # how the error calls it
+) -> Fraction:  # the share, 0 to 1
+    "The sparsity that is meant; `ValueError` where it is not the one that a pattern implies, which may be rounded: 66.7 for 1:3."
+    asked = percent(value, argument)
+    implied = getattr(context, 'sparsity', asked)
+    if abs(asked - implied) > Fraction(1, 2000):
+        raise ValueError(f'{argument}: got {value!r}, allowed with context={context!r} is {float(100 * implied):.4g}, which it implies')
+    return implied

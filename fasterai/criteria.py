@@ -37,7 +37,7 @@ def _grad(parameter, name):
     if parameter.grad is None:
         raise ValueError(f'criteria: layer {name!r} has no gradient: call after loss.backward() and before optimizer.zero_grad(), '
                          'and choose no layer that is frozen')
-    return parameter.grad
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
 
 
 # What a criterion may ask for, by the name of its argument.

@@ -125,7 +125,8 @@ def _note(name, args, kwargs, of, norms, shapes, after):
     inputs = tuple(n for n in map(of, leaves) if n is not None)
     reads = frozenset(id(p) for p in leaves if isinstance(p, nn.Parameter) and p.ndim > 1)
     makers = frozenset().union(*(n.makers for n in inputs))
-    other = Node(inputs=inputs, makers=reads if name in MAKERS or name in PRODUCTS and reads else makers | reads, reads=reads, ndim=after and len(after))
+    made = reads if name in MAKERS or name in PRODUCTS and reads else makers | reads
+    other = Node(inputs=inputs, makers=made, reads=reads, ndim=after and len(after))
 
     def argument(i, key, default=None): return args[i] if len(args) > i else kwargs.get(key, default)
     first = argument(0, 'input')

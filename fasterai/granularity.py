@@ -1,6 +1,7 @@
 "What lives and dies together: sets of named axes of a layer's weight."
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -50,19 +51,21 @@ def weights_of(
     "What of a module are weights, by the row of `AXES` for its type or the nearest base class."
     row = next((AXES[c] for c in type(module).__mro__ if c in AXES), {})
     have = (*module._parameters, *getattr(module, 'parametrizations', ()), *(n for n in row if getattr(module, n, None) is not None))
+    have = [next((n.removesuffix(s) for s in ('_g', '_v', '_orig') if n.endswith(s) and hasattr(module, n.removesuffix(s))), n) for n in have]  # weight_norm
     have = [n for n in dict.fromkeys(have) if getattr(module, n, None) is not None]
     return {n: axes for n in have for pattern, axes in row.items() if fnmatchcase(n, pattern)}
 
 
 def _kernel(axes): return tuple(a for a in axes if a.startswith('k'))
+def _row(axes): return _kernel(axes)[-1:]
 def _but(axes, names): return tuple(a for a in axes if a not in names)
 
 
 # A granularity picks, from the axes of a layer, those that one group spans. `axes` is a dict: name: size.
 GRANULARITIES = {
     'weight': lambda axes: (),
-    'vector': lambda axes: _kernel(axes)[-1:],
-    'row': lambda axes: _kernel(axes)[-1:],
+    'vector': _row,
+    'row': _row,
     'column': lambda axes: _kernel(axes)[-2:-1],
     'kernel': _kernel,
     'horizontal_slice': lambda axes: ('I', *_kernel(axes)[-1:]),
@@ -73,43 +76,40 @@ GRANULARITIES = {
 }
 
 
+def _check_whole(what, n):
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'{what}: got {n!r}, allowed is a whole number from 1 on')
+
+
+@dataclass(frozen=True)
 class block:
     "Blocks of the O × I matrix, at each place of a kernel; where they do not fill it, those at the end are smaller."
+    rows: int  # outputs a block
+    columns: int  # inputs a block
 
-    def __init__(self,
-        rows: int,  # outputs a block
-        columns: int,  # inputs a block
-    ):
-        for name, n in (('rows', rows), ('columns', columns)):
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise ValueError(f'block: got {n!r} as {name}, allowed is a whole number from 1 on')
-        self.sides = rows, columns
+    def __post_init__(self):
+        _check_whole('rows of a block', self.rows)
+        _check_whole('columns of a block', self.columns)
 
-    def __call__(self, axes): return ('O', self.sides[0]), ('I', self.sides[1])
-    def __repr__(self): return f'block({self.sides[0]}, {self.sides[1]})'
-    def __eq__(self, other): return type(other) is block and other.sides == self.sides
-    def __hash__(self): return hash(self.sides)
+    def __call__(self, axes): return ('O', self.rows), ('I', self.columns)
+    def __repr__(self): return f'block({self.rows}, {self.columns})'
 
 
+@dataclass(frozen=True)
 class head:
     "The heads of an attention's projections: a head's share of the outputs; with `axis='I'` of the inputs, for what follows the attention."
+    n: int  # heads
+    axis: str = 'O'  # which axis they share, O or I
 
-    def __init__(self,
-        n: int,  # heads
-        axis: str = 'O',  # which axis they share, O or I
-    ):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'head: got {n!r}, allowed is a whole number of heads from 1 on')
-        if axis not in ('O', 'I'): raise ValueError(f"head: got {axis!r} as axis, allowed is 'O' or 'I'")
-        self.n, self.axis = n, axis
+    def __post_init__(self):
+        _check_whole('heads', self.n)
+        if self.axis not in ('O', 'I'): raise ValueError(f"head: got {self.axis!r} as axis, allowed is 'O' or 'I'")
 
     def __call__(self, axes):
         size = axes.get(self.axis, self.n)
-        if size % self.n: raise ValueError(f'{self.n} heads cannot share {self.axis} = {size}; allowed is a number that divides it')
+        if size % self.n: raise ValueError(f'{self.n} heads cannot share {self.axis} = {size}')
         return *_but(axes, self.axis), (self.axis, size // self.n)
 
     def __repr__(self): return f'head({self.n})' if self.axis == 'O' else f'head({self.n}, {self.axis!r})'
-    def __eq__(self, other): return type(other) is head and (other.n, other.axis) == (self.n, self.axis)
-    def __hash__(self): return hash((self.n, self.axis))
 
 
 class Grouping:
@@ -191,8 +191,9 @@ def _axes(module, attr, shape):
     if len(read) != len(shape): raise ValueError(f'{attr}: {type(module).__name__} has one of shape {shape}, but its row says {row!r}')
     axes = {}
     for folded, n in zip(read, shape):
-        for axis, size in folded[:-1]: axes[axis] = size or module.groups
-        axes[folded[-1][0]] = n // prod(axes[a] for a, _ in folded[:-1])
+        for axis, size in folded[:-1]: axes[axis] = size or getattr(module, 'groups', 1)
+        axes[folded[-1][0]], rest = divmod(n, prod(axes[a] for a, _ in folded[:-1]))
+        if rest: raise ValueError(f'{attr}: {type(module).__name__} has one of shape {shape}, which does not fit its row {row!r}')
     return axes
 
 
@@ -205,9 +206,9 @@ def _spanned(granularity, axes, whose):
         if granularity not in names: raise ValueError(f'granularity: got {granularity!r}, {allowed}{nearest(granularity, names)}')
         spanned = GRANULARITIES[granularity](axes)
     elif isinstance(granularity, (tuple, list)): spanned = granularity
-    elif callable(granularity):
+    elif callable(granularity) and not isinstance(granularity, type):
         try: spanned = granularity(axes)
-        except ValueError as error: raise ValueError(f'granularity: got {granularity!r} for {whose}: {error}') from None
+        except ValueError as error: raise ValueError(f'granularity: got {granularity!r}, and {error}; {allowed}') from None
     else: raise TypeError(f'granularity: got {granularity!r}, {allowed}')
     whole = {}
     for entry in spanned:

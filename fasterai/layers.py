@@ -38,6 +38,7 @@ class Named:
         known = {(w.module, w.attr) for w in self.weights.values()}
         self.bare = {f'{n}.{a}'.lstrip('.'): Weight(m, a) for n, m in self.modules.items() for a, p in m._parameters.items()
                      if p is not None and (m, a) not in known}  # other parameters, which must be named
+        self.every = self.weights | self.bare
 
 
 def choose(
@@ -51,10 +52,10 @@ def choose(
     for choice in [] if layers is None else _listed(layers):
         found = matching(choice, named, named.weights)
         wanted.update(found)
-        if not isinstance(choice, type): outright.update(n for n in found if _is(choice, n, (named.weights | named.bare)[n]))
+        if not isinstance(choice, type): outright.update(n for n in found if means_outright(choice, n, named.every[n]))
 
     chosen, skipped, first = {}, {}, {}
-    for name, weight in (named.weights | named.bare).items():
+    for name, weight in named.every.items():
         if name in wanted:
             _check_fit(name, weight)
             if not weight.tensor.numel():
@@ -73,7 +74,11 @@ def choose(
 
 
 def _called(module, attr): return module if attr == 'weight' else f'{module}.{attr}'.lstrip('.')
-def _is(choice, name, weight):
+def means_outright(
+    choice,  # one entry of `layers`
+    name: str,
+    weight: Weight,
+) -> bool:
     "Does the choice mean this weight, or its module, outright?"
     if isinstance(choice, str): return choice in (name, f'{name}.weight') or name == f'{choice}.{weight.attr}'
     return choice is weight.module or choice is weight.tensor or isinstance(choice, Weight) and choice == weight

@@ -215,7 +215,8 @@ class _Ranks:
         if len(self.scores) == len(self.alike) == 1 and len(self.scores[0]) < FEW:
             (cost, scores), = self.alike.items()
             places = [max(ceil(b / (cost * self.times)) - 1, 0) for b in budgets]
-            found = np.partition(scores, [k for k in places if k < len(scores)])
+            inside = [k for k in places if k < len(scores)]
+            found = np.partition(scores, inside) if inside else scores
             return [float(found[k]) if k < len(scores) else np.inf for k in places]
         if not self.scores: return [np.inf for _ in budgets]
         least, most = _ordinal(min(s.min() for s in self.scores)), _ordinal(max(s.max() for s in self.scores))

@@ -1,21 +1,22 @@
 "Zeroes the least important weights of any PyTorch model, and holds the masks."
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from math import ceil
+from math import ceil, prod
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import nn
 
-from fasterai.arguments import name_of, nearest, percent
-from fasterai.context import CONTEXTS, check_sparsity, read_context
+from fasterai.arguments import name_of, nearest
+from fasterai.context import CONTEXTS, read_context, read_sparsity, uniform_plus_shares
 from fasterai.criteria import evidence_of, read_criterion
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
-from fasterai.layers import Named, Weight, choose, matching
+from fasterai.layers import Named, Weight, choose, matching, means_outright
 from fasterai.report import Report, measure
 from fasterai.scoring import Scores
 from fasterai.selection import Part, count
@@ -79,7 +80,7 @@ class Sparsifier:
         self.criterion = read_criterion(criteria)
         self._choice = choose(model, layers)
         self.candidates = {n: _layer(n, w, granularity) for n, w in self._choice.chosen.items()}
-        self._check_pattern(granularity)
+        self._check_context(granularity)
         self.coupled, self._ties = coupled, []  # lists of names that live and die together
         if coupled: check_coupled(granularity, self.context)
         self._hooks, self._thin, self._flow = [], set(), None
@@ -87,7 +88,9 @@ class Sparsifier:
         self._followed = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not callable(example) or isinstance(example, torch.Tensor): self._follow()
 
-    def _check_pattern(self, granularity):
+    def _check_context(self, granularity):
+        if granularity == 'layer' and self.context in (CONTEXTS['lamp'], CONTEXTS['normalized']):
+            raise ValueError("granularity: got 'layer', allowed with this context are those with several groups a layer, as it compares within layers")
         if not hasattr(self.context, 'sparsity'): return
         if any(layer.grouping.size > 1 for layer in self.candidates.values()):
             raise ValueError(f"granularity: got {granularity!r}, allowed with context={self.context!r} is 'weight': a pattern is one of single weights")
@@ -148,38 +151,53 @@ class Sparsifier:
     ):
         "Zero the least important weights until the sparsity is reached. Zeros that are there count and, without `regrow`, stay."
         if isinstance(share, bool) or not 0 <= share <= 1: raise ValueError(f'share: got {share!r}, allowed is 0 to 1')
-        check_sparsity(self.context, sparsity)
-        layers, due = self.layers, Fraction(float(share))
-        if isinstance(sparsity, Mapping): jobs = [([layers[n]], f * due) for n, f in self.fractions(sparsity).items()]
-        else: jobs = [(list(layers.values()), percent(sparsity) * due)]
+        layers, due, fractions = self.layers, Fraction(float(share)), self.fractions(sparsity)
+        if isinstance(sparsity, Mapping): jobs = self._apart(fractions, due)
+        else: jobs = [(list(layers.values()), next(iter(fractions.values())) * due)]
         self._event(jobs, regrow)
 
     def sparsify_layer(self,
-        layer: str | nn.Module,  # a selected layer or its name
+        layer,  # a selected layer: its name, module or parameter; all weights within it, each for itself
         sparsity: float,  # percent of its weights that shall be zero
     ):
         "The same for one layer alone."
-        check_sparsity(self.context, sparsity)
-        names = [n for n, known in self.layers.items() if layer is known.module or isinstance(layer, str) and (n == layer or n.startswith(layer + '.'))]
-        if not names:
-            raise ValueError(f'layer: got {layer!r}, {self._choice.skipped.get(str(layer), "no selected layer")}; '
-                             f'allowed is one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
-        self._event([([self.layers[n]], percent(sparsity)) for n in names], regrow=False)
+        if isinstance(layer, str) and layer not in Named(self.model).modules and layer not in self.layers:
+            raise ValueError(f'layer: got {layer!r}, allowed is one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
+        self._event(self._apart(self.fractions({layer: sparsity}), 1), regrow=False)
+
+    def _apart(self, fractions, due):
+        "Each layer for itself, or what is tied to it too."
+        done, jobs = set(), []
+        for name, fraction in fractions.items():
+            tied = next((names for names in self._ties if name in names), [name])
+            if any(fractions.get(n) != fraction for n in tied):
+                raise ValueError(f'sparsity: got one for {name!r} alone, allowed with coupled=True is the same for all of {", ".join(map(repr, tied))}')
+            if name not in done: jobs.append(([self.layers[n] for n in tied], fraction * due))
+            done.update(tied)
+        return jobs
 
     def fractions(self,
-        sparsity,  # percent, or {name, glob, type or module: percent}
+        sparsity,  # percent, or {name, glob, type, module or parameter: percent}
     ) -> dict:  # name of a selected layer: share of zeros, 0 to 1
-        "What a sparsity means for each layer. A layer's own name goes before what means several; of those the first counts."
-        if not isinstance(sparsity, Mapping): return dict.fromkeys(self.candidates, percent(sparsity))
+        "What a sparsity means for each layer. What means a layer outright goes before what means several; of those the first counts."
+        if not isinstance(sparsity, Mapping):
+            fraction = read_sparsity(sparsity, self.context)
+            if self.context is CONTEXTS['uniform_plus']:
+                groupings = [layer.grouping for layer in self.candidates.values()]
+                uniform_plus_shares([prod(g.shape) for g in groupings], [g.axes for g in groupings], fraction)
+            return dict.fromkeys(self.candidates, fraction)
         if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-        named, able = Named(self.model), {n: layer.at for n, layer in self.candidates.items()}
-        found = {}
-        for pattern, value in sorted(sparsity.items(), key=lambda item: item[0] not in able):
-            fraction = percent(value, f'sparsity[{pattern!r}]')
-            names = matching(pattern, named, self._choice.chosen, 'sparsity')
-            if not any(n in able for n in names):
-                raise ValueError(f'sparsity: got {pattern!r}, which means only {names[0]!r}, and that {self._choice.skipped[names[0]]}')
-            for name in names: found.setdefault(name, fraction)
+        named, outright, several = Named(self.model), {}, {}
+        for choice, value in sparsity.items():
+            fraction = read_sparsity(value, self.context, f'sparsity[{choice!r}]' if isinstance(choice, str) else 'sparsity')
+            names = matching(choice, named, named.weights, 'sparsity')
+            if not any(n in self.candidates for n in names):
+                raise ValueError(f'sparsity: got {choice!r}, which means only {names[0]!r}, and that '
+                                 f'{self._choice.skipped.get(names[0], "not chosen").replace("not chosen", "is not chosen by layers=")}')
+            for name in names:
+                kind = outright if means_outright(choice, name, named.every[name]) else several
+                kind.setdefault(name, fraction)
+        found = several | outright
         return {n: found[n] for n in self.candidates if n in found}
 
     def _event(self, jobs, regrow):
@@ -197,7 +215,7 @@ class Sparsifier:
         self._set(masks)
         if regrow:
             for layer in layers: layer.aligned = True
-        thin = [layer.name for job, fraction in jobs for layer in job if 100 * layer.left < layer.mask.numel() and fraction <= Fraction(99, 100)]
+        thin = [layer.name for job, fraction in jobs for layer in job if 100 * layer.left < layer.mask.numel() and fraction < Fraction(99, 100)]
         if thin := [n for n in thin if n not in self._thin]:
             self._thin.update(thin)
             warnings.warn(f'sparsity: {", ".join(map(repr, thin))} has less than 1 % of its weights left, so little passes: '
@@ -209,16 +227,13 @@ class Sparsifier:
         for layer in job:
             tie = next((i for i, names in enumerate(self._ties) if layer.name in names), layer.name)
             units.setdefault(tie, []).append(layer)
-        for unit in units.values():
-            tied = next((names for names in self._ties if unit[0].name in names), [unit[0].name])
-            if len(unit) < len(tied):
-                raise ValueError(f'sparsity: got one for {unit[0].name!r} alone, allowed with coupled=True is one for all of {", ".join(map(repr, tied))}')
         return list(units.values())
 
     def _keeps(self, parts, fraction):
         "What the context decides; one of the user's own is not trusted."
-        keeps = self.context(parts, fraction)
-        if self.context in CONTEXTS.values(): return keeps
+        own = self.context in CONTEXTS.values() or hasattr(self.context, 'sparsity')
+        if own: return self.context(parts, fraction)
+        keeps = self.context([replace(p, alive=p.alive.clone()) for p in parts], fraction)
         if [getattr(k, 'shape', None) for k in keeps] != [p.alive.shape for p in parts] or any(k.dtype != torch.bool for k in keeps):
             raise ValueError(f'context: {name_of(self.context)} gave {[tuple(getattr(k, "shape", ())) for k in keeps]}, '
                              f'allowed is a bool keep mask for each layer: {[tuple(p.alive.shape) for p in parts]}')
@@ -233,7 +248,7 @@ class Sparsifier:
             gone, alive = ~alive, torch.ones_like(alive)
             def scores(where): return torch.as_tensor(ask(layer, where)).masked_fill(gone[where], LOWEST)
         elif not layer.aligned: costs = grouping.count(layer.mask)
-        floor = self.min_keep if self.min_keep is None or isinstance(self.min_keep, int) else ceil(self.min_keep * weights)
+        floor = ceil(self.min_keep * weights) if isinstance(self.min_keep, Fraction) else self.min_keep
         return Part(layer.name, weights, grouping.size, alive, scores, costs, floor and min(floor, weights), grouping.whole_layer,
                     grouping.shape, grouping.axes)
 
@@ -246,7 +261,9 @@ class Sparsifier:
     def quiet_gradients(self):
         "Zero the gradients of dead weights, so that neither a clipping norm nor an optimiser's memory knows of them."
         for tensor, keep in self._held():
-            if tensor.grad is not None: _zero(tensor.grad, keep)
+            if tensor.grad is None: continue
+            if tensor.grad.is_sparse: tensor.grad = _zero_sparse(tensor.grad, keep)
+            else: _zero(tensor.grad, keep)
 
     def quiet_state(self,
         state: Mapping,  # parameter: {name: tensor or anything}, as the `state` of an optimiser
@@ -302,9 +319,10 @@ class Sparsifier:
         found, biases = {}, set()
         for module in self.model.modules():
             for attr, weight in module._parameters.items():
-                bias = module._parameters.get(attr.replace('weight', 'bias')) if id(weight) in dead and 'weight' in attr else None
+                name = attr.replace('weight', 'bias') if 'weight' in attr else 'bias'
+                bias = module._parameters.get(name) if id(weight) in dead else None
                 if bias is None or bias.shape != dead[id(weight)].shape: continue
-                found.setdefault(module, {})[attr.replace('weight', 'bias')] = dead[id(weight)]
+                found.setdefault(module, {})[name] = dead[id(weight)]
                 biases.add(id(bias))
         norms = self._flow.silenced(dead, biases) if self._flow else {}
         for norm, quiet in norms.items():
@@ -376,14 +394,15 @@ def _together(parts):
 def read_min_keep(
     min_keep,  # a whole number of weights, a share between 0 and 1, or None
     context,  # as the user gave it
-) -> int | float | None:
+) -> int | Fraction | None:  # weights, or a share
     "The floor that is meant."
     if min_keep is None: return None
-    if isinstance(min_keep, bool) or not isinstance(min_keep, (int, float)) or not (isinstance(min_keep, int) and min_keep >= 0 or 0 < min_keep < 1):
+    number = isinstance(min_keep, Real) and not isinstance(min_keep, bool)
+    if not number or not (isinstance(min_keep, Integral) and min_keep >= 0 or 0 < min_keep < 1):
         raise ValueError(f'min_keep: got {min_keep!r}, allowed is a whole number of weights, or a share between 0 and 1, as .05')
     if hasattr(read_context(context), 'sparsity'):
         raise ValueError(f'min_keep: got {min_keep!r}, allowed with context={context!r} is None: the pattern says what stays')
-    return min_keep
+    return int(min_keep) if isinstance(min_keep, Integral) else Fraction(str(float(min_keep)))
 
 
 def _layer(name, at, granularity):
@@ -422,6 +441,13 @@ def _zero(tensor, keep):
     "Zero all but `keep`. Integers of the same bits are multiplied: faster than a fill, and a NaN becomes zero too."
     tensor = tensor.detach()
     bits = BITS.get(tensor.dtype)
-    if not bits: return tensor.masked_fill_(~keep, 0)
+    if not bits or not tensor.ndim: return tensor.masked_fill_(~keep, 0)
     rows = max(1, PIECE // max(tensor[:1].numel(), 1))  # torch widens the mask of a piece for the product
     for piece, kept in zip(tensor.view(bits).split(rows), keep.split(rows)): piece.mul_(kept)
+
+
+def _zero_sparse(grad, keep):
+    "The same of a gradient of an embedding that has only the rows that were looked up."
+    grad = grad.coalesce()
+    grad.values().masked_fill_(~keep[grad.indices().unbind()], 0)
+    return grad

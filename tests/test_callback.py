@@ -140,7 +140,7 @@ def test_what_needs_no_model_is_refused_when_built(arguments, error, says):
 
 @pytest.mark.parametrize('arguments, says', [
     (dict(sparsity=90, layers='conv9'), "layers: got 'conv9'"), (dict(sparsity={'conv9': 50}), "got 'conv9'"),
-    (dict(sparsity={'0': 50}, layers='3'), "sparsity: got '0', which means no layer"),
+    (dict(sparsity={'0': 50}, layers='3'), "sparsity: got '0', which means only '0', and that is not chosen by layers="),
     (dict(sparsity=90, granularity=('I', 'kh')), "granularity: got axis 'kh'"),
     (dict(sparsity=90, layers=nn.LSTM), 'means no layer')])
 def test_what_needs_the_model_is_refused_before_the_first_batch(make_learner, arguments, says):

@@ -122,7 +122,7 @@ def test_erk_by_eye():
 
 
 def test_uniform_plus():
-    def parts(): return [layer('a', range(10), shape=(1, 1, 1, 10)), layer('b', range(60), shape=(6, 10)), layer('c', range(30), shape=(3, 10))]
+    def parts(): return [layer('a', range(10), axes={'O': 1, 'I': 1, 'k': 10}), layer('b', range(60), axes={'O': 6, 'I': 10}), layer('c', range(30), axes={'O': 3, 'I': 10})]
     assert [sum(k) for k in kept('uniform_plus', parts(), '9/20')] == [10, 30, 15]
     assert [sum(k) for k in kept('uniform_plus', parts(), '3/4')] == [10, 9, 6]  # 24 of the last, 51 of the middle
     with pytest.raises(ValueError, match=r'sparsity: got 90 %, allowed with uniform_plus is 84 % at most here'): kept('uniform_plus', parts(), '9/10')

@@ -142,9 +142,9 @@ def test_units_of_an_lstm_are_its_gates_together():
 
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: block(0, 4), 'block: got 0 as rows'), (lambda: block(4, 2.), 'block: got 2.0 as columns'), (lambda: head(True), 'head: got True'),
+    (lambda: block(0, 4), 'rows of a block: got 0'), (lambda: block(4, 2.), 'columns of a block: got 2.0'), (lambda: head(True), 'heads: got True'),
     (lambda: head(2, 'kh'), "head: got 'kh' as axis, allowed is 'O' or 'I'"),
-    (lambda: Grouping(nn.Linear(4, 6), head(4), 'q'), r"granularity: got head\(4\) for Linear 'q': 4 heads cannot share O = 6"),
+    (lambda: Grouping(nn.Linear(4, 6), head(4), 'q'), r"granularity: got head\(4\), and 4 heads cannot share O = 6; allowed for Linear 'q' is one of weight"),
     (lambda: Grouping(nn.Embedding(4, 6), ('kh',), 'e'), "got axis 'kh', allowed for Embedding 'e' .* axes I, O"),
     (lambda: Grouping(nn.LayerNorm(4), 'filter', 'n'), "got 'filter', allowed for LayerNorm 'n' is one of weight, layer, or a tuple of its axes d0"),
     (lambda: Grouping(nn.LayerNorm(4), block(2, 2), 'n'), "got block\\(2, 2\\), allowed for LayerNorm 'n' is one of weight, layer")])

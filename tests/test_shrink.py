@@ -163,5 +163,5 @@ def test_what_is_added_to_something_that_is_not_selected_stays():
     x, model = torch.randn(2, 3, 64, 64), models.resnet18(num_classes=10)
     sparsifier = Sparsifier(model, 'filter', layers=['layer1', 'layer2'], example=x, coupled=True)
     assert 'is added to what is not selected' in sparsifier.skipped['layer1.0.conv2'] and 'layer2.0.conv2' in sparsifier.layers
-    with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, allowed with coupled=True is one for all of 'layer2.0.conv2', 'lay"):
+    with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, allowed with coupled=True is the same for all of 'layer2.0.conv2', 'lay"):
         sparsifier.sparsify_layer('layer2.0.conv2', 50)

@@ -53,7 +53,8 @@ class Payoff:
         if ax is None:
             import matplotlib.pyplot as plt
             _, ax = plt.subplots(figsize=(6.5, 1 + .32 * len(rows)), layout='constrained')
-        bars = ax.barh([what for what, _, _ in rows], [100 * share for _, share, _ in rows], color=['#D55E00' if timed else '#0072B2' for *_, timed in rows])
+        colours = ['#D55E00' if timed else '#0072B2' for *_, timed in rows]
+        bars = ax.barh([what for what, _, _ in rows], [100 * share for _, share, _ in rows], color=colours)
         ax.bar_label(bars, [f'{100 * share:.1f} %' for _, share, _ in rows], padding=3, fontsize='small')
         ax.axvline(100, color='#606060', ls='--', lw=1)
         ax.invert_yaxis()

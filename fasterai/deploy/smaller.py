@@ -1,6 +1,5 @@
 "A smaller network: filters that put out exactly zero are removed, with all that depended on them."
 from copy import deepcopy
-from math import prod
 
 import torch
 import torch_pruning as tp
@@ -109,7 +108,8 @@ def _obstacle(graph, dep, indices):
             return where(~every if module.bias is None else module.bias.detach()[indices] != 0, 'a bias or a BatchNorm makes them other than zero')
         if getattr(module, 'groups', 1) > 1: return where(every, 'they meet a grouped convolution')
         dead = _dead(module)
-        return where(every if dead is None else ~dead[indices], 'they are added to, or read by, channels that are not zero: coupled=True zeroes such together')
+        return where(every if dead is None else ~dead[indices],
+                     'they are added to, or read by, channels that are not zero: coupled=True zeroes such together')
     if isinstance(module, nn.PReLU) or type(module).__module__ == ops.__name__: return where(~every, '')
     return where(every, f'they pass a {type(module).__name__}, which mixes channels')
 
@@ -167,7 +167,8 @@ def parameters(model): return sum(p.numel() for p in model.parameters())
 
 def _account(model, small, removed, left):
     before, after = parameters(model), parameters(small)
-    lines = [f'shrink: {sum(removed.values()):,} filters of {len(removed)} layers removed; {before:,} parameters became {after:,} ({100 * after / before:.1f} %)']
+    lines = [f'shrink: {sum(removed.values()):,} filters of {len(removed)} layers removed; '
+             f'{before:,} parameters became {after:,} ({100 * after / before:.1f} %)']
     for why in dict.fromkeys(w for reasons in left.values() for w in reasons):
         names = [n for n, reasons in left.items() if why in reasons]
         number = sum(reasons.count(why) for reasons in left.values())
