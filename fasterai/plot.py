@@ -1,9 +1,12 @@
-"Pictures of weights."
+"Pictures of weights, and of what they are worth."
+from itertools import cycle
+
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 
 DEAD, CROSS = '#D0D3D8', '#60656B'
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9'  # told apart by the colour-blind (Okabe & Ito 2008)
 GAP = .6  # between kernels, in cells
 
 
@@ -34,6 +37,44 @@ def plot_kernels(
     ax.invert_yaxis()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    return ax
+
+
+def plot_weights(
+    before: torch.Tensor,  # a weight, any shape
+    after: torch.Tensor,  # the same, sparse
+    ax=None,  # matplotlib axes to draw on; new ones if None
+    bins: int = 60,
+):
+    "Draw the histograms of a weight before and after; the zeros, which would tower over all, are told in numbers. Returns the axes."
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6, 3.2), layout='constrained')
+    before, after = (t.detach().float().cpu().flatten() for t in (before, after))
+    limit = float(max(before.abs().max(), after.abs().max())) or 1.
+    edges = torch.linspace(-limit, limit, bins + 1).numpy()
+    ax.hist(before.numpy(), edges, color='#56B4E9', alpha=.6, label=f'before: {len(before):,} weights')
+    zeros = int((after == 0).sum())
+    ax.hist(after[after != 0].numpy(), edges, histtype='step', color='#D55E00', lw=2, label=f'after: {len(after) - zeros:,} left, {zeros:,} are zero')
+    ax.set(xlabel='value of a weight', ylabel='weights')
+    ax.legend(fontsize='small')
+    return ax
+
+
+def plot_tradeoff(
+    curves: dict,  # name: list of (sparsity in percent, metric)
+    ax=None,  # matplotlib axes to draw on; new ones if None
+    metric: str = 'accuracy',  # how the metric is called
+):
+    "Draw a metric against sparsity, a curve for each criterion, granularity or schedule; returns the axes."
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
+    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle('osD^vP')):
+        ax.plot(*zip(*sorted(points)), color=colour, marker=marker, label=name)
+    ax.set(xlabel='weights that are zero (%)', ylabel=metric)
+    ax.grid(alpha=.3)
+    ax.legend()
     return ax
 
 
