@@ -90,7 +90,7 @@ class Flow:
                 if alone and before[0]: tie(sources[node] | before[0])
             elif node.op in ('same', 'norm') and node.repeat == 1: sources[node] = before[0]
             elif node.op == 'either': sources[node] = before[0]
-            elif node.op == 'both' and all(before):
+            elif node.op == 'both' and all(before) and node.inputs[0].length == node.inputs[1].length == node.length:
                 sources[node] = before[0] | before[1]
                 tie(sources[node])
         return [s for s in sets if len(s) > 1]

@@ -50,3 +50,13 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match='model: got int'): export_onnx(3, tmp_path / 'a', torch.randn(2))
     with pytest.raises(TypeError, match=r"example: got \['str'\]"): export_onnx(nn.Linear(2, 2), tmp_path / 'a', 'x')
     with pytest.raises(ValueError, match='example: got .* on which the model fails'): export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 3))
+
+
+def test_half_precision_and_one_tensor_twice(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).half()
+    assert export_onnx(model, tmp_path / 'a.onnx', torch.randn(3, 8).half()).exists()
+
+    class Twice(nn.Module):
+        def forward(self, a, b): return a * 2 + b
+    x = torch.randn(3, 4)
+    assert export_onnx(Twice(), tmp_path / 'b.onnx', (x, x)).exists()

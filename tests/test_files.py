@@ -153,3 +153,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr('fasterai.deploy.files.save_file', lambda *a: (_ for _ in ()).throw(OSError('no space left')))
     with pytest.raises(OSError, match='no space'): save_sparse(nn.Linear(3, 3), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['a']
+
+
+def test_what_the_header_says_is_guarded_too(tmp_path):
+    model = nn.Linear(4, 2)
+    save_sparse(model, tmp_path / 'a')
+    raw = (tmp_path / 'a').read_bytes()
+    for old, new in ((b'"dtype":"F32"', b'"dtype":"I32"'), (b'"shape":[2,4]', b'"shape":[4,2]')):
+        assert old in raw
+        (tmp_path / 'b').write_bytes(raw.replace(old, new))
+        refused(nn.Linear(4, 2), tmp_path / 'b', 'which was altered')
+
+
+def test_what_cannot_be_filled_is_refused_before_anything_is(tmp_path):
+    def tied(): return nn.ModuleDict({'a': nn.Linear(4, 4, bias=False), 'b': nn.Linear(4, 4, bias=False)})
+    save_sparse(tied(), tmp_path / 'a')
+    model = tied()
+    model['b'].weight = model['a'].weight
+    refused(model, tmp_path / 'a', "'b.weight' is not 'a.weight'; in the model they are one")
+    with pytest.raises(TypeError, match="as 'x' in its state_dict"): save_sparse(Tensors(x=torch.ones(1).expand(5)), tmp_path / 'b')
+    with pytest.raises(TypeError, match="as 'weight' in its state_dict"): save_sparse(nn.Linear(2, 2, device='meta'), tmp_path / 'b')
+
+    class Extra(nn.Linear):
+        def get_extra_state(self): return torch.ones(3)
+        def set_extra_state(self, state): pass
+    with pytest.raises(TypeError, match="as '_extra_state' in its state_dict"): save_sparse(Extra(2, 2), tmp_path / 'b')
+    for path in (tmp_path / 'no' / 'a', tmp_path):
+        with pytest.raises(FileNotFoundError, match='path: got .* allowed is a file in a folder'): save_sparse(nn.Linear(2, 2), path)

@@ -91,3 +91,19 @@ def test_the_training_side_is_not_needed():
     code = ("import sys, fasterai.deploy; print([m for m in sys.modules if m in ('fastai', 'fasterai.sparsifier', 'fasterai.callback', 'fasterai.granularity', "
             "'fasterai.dataflow')])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_layers_that_are_stored_sparse_are_counted_as_such(clock):
+    dense = mlp()
+    with torch.no_grad(): dense[0].weight[:8] = 0
+    sparse = deepcopy(dense)
+    sparse[0] = SparseLinear(dense[0])
+    found = payoff(dense, sparse, torch.randn(3, 8))
+    assert rows(found)['multiply-adds'] == (192, 128) and rows(found)['multiply-adds with a weight that is not zero'] == (128, 128)
+    assert 'There are no zeros' not in str(found)
+
+
+def test_batches_may_come_but_once(clock):
+    batches = [(torch.randn(3, 8), torch.tensor([0, 1, 2]))]
+    assert 'accuracy' in rows(payoff(mlp(), mlp(), torch.randn(3, 8), dls=iter(batches)))
+    with pytest.raises(ValueError, match='dls: got no batches'): payoff(mlp(), mlp(), torch.randn(3, 8), dls=[])

@@ -7,7 +7,8 @@ from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torchvision import models
 
-from fasterai.deploy.smaller import agree, outputs, parameters, shrink
+from fasterai.deploy.running import agree, outputs
+from fasterai.deploy.smaller import parameters, shrink
 from fasterai.sparsifier import Sparsifier
 
 pytestmark = pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')
@@ -165,3 +166,74 @@ def test_what_is_added_to_something_that_is_not_selected_stays():
     assert 'is added to what is not selected' in sparsifier.skipped['layer1.0.conv2'] and 'layer2.0.conv2' in sparsifier.layers
     with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, allowed with coupled=True is the same for all of 'layer2.0.conv2', 'lay"):
         sparsifier.sparsify_layer('layer2.0.conv2', 50)
+
+
+def dead(*layers, n=2):
+    with torch.no_grad():
+        for m in layers:
+            m.weight[:n] = 0
+            if m.bias is not None: m.bias[:n] = 0
+
+
+class Made(nn.Module):
+    "A network of named layers and a function of them."
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items(): setattr(self, name, layer)
+    def forward(self, x): return self.run(self, x)
+
+
+def conv(i, o, **more): return nn.Conv2d(i, o, 3, padding=1, **more)
+
+
+def test_an_example_that_hides_the_difference_is_not_trusted():
+    def run(s, x):
+        x = s.norm(s.a(x)).relu()
+        return s.out(s.b(x.view(len(x), 2, 4, *x.shape[2:]).transpose(1, 2).reshape(x.shape)).mean((2, 3)))
+    model = Made(run, a=conv(3, 8, bias=False), norm=nn.BatchNorm2d(8), b=conv(8, 4), out=nn.Linear(4, 2))
+    dead(model.a, n=4)
+    assert same(shrink(model, torch.zeros(1, 3, 8, 8)), model, torch.randn(2, 3, 8, 8))
+
+
+def test_grouped_convolutions_and_gates_do_not_end_it(capsys):
+    x = torch.randn(2, 3, 6, 6)
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=2), nn.ReLU(), conv(8, 4), nn.ReLU(), conv(4, 2))
+    dead(model[0], model[4])
+    small = shrink(model, x)
+    assert same(small, model, x) and len(small[4].weight) == 2 and '2 zero filters stay in 0: they meet a grouped convolution' in capsys.readouterr().out
+    model = Made(lambda s, x: s.out(s.b((y := s.a(x)) * s.gate(y).sigmoid())), a=conv(3, 8), gate=conv(8, 1), b=conv(8, 6), out=conv(6, 2))
+    dead(model.a, model.b)
+    small = shrink(model, x)
+    assert same(small, model, x) and len(small.b.weight) == 4
+
+
+def test_a_weight_that_is_shared_stays_shared(capsys):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[4].weight = model[2].weight
+    dead(model[0], model[2])
+    x = torch.randn(3, 4)
+    small = shrink(model, x)
+    assert small[4].weight is small[2].weight and same(small, model, x) and 'they meet a weight that several layers share' in capsys.readouterr().out
+
+
+def test_the_model_is_not_touched_by_what_it_remembers():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.n = nn.Linear(4, 6), 0
+            self.register_buffer('seen', torch.zeros(()))
+        def forward(self, x):
+            self.n += 1
+            self.seen += 1
+            return self.fc(x), x > 0, x.masked_fill(x > 9, -torch.inf)
+    model = Counts()
+    shrink(model, torch.randn(2, 4) * 9, verbose=False)
+    assert model.n == 0 and model.seen == 0
+
+
+def test_sums_that_broadcast_are_not_tied():
+    x, model = torch.randn(2, 3, 5, 5), Made(lambda s, x: s.out(s.a(x) + s.b(x)), a=conv(3, 8), b=conv(3, 1), out=conv(8, 2))
+    sparsifier = Sparsifier(model, 'filter', 'local', example=x, coupled=True)
+    sparsifier.sparsify_model(50)
+    assert sparsifier._ties == [] and same(shrink(model, x, verbose=False), model, x)

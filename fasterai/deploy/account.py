@@ -1,6 +1,7 @@
 "What the zeros have brought: parameters, multiply-adds, bytes, time, accuracy, measured."
 import tempfile
 import zlib
+from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fasterai.deploy.faster import SparseLinear
 from fasterai.deploy.files import save_sparse
-from fasterai.deploy.smaller import example_inputs, outputs
+from fasterai.deploy.running import example_inputs, outputs
 from fasterai.deploy.timing import faster, side_by_side
 
 
@@ -74,7 +76,8 @@ def payoff(
     "Measure what the one needs and what the other does, the times side by side."
     for name, model in (('dense', dense), ('sparse', sparse)):
         if not isinstance(model, nn.Module): raise TypeError(f'{name}: got {type(model).__name__}, allowed is a torch.nn.Module')
-    inputs, both = example_inputs(example), (dense, sparse)
+    inputs, both = example_inputs(example), (deepcopy(dense), deepcopy(sparse))
+    if dls is not None: dls = dls.valid if hasattr(dls, 'valid') else list(dls)
     for model in both: outputs(model, inputs)
     nonzero = [sum(int(torch.count_nonzero(p.detach())) for p in _stored(m)) for m in both]
     rows = [('parameters', '', *(sum(p.numel() for p in _stored(m)) for m in both)), ('non-zero parameters', '', *nonzero)]
@@ -94,9 +97,8 @@ def payoff(
 
 def _stored(model):
     "Parameters, and the values of layers that are stored sparse."
-    from fasterai.deploy.faster import SparseLinear
     kept = [b for m in model.modules() if isinstance(m, SparseLinear) for b in (m.values, m.bias) if b is not None]
-    return [*model.parameters(), *kept]
+    return [p.to_dense() if isinstance(p, torch.sparse.SparseSemiStructuredTensor) else p for p in (*model.parameters(), *kept)]
 
 
 def _batch(inputs, size):
@@ -111,13 +113,14 @@ def _multiply_adds(model, inputs):
     named, root = dict(model.named_modules()), type(model).__name__
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     total = counts.get('Global', 0)
-    spared = 0.
+    spared = unstored = 0.
     for name, flops in counts.items():
         module = named.get(name.removeprefix(root).lstrip('.'))
+        if isinstance(module, SparseLinear): unstored += flops * (1 - module.values.numel() / (module.size[0] * module.size[1]))
         weight = getattr(module, 'weight', None)
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and isinstance(weight, torch.Tensor) and weight.layout == torch.strided:
             spared += flops * (1 - int(torch.count_nonzero(weight.detach())) / max(weight.numel(), 1))
-    return total, round(total - spared)
+    return round(total - unstored), round(total - unstored - spared)
 
 
 def _bytes(model):
@@ -144,9 +147,10 @@ def _latencies(models, inputs, seconds):
 
 def _accuracy(model, dls):
     right = total = 0
-    for *x, y in getattr(dls, 'valid', dls):
-        out, = outputs(model, tuple(x))
+    for *x, y in dls:
+        out = outputs(model, tuple(x))[0]
         right, total = right + int((out.argmax(1) == y).sum()), total + y.numel()
+    if not total: raise ValueError('dls: got no batches, allowed is at least one of (x, y)')
     return 100 * right / total
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.deploy.smaller import agree, example_inputs, outputs
+from fasterai.deploy.running import agree, evaluating, example_inputs, fresh, outputs
 
 TOLERANCE = 1e-4  # of the largest output: another runtime sums in another order
 
@@ -26,8 +26,9 @@ def export_onnx(
     inputs, path = example_inputs(example), Path(path)
     if not all(isinstance(i, torch.Tensor) for i in inputs):
         raise TypeError(f'example: got {[type(i).__name__ for i in inputs]}, allowed are tensors')
-    outputs(model, inputs)  # an error of the model's own comes first
-    plain, inputs = deepcopy(model).cpu().eval(), tuple(i.cpu() for i in inputs)
+    plain, inputs = evaluating(deepcopy(model).cpu()), tuple(i.detach().cpu().clone() for i in inputs)
+    outputs(plain, inputs)  # an error of the model's own comes first
+    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*plain.parameters(), *inputs))
     dynamic = tuple({0: torch.export.Dim.AUTO} for _ in inputs) if dynamic_batch else None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter's own
@@ -35,22 +36,10 @@ def export_onnx(
         twice = tuple(torch.cat([i, i]) for i in inputs) if dynamic_batch and len(inputs[0]) == 1 else inputs  # a batch of one would be taken for fixed
         torch.onnx.export(plain, twice, temporary, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
-        for batch in _fresh(inputs, dynamic_batch):
+        for batch in (inputs, *fresh(inputs, (1, len(inputs[0]) + 1) if dynamic_batch else ())):
             found = session.run(None, {n.name: t.numpy() for n, t in zip(session.get_inputs(), batch)})
-            if not agree([torch.from_numpy(np.asarray(f)) for f in found], outputs(plain, batch), TOLERANCE):
+            if not agree([torch.from_numpy(np.asarray(f)) for f in found], outputs(plain, batch), 2e-2 if half else TOLERANCE):
                 raise ValueError(f'model: onnxruntime does not compute for inputs of shape {[tuple(b.shape) for b in batch]} what torch does; '
                                  f'{str(path)!r} was not written')
         os.replace(temporary, path)
     return path
-
-
-def _fresh(inputs, dynamic):
-    "The example, and others like it: of whole numbers those that are there, in another order."
-    yield inputs
-    generator = torch.Generator().manual_seed(0)
-
-    def like(tensor, length):
-        order = torch.randint(len(tensor), (length,), generator=generator)
-        if not tensor.is_floating_point(): return tensor[order]
-        return torch.randn((length, *tensor.shape[1:]), generator=generator).to(tensor.dtype)
-    for length in (1, len(inputs[0]) + 1) if dynamic else (len(inputs[0]),): yield tuple(like(i, length) for i in inputs)

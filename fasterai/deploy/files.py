@@ -28,6 +28,7 @@ def save_sparse(
         else: about[name] = _pack(name, tensor.detach(), tensors)
     metadata = {'format': FORMAT, 'tensors': json.dumps(about), 'sha256': _digest(tensors, about)}
     path = Path(path)
+    if not path.parent.is_dir() or path.is_dir() or not path.name: raise FileNotFoundError(f'path: got {str(path)!r}, allowed is a file in a folder that is there')
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
     try:
@@ -48,10 +49,11 @@ def load_sparse(
     stored, about = _read(path)
     state = _state(model)
     _check_fit(state, about, path)
+    owners = {name: about[name].get('same', name) for name in state}
+    found = {owner: _unpack(owner, stored, about[owner]) for owner in set(owners.values())}
+    _check_tied(state, owners, found, path)
     with torch.no_grad():
-        for name, tensor in state.items():
-            owner = about[name].get('same', name)
-            tensor.copy_(_unpack(owner, stored, about[owner]))
+        for name, tensor in state.items(): tensor.copy_(found[owners[name]])
     return model
 
 
@@ -75,9 +77,12 @@ def _read(path):
 def _state(model):
     if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
     state = model.state_dict(keep_vars=True)
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, allowed are dense tensors')
+        plain = type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_quantized
+        if not plain or value.is_meta or value.is_conj() or id(value) not in own or any(n > 1 and not s for n, s in zip(value.shape, value.stride())):
+            raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, allowed are dense tensors in memory, '
+                            'its parameters and buffers')
     return state
 
 
@@ -89,7 +94,7 @@ def _memory(tensor):
 def _pack(name, tensor, tensors):
     "Add a tensor to those that are saved; what one must know to unpack it."
     kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
-    tensor, size = tensor.cpu().contiguous(), tensor.element_size()
+    tensor, size = tensor.resolve_neg().cpu().contiguous(), tensor.element_size()
     if size in WORDS and tensor.dtype != torch.bool and tensor.ndim:
         words = tensor.view(WORDS[size]).flatten().numpy()
         keep = words & _magnitude(tensor.dtype, words.dtype) != 0
@@ -126,8 +131,8 @@ def _magnitude(dtype, words):
 def _digest(tensors, about):
     digest = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy() if tensors[name].numel() else b'')
+        digest.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
+        if tensors[name].numel(): digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -142,6 +147,15 @@ def _check_fit(state, about, path):
         shape, dtype = tuple(kind['shape']), kind['dtype']
         if shape != tuple(tensor.shape): raise ValueError(f'path: got {name!r} of shape {shape}, allowed is that of the model, {tuple(tensor.shape)}')
         if f'torch.{dtype}' != str(tensor.dtype): raise ValueError(f'path: got {name!r} of type {dtype}, allowed is that of the model, {tensor.dtype}')
+
+
+def _check_tied(state, owners, found, path):
+    "What is one tensor in the model must be one, or equal, in the file."
+    first = {}
+    for name, tensor in state.items():
+        other = owners[first.setdefault(_memory(tensor), name)]
+        if other != owners[name] and not torch.equal(found[other], found[owners[name]]):
+            raise ValueError(f'path: got {str(path)!r}, where {name!r} is not {first[_memory(tensor)]!r}; in the model they are one')
 
 
 def _umask():
