@@ -179,7 +179,8 @@ class SparsifyCallback(KeepSparse):
         return ax
 
     def __repr__(self):
-        given = {'sparsity': self.sparsity} | {k: v for k, v in self.choices.items() if v is not None and v is not False} | {'schedule': self.schedule}
+        given = {k: v for k, v in self.choices.items() if v is not None and v is not False}
+        given = {'sparsity': self.sparsity} | given | {'schedule': self.schedule}
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in given.items())})'
 
     def _sparsify(self):

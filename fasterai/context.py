@@ -34,9 +34,9 @@ def contest(
         budget = zeros - sum(settled[p.name][1] if p.name in settled else p.gone for p in parts)
         removed = order.remove(order.cut(budget)) if budget > 0 and order.parts else [(p.alive, 0) for p in order.parts]
         low = [p for p, (_, cost) in zip(order.parts, removed) if cost and p.standing - cost < least[p.name]]
-        if not low and not settled and removed and not everything and all(p.standing == cost and p.floor is None for p, (_, cost) in zip(order.parts, removed)):
-            low = sorted((p for p in order.parts if p.standing), key=lambda p: max(float(s.max()) for s in p.living_scores() if len(s)))[-1:]
-            least |= {p.name: 1 for p in low}  # of layers that go whole the best stays
+        if not low and not settled and not everything:
+            low = _best_of_all(order.parts, removed)
+            least |= {p.name: 1 for p in low}
         if not low: break
         settled |= {p.name: _settle(p, least[p.name]) for p in low}
         spared += [p.name for p in low if p.floor is None]
@@ -46,6 +46,12 @@ def contest(
                       'ask for less, or leave it out by layers=', stacklevel=2)
     free = iter(removed)
     return [(settled[p.name] if p.name in settled else next(free))[0] for p in parts]
+
+
+def _best_of_all(parts, removed):
+    "The layer that stays where layers go whole and none would be left."
+    if any(p.standing > cost or p.floor is not None for p, (_, cost) in zip(parts, removed)): return []
+    return sorted((p for p in parts if p.standing), key=lambda p: max(float(s.max()) for s in p.living_scores() if len(s)))[-1:]
 
 
 def _settle(part, least):
@@ -107,8 +113,9 @@ def uniform_plus_shares(
     at_last = min(share, cap)
     if share > at_last: share = (budget - cap * capped) / rest if rest else Fraction(2)
     if share > 1:
-        raise ValueError(f'sparsity: got {float(100 * fraction):.4g} %, allowed with uniform_plus is {float(100 * (rest + cap * capped) / sum(sizes)):.4g} % '
-                         'at most here: the first convolution stays dense and the last layer keeps 20 %')
+        most = float(100 * (rest + cap * capped) / sum(sizes))
+        raise ValueError(f'sparsity: got {float(100 * fraction):.4g} %, allowed with uniform_plus is {most:.4g} % at most here: '
+                         'the first convolution stays dense and the last layer keeps 20 %')
     return [Fraction(0) if i == first else at_last if i == last else share for i in range(len(sizes))]
 
 

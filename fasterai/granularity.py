@@ -51,7 +51,7 @@ def weights_of(
     "What of a module are weights, by the row of `AXES` for its type or the nearest base class."
     row = next((AXES[c] for c in type(module).__mro__ if c in AXES), {})
     have = (*module._parameters, *getattr(module, 'parametrizations', ()), *(n for n in row if getattr(module, n, None) is not None))
-    have = [next((n.removesuffix(s) for s in ('_g', '_v', '_orig') if n.endswith(s) and hasattr(module, n.removesuffix(s))), n) for n in have]  # weight_norm
+    have = [base if base != n and hasattr(module, base) else n for n in have for base in [re.sub('_(g|v|orig)$', '', n)]]  # weight_norm
     have = [n for n in dict.fromkeys(have) if getattr(module, n, None) is not None]
     return {n: axes for n in have for pattern, axes in row.items() if fnmatchcase(n, pattern)}
 

@@ -90,10 +90,11 @@ class Sparsifier:
 
     def _check_context(self, granularity):
         if granularity == 'layer' and self.context in (CONTEXTS['lamp'], CONTEXTS['normalized']):
-            raise ValueError("granularity: got 'layer', allowed with this context are those with several groups a layer, as it compares within layers")
+            raise ValueError("granularity: got 'layer', allowed with this context are those with several groups a layer: it compares within layers")
         if not hasattr(self.context, 'sparsity'): return
         if any(layer.grouping.size > 1 for layer in self.candidates.values()):
-            raise ValueError(f"granularity: got {granularity!r}, allowed with context={self.context!r} is 'weight': a pattern is one of single weights")
+            raise ValueError(f"granularity: got {granularity!r}, allowed with context={self.context!r} is 'weight': "
+                             'a pattern is one of single weights')
         for name, layer in self.candidates.items():
             if 'I' not in layer.grouping.axes:
                 raise ValueError(f'context: got {self.context!r}, and {name!r} has no input axis I along which it could run; leave it out by layers=')
@@ -132,7 +133,8 @@ class Sparsifier:
 
     def _couple(self):
         "Find what a sum ties together; where a part of it is not selected the others are left alone."
-        if self._flow is None: raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: pass example=one batch of inputs')
+        if self._flow is None:
+            raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: pass example=one batch of inputs')
         names = {id(layer.weight): n for n, layer in self.candidates.items()}
         for ids in self._flow.tied():
             known = [n for i, n in names.items() if i in ids]
@@ -171,7 +173,8 @@ class Sparsifier:
         for name, fraction in fractions.items():
             tied = next((names for names in self._ties if name in names), [name])
             if any(fractions.get(n) != fraction for n in tied):
-                raise ValueError(f'sparsity: got one for {name!r} alone, allowed with coupled=True is the same for all of {", ".join(map(repr, tied))}')
+                raise ValueError(f'sparsity: got one for {name!r} alone, allowed with coupled=True is the same for all of '
+                                 f'{", ".join(map(repr, tied))}')
             if name not in done: jobs.append(([self.layers[n] for n in tied], fraction * due))
             done.update(tied)
         return jobs
@@ -375,7 +378,8 @@ def check_coupled(granularity, context):
     "`ValueError` where filters cannot be coupled."
     if granularity != 'filter': raise ValueError(f"coupled: got True with granularity={granularity!r}, allowed is 'filter'")
     if context in (CONTEXTS['erk'], CONTEXTS['uniform_plus']):
-        raise ValueError(f'coupled: got True with context={next(n for n, c in CONTEXTS.items() if c is context)!r}, which goes by the shape of single layers; '
+        name = next(n for n, c in CONTEXTS.items() if c is context)
+        raise ValueError(f'coupled: got True with context={name!r}, which goes by the shape of single layers; '
                          'allowed is local, global, lamp, normalized, or a function')
 
 

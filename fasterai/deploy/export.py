@@ -33,8 +33,8 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter's own
         temporary = Path(folder) / path.name
-        twice = tuple(torch.cat([i, i]) for i in inputs) if dynamic_batch and len(inputs[0]) == 1 else inputs  # a batch of one would be taken for fixed
-        torch.onnx.export(plain, twice, temporary, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False)
+        shown = tuple(torch.cat([i, i]) for i in inputs) if dynamic_batch and len(inputs[0]) == 1 else inputs  # one would be taken for fixed
+        torch.onnx.export(plain, shown, temporary, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
         for batch in (inputs, *fresh(inputs, (1, len(inputs[0]) + 1) if dynamic_batch else ())):
             found = session.run(None, {n.name: t.numpy() for n, t in zip(session.get_inputs(), batch)})

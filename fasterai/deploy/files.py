@@ -28,7 +28,8 @@ def save_sparse(
         else: about[name] = _pack(name, tensor.detach(), tensors)
     metadata = {'format': FORMAT, 'tensors': json.dumps(about), 'sha256': _digest(tensors, about)}
     path = Path(path)
-    if not path.parent.is_dir() or path.is_dir() or not path.name: raise FileNotFoundError(f'path: got {str(path)!r}, allowed is a file in a folder that is there')
+    if not path.parent.is_dir() or path.is_dir() or not path.name:
+        raise FileNotFoundError(f'path: got {str(path)!r}, allowed is a file in a folder that is there')
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
     try:
@@ -88,7 +89,8 @@ def _state(model):
 
 def _memory(tensor):
     "Equal for tensors that are the same in memory; a tensor without any is like no other."
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+    if not tensor.numel(): return id(tensor)
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _pack(name, tensor, tensors):
@@ -146,7 +148,8 @@ def _check_fit(state, about, path):
         kind = about[about[name].get('same', name)]
         shape, dtype = tuple(kind['shape']), kind['dtype']
         if shape != tuple(tensor.shape): raise ValueError(f'path: got {name!r} of shape {shape}, allowed is that of the model, {tuple(tensor.shape)}')
-        if f'torch.{dtype}' != str(tensor.dtype): raise ValueError(f'path: got {name!r} of type {dtype}, allowed is that of the model, {tensor.dtype}')
+        if f'torch.{dtype}' != str(tensor.dtype):
+            raise ValueError(f'path: got {name!r} of type {dtype}, allowed is that of the model, {tensor.dtype}')
 
 
 def _check_tied(state, owners, found, path):
