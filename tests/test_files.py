@@ -24,7 +24,7 @@ def bits(model): return {n: t.detach().contiguous().view(-1).view(torch.uint8).t
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool,
-          torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
+          torch.complex32, torch.complex64, torch.complex128, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)

@@ -13,6 +13,7 @@ from torch import nn
 
 FORMAT = 'fasterai.sparse 1'
 MASK, VALUES, SIGNS = '\0mask', '\0values', '\0signs'  # what is added to a tensor's name, where it is packed
+PARTS = {torch.complex32: torch.float16, torch.complex128: torch.float64}  # what safetensors lacks goes in two parts
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -96,7 +97,9 @@ def _memory(tensor):
 def _pack(name, tensor, tensors):
     "Add a tensor to those that are saved; what one must know to unpack it."
     kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
-    tensor, size = tensor.resolve_neg().cpu().contiguous(), tensor.element_size()
+    tensor = tensor.resolve_neg().cpu().contiguous()
+    if tensor.dtype in PARTS: tensor = torch.view_as_real(tensor)
+    size = tensor.element_size()
     if size in WORDS and tensor.dtype != torch.bool and tensor.ndim:
         words = tensor.view(WORDS[size]).flatten().numpy()
         keep = words & _magnitude(tensor.dtype, words.dtype) != 0
@@ -112,8 +115,12 @@ def _pack(name, tensor, tensors):
 
 
 def _unpack(name, stored, kind):
+    dtype = getattr(torch, kind['dtype'])
+    if dtype in PARTS:
+        parts = {'shape': [*kind['shape'], 2], 'dtype': str(PARTS[dtype]).removeprefix('torch.')}
+        return torch.view_as_complex(_unpack(name, stored, {**kind, **parts}))
     if 'packed' not in kind: return stored[name]
-    tensor = torch.zeros(kind['shape'], dtype=getattr(torch, kind['dtype']))
+    tensor = torch.zeros(kind['shape'], dtype=dtype)
     words = tensor.view(-1).view(WORDS[tensor.element_size()]).numpy()
     keep = np.unpackbits(stored[name + MASK].numpy(), count=len(words)).view(bool)
     words[keep] = stored[name + VALUES].view(WORDS[tensor.element_size()]).numpy()
