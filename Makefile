@@ -3,13 +3,18 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DESCRIPTION := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test bench clean
+.PHONY: demo test docs bench clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2
+
+docs: .venv/installed-dev
+	$(RUN) -W ignore::FutureWarning docs/tables.py
+	$(RUN) -W ignore::FutureWarning -m sphinx -q -c docs -d build/doctrees . site
+	@echo 'site/index.html'
 
 bench: .venv/installed
 	$(RUN) benchmarks/speed.py
@@ -28,4 +33,4 @@ bench: .venv/installed
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv demo site build dist *.egg-info

@@ -27,10 +27,10 @@ def write(
     path: Path = RESULTS,
 ):
     "Print a part, and put it into the file."
-    print(f'# {title}\n\n{text}')
+    print(f'## {title}\n\n{text}')
     parts = {}
-    for part in path.read_text().split('\n# ') if path.exists() else []:
-        name, _, body = part.removeprefix('# ').partition('\n')
+    for part in path.read_text().split('\n## ')[1:] if path.exists() else []:
+        name, _, body = part.partition('\n')
         parts[name] = body.strip()
     parts[title] = text
-    path.write_text('\n\n'.join(f'# {name}\n\n{body}' for name, body in parts.items()) + '\n')
+    path.write_text('\n\n'.join(['# Results', *(f'## {name}\n\n{body}' for name, body in parts.items())]) + '\n')

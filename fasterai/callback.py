@@ -85,13 +85,13 @@ class SparsifyCallback(KeepSparse):
     order = KeepSparse.order - .1
 
     def __init__(self,
-        sparsity,  # percent of the selected weights that shall be zero; or {layer's name or glob: percent}, then layer by layer
-        granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as ('I', 'kh'), block(4, 4), head(8)
-        context: str | Callable = 'global',  # who competes with whom: a name, a pattern as '2:4', or a function
-        criteria: str | Callable = 'magnitude',  # how much a weight matters: magnitude, gradient, or a function of weight and grad
-        schedule: str | Callable = 'gradual',  # when: a name, gradual(start=.2, end=.8) and its like, or any function of progress
-        layers=None,  # None for all but embeddings, or for those that a dict `sparsity` names; else as in `Sparsifier`
-        min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as .05; None: one group
+        sparsity,  # percent of the selected weights that shall be zero; or `{layer's name or glob: percent}`, then layer by layer
+        granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
+        context: str | Callable = 'global',  # who competes with whom: a name, a pattern as `'2:4'`, or a function
+        criteria: str | Callable = 'magnitude',  # how much a weight matters: a name, or a function of `weight` and `grad`
+        schedule: str | Callable = 'gradual',  # how much is due, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
+        layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
+        min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
         coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
     ):
         if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')

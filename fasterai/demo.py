@@ -38,6 +38,7 @@ class Run(NamedTuple):
     accuracy: float  # percent of the validation digits
     seconds: float  # of training
     course: list  # (epochs done, percent of zeros) after each step
+    accuracies: list  # percent, after each epoch
 
 
 class Course(Callback):
@@ -104,9 +105,10 @@ def train(
         began = perf_counter()
         learn.fit_one_cycle(epochs, 1e-2, cbs=[sparsify, course] if sparsify else None)
         seconds = perf_counter() - began
+        accuracies = [100 * values[2] for values in learn.recorder.values]  # after the losses of training and validation
         right = 100 * learn.validate()[1]
     sparsifier = sparsify.sparsifier if sparsify else Sparsifier(learn.model)
-    return Run(name, sparsify and sparsify.sparsity, learn.model, sparsifier.report(), right, seconds, course.points)
+    return Run(name, sparsify and sparsify.sparsity, learn.model, sparsifier.report(), right, seconds, course.points, accuracies)
 
 
 def table(
@@ -122,6 +124,34 @@ def table(
     lines = ['  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, wide))) for line in lines]
     notes = [f'{r.name}: left alone: {layer}: {reason}' for r in runs for layer, reason in r.report.skipped.items()]
     return '\n'.join([lines[0], '─' * len(lines[0]), *lines[1:], *notes])
+
+
+def draw_training(
+    dense: Run,
+    sparse: Run,  # one with a course
+    left: dict,  # what: percent that is left of it
+) -> Figure:
+    "Zeros and accuracy over training, and what is left in the end."
+    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure.get_layout_engine().set(wspace=.06)
+    ax, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    times, zeros = zip((0, 0), *sparse.course)
+    epochs = range(1, len(dense.accuracies) + 1)
+    ax.fill_between(times, zeros, step='post', color=DEAD)
+    ax.text(times[-1] * .97, zeros[-1] / 2, f'weights that are zero: {zeros[-1]:.0f} %', ha='right', va='center')
+    ax.plot(epochs, dense.accuracies, color=ORANGE, ls='--', marker='o', ms=4, label=f'dense: {dense.accuracy:.1f} % accuracy')
+    ax.plot(epochs, sparse.accuracies, color=BLUE, marker='o', ms=4, label=f'with the callback: {sparse.accuracy:.1f} % accuracy')
+    ax.set_title('While it trains', loc='left')
+    ax.set(xlabel='epoch', ylabel='%', xlim=(0, times[-1] * 1.02), ylim=(0, 103))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(loc='lower right', framealpha=1)
+    bars.bar_label(bars.barh(list(left), list(left.values()), color=BLUE, height=.6), [f'{v:.0f} %' for v in left.values()], padding=3)
+    bars.axvline(100, color='#606060', ls='--', lw=1)
+    bars.invert_yaxis()
+    bars.set(xlabel='of the dense network (%)', xlim=(0, 105))
+    bars.set_title('What is left', loc='left')
+    for a in (ax, bars): a.spines[['top', 'right']].set_visible(False)
+    return figure
 
 
 def draw_schedules(
@@ -249,6 +279,11 @@ def main(arguments=None):
     packed = chosen.out / 'weights.safetensors'
     found = accounts(dense, weights[0], filters, datasets[1], packed)
     for title, one in found.items(): print(f'\n{title}, against the dense network\n{one}')
+    shrunk, saved = (one.to_frame().set_index('what').ratio for one in found.values())
+    half = f'{filters.asked:g} % of the filters\nremoved'
+    left = {'weights': 1 - weights[0].report.sparsity / 100, 'file': saved['file, packed by save_sparse'],
+            f'{half}: parameters': shrunk['parameters'], f'{half}: multiply-adds': shrunk['multiply-adds']}
+    pictures['training.png'] = draw_training(dense, weights[0], {what: 100 * ratio for what, ratio in left.items()})
     pictures['payoff.png'] = draw_accounts(found)
     for name, picture in pictures.items(): picture.savefig(chosen.out / name, dpi=100)
     print('\npictures:', ', '.join(str(chosen.out / name) for name in pictures), f'and {packed}')

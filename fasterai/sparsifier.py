@@ -66,12 +66,12 @@ class Sparsifier:
 
     def __init__(self,
         model: nn.Module,  # any model; it is changed in place, and only in its zeros
-        granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as ('I', 'kh'), block(4, 4), head(8)
-        context: str | Callable = 'global',  # who competes with whom: a name, a pattern as '2:4', or a function
-        criteria: str | Callable = 'magnitude',  # how much a weight matters: magnitude, gradient, or a function of weight and grad
-        layers=None,  # None for all but embeddings; a type, name, glob, module, parameter, or a list of these
+        granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
+        context: str | Callable = 'global',  # who competes with whom: a name, a pattern as `'2:4'`, or a function
+        criteria: str | Callable = 'magnitude',  # how much a weight matters: a name, or a function of `weight` and `grad`
+        layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
-        min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as .05; None: one group
+        min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
         coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')

@@ -12,8 +12,8 @@ def test_speed_is_exact_and_writes_its_table(tmp_path):
 
 
 def test_deploy_measures_every_row_and_leaves_other_parts_alone(tmp_path):
-    (tmp_path / 'R.md').write_text('# Other\n\ntext\n\n# What zeros turn into\n\nold\n')
+    (tmp_path / 'R.md').write_text('# Results\n\n## Other\n\ntext\n\n## What zeros turn into\n\nold\n')
     script = Path(__file__).parent.parent / 'benchmarks' / 'deploy.py'
     subprocess.run([sys.executable, script, '--small', '--out', tmp_path / 'R.md'], check=True, capture_output=True)
     text = (tmp_path / 'R.md').read_text()
-    assert text.startswith('# Other\n\ntext\n\n# What zeros turn into\n\nBy') and 'old' not in text and text.count('\n|') == 6
+    assert text.startswith('# Results\n\n## Other\n\ntext\n\n## What zeros turn into\n\nBy') and 'old' not in text and text.count('\n|') == 6

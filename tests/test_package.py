@@ -4,7 +4,6 @@ from pathlib import Path
 
 import fasterai
 import fasterai.all
-from fasterai.granularity import layer_table
 from fasterai.schedule import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +21,3 @@ def test_settings_are_what_setup_reads():
     assert {r.split('>')[0] for r in config['DEFAULT']['requirements'].split()} == {'fastai', 'torch', 'numpy', 'fastcore'}
     assert 'pkg_resources' not in (ROOT / 'setup.py').read_text()
     assert config['DEFAULT']['license'] == 'Apache-2.0' and 'Apache License' in (ROOT / 'LICENSE').read_text()[:100]
-
-
-def test_the_table_of_layers_is_what_the_code_does():
-    assert layer_table() in (ROOT / 'docs/layers.md').read_text(), f'put this into docs/layers.md:\n{layer_table()}'

@@ -1,0 +1,74 @@
+"How `make docs` builds the site: from the README, these pages, the notebooks as they were committed, and the docments of the code."
+import inspect
+
+from fastcore.docments import docments
+from fasterai import __version__
+
+project, author, release = 'fasterai', 'fasterai developers', __version__
+copyright = author
+root_doc = 'README'
+extensions = ['sphinx.ext.autodoc', 'myst_nb', 'sphinx_copybutton']
+include_patterns = ['README.md', 'CHANGELOG.md', 'CONTRIBUTING.md', 'docs/*.md', 'nbs/*.ipynb', 'benchmarks/*.md']
+exclude_patterns = ['.*', 'site', 'build', 'dist', 'demo', 'tests', 'fasterai']
+
+html_theme = 'furo'
+html_title = 'fasterai'
+html_extra_path = ['index.html']  # leads to the README's page
+html_copy_source = False
+html_theme_options = {'light_css_variables': {'color-brand-primary': '#0072B2', 'color-brand-content': '#0072B2'},
+                      'dark_css_variables': {'color-brand-primary': '#56B4E9', 'color-brand-content': '#56B4E9'}}
+html_static_path = ['site.css']
+html_css_files = ['site.css']
+
+myst_enable_extensions = ['colon_fence']
+myst_heading_anchors = 3
+nb_execution_mode = 'off'  # the tests run them
+nb_merge_streams = True
+copybutton_exclude = '.linenos, .gp, .go'
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'none'
+default_role = 'py:obj'
+smartquotes = False
+
+PAGES = """
+```{toctree}
+:hidden:
+:caption: Notebooks
+:glob:
+
+nbs/*
+```
+
+```{toctree}
+:hidden:
+:caption: Pages
+
+docs/guide
+docs/layers
+docs/reference
+benchmarks/RESULTS
+CHANGELOG
+CONTRIBUTING
+```
+"""
+
+
+def add_pages(app, page, source):
+    "The README has no table of contents of its own; the site's sidebar needs one."
+    if page == root_doc: source[0] += PAGES
+
+
+def add_docments(app, what, name, thing, options, lines):
+    "What stands on a parameter's own line is its description; a dataclass has its fields from its bases too."
+    lines[:] = [line.replace('|', r'\|') for line in lines]  # |w| is no substitution
+    meanings = {}
+    for source in reversed(thing.__mro__) if inspect.isclass(thing) else [thing]:
+        if source is not object and callable(source): meanings |= {n: m for n, m in docments(source).items() if m}
+    taken = inspect.signature(thing).parameters if callable(thing) else ()
+    lines += ['', *(f':param {n}: {meanings[n]}' for n in taken if n in meanings)]
+    if 'return' in meanings: lines.append(f':returns: {meanings["return"]}')
+
+
+def setup(app):
+    app.connect('source-read', add_pages)
+    app.connect('autodoc-process-docstring', add_docments)

@@ -1,0 +1,39 @@
+"The tables that are made from the code: `python docs/tables.py` writes them into the README and the pages."
+import inspect
+import re
+from pathlib import Path
+
+from fastcore.docments import docments
+
+from fasterai.callback import SparsifyCallback
+from fasterai.context import CONTEXTS
+from fasterai.criteria import CRITERIA
+from fasterai.granularity import GRANULARITIES, layer_table
+from fasterai.schedule import SCHEDULES
+
+ROOT = Path(__file__).parent.parent
+NAMES = {'granularity': [*GRANULARITIES], 'context': [*CONTEXTS, '2:4'], 'criteria': [*CRITERIA], 'schedule': [*SCHEDULES]}
+
+
+def options() -> str:
+    "The arguments of `SparsifyCallback`, as a Markdown table."
+    meanings, lines = docments(SparsifyCallback), [['argument', 'default', 'what', 'names'], ['---'] * 4]
+    for name, argument in inspect.signature(SparsifyCallback).parameters.items():
+        default = '' if argument.default is argument.empty else f'`{argument.default!r}`'
+        lines.append([f'`{name}`', default, meanings[name], ' '.join(f'`{n}`' for n in NAMES.get(name, ()))])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+TABLES = {'README.md': options, 'docs/layers.md': layer_table}  # each file has a place for one
+
+
+def with_table(
+    text: str,  # of a page
+    table: str,
+) -> str:
+    "The page, with its table made anew."
+    return re.sub(r'(?<=<!-- made by docs/tables.py -->\n\n).*?(?=\n\n<!-- end -->)', lambda _: table, text, flags=re.DOTALL)
+
+
+if __name__ == '__main__':
+    for name, make in TABLES.items(): (ROOT / name).write_text(with_table((ROOT / name).read_text(encoding='utf-8'), make()), encoding='utf-8')

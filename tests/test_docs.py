@@ -1,0 +1,75 @@
+"The site is built without a warning, every link in it leads somewhere, and what is made from the code is up to date."
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import fasterai.all
+import fasterai.deploy
+
+ROOT = Path(__file__).parent.parent
+TABLES = runpy.run_path(str(ROOT / 'docs/tables.py'))
+
+
+class Page(HTMLParser):
+    "What a page leads to, and where in it one can be led."
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = [], {''}
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.anchors |= {attrs[a] for a in ('id', 'name') if attrs.get(a)}
+        self.links += [attrs[a] for a in ('href', 'src') if a in attrs]
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp('docs')
+    done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-c', 'docs', '-d', out / 'doctrees', '.', out / 'site'],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / 'site'
+
+
+def test_every_link_leads_somewhere(site):
+    pages = {path: Page(path) for path in site.rglob('*.html')}
+    assert {'README.html', 'guide.html', 'layers.html', 'reference.html', 'RESULTS.html', '00_quickstart.html'} <= {p.name for p in pages}
+    broken, followed = [], 0
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc: continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            followed += 1
+            if not target.is_file() or target in pages and unquote(parts.fragment) not in pages[target].anchors: broken.append((path.name, link))
+    assert not broken and followed > 500
+
+
+def test_nothing_is_fetched_to_show_a_page(site):
+    for path in site.rglob('*.html'):
+        assert not [s for s in Page(path).links if urlsplit(s).netloc and s.endswith(('.js', '.css', '.png', '.svg', '.woff2'))], path.name
+
+
+def test_it_can_be_searched(site):
+    assert 'SparsifyCallback' in (site / 'searchindex.js').read_text(encoding='utf-8')
+
+
+def test_the_reference_has_every_public_name_and_its_arguments(site):
+    page = (site / 'docs/reference.html').read_text(encoding='utf-8')
+    anchors = Page(site / 'docs/reference.html').anchors
+    missing = [n for module in (fasterai.all, fasterai.deploy) for n in module.__all__ if f'{module.__name__}.{n}' not in anchors]
+    assert not missing and 'how much of it is due, 0 to 1, as a schedule says' in page  # a docment
+
+
+@pytest.mark.parametrize('name', TABLES['TABLES'])
+def test_the_tables_are_what_the_code_says(name):
+    text = (ROOT / name).read_text(encoding='utf-8')
+    assert TABLES['TABLES'][name]() in text, f'python docs/tables.py writes {name} anew'
+    assert TABLES['with_table'](text, 'another') != text
