@@ -15,6 +15,7 @@ html_theme = 'furo'
 html_title = 'fasterai'
 html_extra_path = ['index.html']  # leads to the README's page
 html_copy_source = False
+html_show_search_summary = False  # it fetches pages, which browsers refuse to pages that are files
 html_theme_options = {'light_css_variables': {'color-brand-primary': '#0072B2', 'color-brand-content': '#0072B2'},
                       'dark_css_variables': {'color-brand-primary': '#56B4E9', 'color-brand-content': '#56B4E9'}}
 html_static_path = ['site.css']

@@ -56,7 +56,7 @@ def plot_weights(
     ax.hist(before.numpy(), edges, color='#56B4E9', alpha=.6, label=f'before: {len(before):,} weights')
     zeros = int((after == 0).sum())
     ax.hist(after[after != 0].numpy(), edges, histtype='step', color='#D55E00', lw=2, label=f'after: {len(after) - zeros:,} left, {zeros:,} are zero')
-    ax.set(xlabel='value of a weight', ylabel='weights')
+    ax.set(xlabel='value of a weight', ylabel='weights', ylim=(0, 1.35 * ax.get_ylim()[1]))  # room for the legend
     ax.legend(fontsize='small')
     return ax
 
