@@ -31,7 +31,7 @@ def contest(
     order, settled, spared = Lowest(parts), {}, []
     least = {p.name: p.floor if p.floor is not None else 0 if everything or p.whole and len(parts) > 1 else 1 for p in parts}
     while True:
-        budget = zeros - sum(settled[p.name][1] if p.name in settled else p.gone for p in parts)
+        budget = zeros - sum(p.gone + (settled[p.name][1] if p.name in settled else 0) for p in parts)
         removed = order.remove(order.cut(budget)) if budget > 0 and order.parts else [(p.alive, 0) for p in order.parts]
         low = [p for p, (_, cost) in zip(order.parts, removed) if cost and p.standing - cost < least[p.name]]
         if not low and not settled and not everything:
@@ -44,8 +44,12 @@ def contest(
     if spared:
         warnings.warn(f'sparsity: {", ".join(map(repr, spared))} would have been left without weights and kept the best group; '
                       'ask for less, or leave it out by layers=', stacklevel=2)
-    free = iter(removed)
-    return [(settled[p.name] if p.name in settled else next(free))[0] for p in parts]
+    free, keeps = iter(removed), []
+    for p in parts:
+        keep, cost = settled[p.name] if p.name in settled else next(free)
+        p.kept = p.standing - cost
+        keeps.append(keep)
+    return keeps
 
 
 def _best_of_all(parts, removed):
@@ -55,13 +59,13 @@ def _best_of_all(parts, removed):
 
 
 def _settle(part, least):
-    "Keep only the best groups that make up so many weights: the keep mask, and the zeros there are then."
-    if part.standing <= least: return part.alive, part.gone
+    "Keep only the best groups that make up so many weights: the keep mask, and how many weights go."
+    if part.standing <= least: return part.alive, 0
     order = Lowest([part])
     cut = order.cut(part.standing - least)
     (keep, cost), = order.remove(cut)
     if part.standing - cost < least: (keep, cost), = order.remove(cut._replace(ties=cut.ties - 1))  # the nearest was one too many
-    return keep, part.gone + cost
+    return keep, cost
 
 
 def local(parts, fraction):

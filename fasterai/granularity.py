@@ -28,6 +28,7 @@ AXES = {
     nn.LSTM: {'weight_[ih]h_l*': '(S:4 O) I', 'weight_hr_l*': 'O I'}, nn.LSTMCell: {'weight_[ih]h': '(S:4 O) I'},
     nn.GRU: {'weight_[ih]h_l*': '(S:3 O) I'}, nn.GRUCell: {'weight_[ih]h': '(S:3 O) I'},
 }
+LARGE = 64  # entries that lie together, from which on a mask repeats a decision instead of writing it out
 OUTPUTS, INPUTS = 'GSO', 'GI'  # axes that tell outputs apart, and inputs
 
 
@@ -169,15 +170,16 @@ class Grouping:
 
     def expand(self,
         keep: torch.Tensor,  # (groups,), bool
-    ) -> torch.Tensor:  # bool, of the weight's shape, contiguous
-        "A decision for each group, written to each weight."
-        wide = keep
-        if self.size > 1:  # on a CPU numpy repeats several times faster
-            wide = torch.from_numpy(np.repeat(keep.numpy(), self.size)) if keep.device.type == 'cpu' else keep.repeat_interleave(self.size)
-        wide = wide.view([self.dims[i] for i in self.order]).permute([self.order.index(i) for i in range(len(self.order))])
+    ) -> torch.Tensor:  # bool, of the weight's shape; a view that repeats the decision, where the layout allows
+        "A decision for each group, for each weight."
+        wide, written = keep[:, None].expand(-1, self.size), self.size < LARGE and keep.device.type == 'cpu'
+        if written: wide = torch.from_numpy(np.repeat(keep.numpy(), self.size)) if self.size > 1 else keep
+        wide = wide.reshape([self.dims[i] for i in self.order]).permute([self.order.index(i) for i in range(len(self.order))])
         if self.pad:
             wide = wide.reshape([n * p for n, p in self.view])[tuple(slice(size) for size in self.axes.values())]
-        return wide.reshape(self.shape).contiguous()
+        wide = wide.reshape(self.shape)
+        repeated = prod(n for n, step in zip(wide.shape, wide.stride()) if step == 0)
+        return wide if repeated >= LARGE and wide.stride(-1) == 0 else wide.contiguous()
 
 
 def _read(row): return [[(a, int(n or 0)) for a, n in re.findall(r'(\w+)(?::(\d+))?', folded)] for folded in re.findall(r'\([^)]*\)|\w+', row)]

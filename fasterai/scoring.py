@@ -7,6 +7,7 @@ import torch
 from fasterai.criteria import check_finite, evidence_of, finite, gather, score
 from fasterai.selection import CHUNK
 
+SMALL = 16  # weights a group up to which numpy scores and averages them sooner than torch
 FEW = 8  # weights a group from which on the scores of all groups are half a byte a weight or less
 
 
@@ -30,7 +31,7 @@ class Scores:
         name, size = layer.name, layer.grouping.size
         if size < FEW: return self._ask(layer, where)
         if name not in self.few:
-            step = max(1, CHUNK // size)
+            step = max(1, 4 * CHUNK // size)  # torch's threads want more at a time than numpy
             found = [torch.as_tensor(self._ask(layer, slice(i, i + step))) for i in range(0, layer.grouping.groups, step)]
             self.few[name] = torch.cat(found)
         return self.few[name][where]
@@ -44,7 +45,8 @@ class Scores:
                 scores = score(self.criterion, evidence, layer.name)
                 check_finite(scores, self.criterion, evidence, layer.name)
                 evidence = {'scores': scores}
-            self.rows = {n: _array(layer.grouping.rows(t)) for n, t in evidence.items()}
+            self.rows = {n: layer.grouping.rows(t) for n, t in evidence.items()}
+            if layer.grouping.size <= SMALL: self.rows = {n: _array(t) for n, t in self.rows.items()}
         rows = {n: t[where] for n, t in self.rows.items()}
         if not by_chunk: return layer.grouping.mean(rows['scores'], where)
         scores = score(self.criterion, rows, layer.name)

@@ -1,7 +1,7 @@
 "Which are the lowest: exact, at any size, without gathering the scores."
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from math import ceil
 from typing import NamedTuple
@@ -27,6 +27,11 @@ class Part:
     whole: bool = False  # is its one group the layer, which goes where there are others?
     shape: tuple = ()  # of the layer's weight
     axes: dict | None = None  # name: size, whose product are the groups, where each is a weight
+    known: InitVar[int | None] = None  # groups that are alive, where somebody has counted them; what `replace` makes counts anew
+    kept: int | None = field(default=None, init=False)  # weights that stay, where who decided has counted them
+
+    def __post_init__(self, known):
+        if known is not None: self.living = known
 
     @cached_property
     def living(self) -> int:

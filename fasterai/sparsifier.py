@@ -33,8 +33,8 @@ class Layer:
     at: Weight  # where it is
     grouping: Grouping
     mask: torch.Tensor  # bool, of the weight's shape, True = keep
+    costs: torch.Tensor | None  # (groups,), the weights left in each; None where a living one has all of `grouping.size`
     left: int  # how many are kept
-    aligned: bool  # every group lives or dies whole
     filters: Grouping | None  # its filters, where groups make up whole ones
 
     @property
@@ -46,13 +46,13 @@ class Layer:
     @property
     def alive(self) -> torch.Tensor:  # (groups,), bool
         "The groups that have any weight left."
+        if self.costs is not None: return self.costs > 0
         rows = self.grouping.rows(self.mask)
-        return rows if self.grouping.size == 1 else rows[:, 0] if self.aligned else rows.any(1)
+        return rows if self.grouping.size == 1 else rows[:, 0]
 
     def empty(self):
         "All of it is gone."
-        self.mask.zero_()
-        self.left = 0
+        self.mask, self.costs, self.left = torch.zeros_like(self.mask), None, 0
 
     @property
     def dead_filters(self) -> torch.Tensor:  # (output channels,), bool
@@ -208,16 +208,17 @@ class Sparsifier:
         if 'grad' in evidence_of(self.criterion) and not any(w.grad is not None and w.grad.any() for w in (layer.weight for layer in layers)):
             raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
                              'and before optimizer.zero_grad(); nothing was changed')
-        ask, masks = Scores(self.criterion), {}
+        ask, changes = Scores(self.criterion), {}
         for job, fraction in jobs:
             units = self._units(job)
             parts = [_together([self._part(layer, ask, regrow) for layer in unit]) for unit in units]
-            for layer, keep in [(layer, keep) for unit, keep in zip(units, self._keeps(parts, fraction)) for layer in unit]:
-                mask = layer.grouping.expand(keep)
-                masks[layer.name] = mask if regrow or layer.aligned and not self._ties else mask & layer.mask
-        self._set(masks)
-        if regrow:
-            for layer in layers: layer.aligned = True
+            for unit, part, keep in zip(units, parts, self._keeps(parts, fraction)):
+                for layer in unit:
+                    mask, costs = layer.grouping.expand(keep), _whole(layer) if regrow else layer.costs
+                    if not regrow and (len(unit) > 1 or costs is not None): mask = mask & layer.mask
+                    left = part.kept if len(unit) == 1 else None
+                    changes[layer.name] = mask, costs if costs is None else costs * keep, count(mask) if left is None else left
+        self._set(changes)
         thin = [layer.name for job, fraction in jobs for layer in job if 100 * layer.left < layer.mask.numel() and fraction < Fraction(99, 100)]
         if thin := [n for n in thin if n not in self._thin]:
             self._thin.update(thin)
@@ -245,15 +246,14 @@ class Sparsifier:
     def _part(self, layer, ask, regrow):
         "What the context sees of a layer."
         grouping, scores, weights = layer.grouping, partial(ask, layer), layer.mask.numel()
-        costs = grouping.sizes.to(layer.mask.device) if isinstance(grouping.sizes, torch.Tensor) else None
-        alive = layer.alive
+        alive, costs = layer.alive, layer.costs
         if regrow:  # what is gone competes again, and is the first to go
-            gone, alive = ~alive, torch.ones_like(alive)
+            gone, alive, costs = ~alive, torch.ones_like(alive), _whole(layer)
             def scores(where): return torch.as_tensor(ask(layer, where)).masked_fill(gone[where], LOWEST)
-        elif not layer.aligned: costs = grouping.count(layer.mask)
         floor = ceil(self.min_keep * weights) if isinstance(self.min_keep, Fraction) else self.min_keep
+        known = grouping.groups if regrow else layer.left // grouping.size if costs is None else None
         return Part(layer.name, weights, grouping.size, alive, scores, costs, floor and min(floor, weights), grouping.whole_layer,
-                    grouping.shape, grouping.axes)
+                    grouping.shape, grouping.axes, known)
 
     # Keeping
 
@@ -303,8 +303,10 @@ class Sparsifier:
         for module, tensors in self._silenced.items():
             for name, quiet in tensors.items(): yield getattr(module, name), ~quiet.to(getattr(module, name).device)
 
-    def _set(self, masks):
-        for name, mask in masks.items(): self.layers[name].mask, self.layers[name].left = mask, count(mask)
+    def _set(self, changes):
+        for name, (mask, costs, left) in changes.items():
+            layer = self.layers[name]
+            layer.mask, layer.costs, layer.left = mask, costs, left
         before, self._silenced = self._silenced, self._silence()
         with torch.no_grad():  # what comes back must be able to learn: a scale of zero, or a ReLU at zero, would pass no gradient
             for module, tensors in before.items():
@@ -358,7 +360,7 @@ class Sparsifier:
         if not isinstance(state, Mapping): raise TypeError(f'state: got {type(state).__name__}, allowed is what state_dict() gives')
         if set(state) != set(self.layers):
             raise ValueError(f'state: got masks for {", ".join(map(str, state)) or "nothing"}, allowed are those for {", ".join(self.layers)}')
-        masks, aligned = {}, {}
+        changes = {}
         for name, layer in self.layers.items():
             try: shape, bits = tuple(state[name]['shape']), state[name]['bits']
             except (KeyError, TypeError):
@@ -368,10 +370,9 @@ class Sparsifier:
             if shape != tuple(layer.mask.shape) or len(bits) != -(-layer.mask.numel() // 8):
                 raise ValueError(f'state: got a mask of shape {shape} for {name!r}, allowed is {tuple(layer.mask.shape)}')
             mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
-            masks[name] = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
-            aligned[name] = _aligned(layer.grouping, masks[name])
-        for name, layer in self.layers.items(): layer.aligned = aligned[name]
-        self._set(masks)
+            mask = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
+            changes[name] = mask, _costs(layer.grouping, mask), count(mask)
+        self._set(changes)
 
 
 def check_coupled(granularity, context):
@@ -412,13 +413,20 @@ def read_min_keep(
 def _layer(name, at, granularity):
     grouping, mask = Grouping(at.module, granularity, name, at.attr), _living(at.tensor)
     filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
-    return Layer(name, at, grouping, mask, count(mask), _aligned(grouping, mask), filters)
+    return Layer(name, at, grouping, mask, _costs(grouping, mask), count(mask), filters)
 
 
-def _aligned(grouping, mask):
-    if grouping.size == 1: return True
-    alive = grouping.count(mask)
-    return bool(((alive == 0) | (alive == (grouping.sizes if isinstance(grouping.sizes, int) else grouping.sizes.to(alive.device)))).all())
+def _costs(grouping, mask):
+    "What is left of each group, where they are not all whole or gone."
+    if grouping.size == 1: return None
+    left = grouping.count(mask)
+    return None if bool(((left == 0) | (left == grouping.size)).all()) else left
+
+
+def _whole(layer):
+    "The costs of a layer's groups with all their weights."
+    sizes = layer.grouping.sizes
+    return sizes.to(layer.mask.device) if isinstance(sizes, torch.Tensor) else None
 
 
 def _living(weight):
@@ -444,10 +452,12 @@ def _flow(model, example):
 def _zero(tensor, keep):
     "Zero all but `keep`. Integers of the same bits are multiplied: faster than a fill, and a NaN becomes zero too."
     tensor = tensor.detach()
+    keep = keep[tuple(slice(None) if step else slice(1) for step in keep.stride())]  # what only repeats is written once
     bits = BITS.get(tensor.dtype)
     if not bits or not tensor.ndim: return tensor.masked_fill_(~keep, 0)
     rows = max(1, PIECE // max(tensor[:1].numel(), 1))  # torch widens the mask of a piece for the product
-    for piece, kept in zip(tensor.view(bits).split(rows), keep.split(rows)): piece.mul_(kept)
+    pieces = tensor.view(bits).split(rows)
+    for piece, kept in zip(pieces, keep.split(rows) if len(keep) == len(tensor) else [keep] * len(pieces)): piece.mul_(kept)
 
 
 def _zero_sparse(grad, keep):

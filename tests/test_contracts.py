@@ -81,7 +81,7 @@ def check(sparsifier, sparsity, context):
             slack = size * len(job) if context == 'erk' else size / 2  # there each layer for itself
             assert wanted - slack <= found <= round(share * weights) + slack
     for layer in layers:
-        assert torch.equal(layer.weight != 0, layer.mask)
+        assert torch.equal(layer.weight != 0, layer.mask) and layer.left == int(layer.mask.sum())
         whole = layer.grouping.count(layer.mask)
         assert ((whole == 0) | (whole == layer.grouping.sizes)).all()  # groups die whole
         if share < 1: assert layer.mask.any() or goes_whole(layer, layers) and context not in ('local', 'erk')
@@ -150,7 +150,7 @@ def test_masks_only_shrink(granularity, criteria, context):
             p.grad = torch.randn_like(p)
         sparsifier.sparsify_model(sparsity)
         for n, layer in sparsifier.layers.items():
-            assert not (layer.mask & ~before[n]).any() and torch.equal(layer.weight != 0, layer.mask)
+            assert not (layer.mask & ~before[n]).any() and torch.equal(layer.weight != 0, layer.mask) and layer.left == int(layer.mask.sum())
             before[n] = layer.mask.clone()
     check(sparsifier, 90, context)
 
