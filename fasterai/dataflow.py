@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -62,18 +63,19 @@ class Flow:
     ) -> dict:  # BatchNorm: bool (channels,), for those with any
         "The channels of each BatchNorm that receive only zeros, wherever it is used."
         if not self.sure: return {}
-        norms = [n for n in self.tape if n.op == 'norm']
-        quiet = {_shared(n.norm): torch.ones(n.length, dtype=torch.bool) for n in norms}
+        dead = {i: d.numpy() for i, d in dead.items()}  # of few entries, with which numpy is ten times faster
+        norms = {n: _shared(n.norm) for n in self.tape if n.op == 'norm'}
+        quiet = {shared: np.ones(n.length, bool) for n, shared in norms.items()}
         while True:  # a norm is silent only where all its uses are, on which in turn what follows it depends
             values = {}
             for node in self.tape:
                 value = _value(node, [values.get(i) for i in node.inputs], dead, biases)
-                values[node] = value & quiet[_shared(node.norm)] if node.op == 'norm' and value is not None else value
+                values[node] = value & quiet[norms[node]] if node in norms and value is not None else value
             before = quiet
             quiet = dict(quiet)
-            for node in norms: quiet[_shared(node.norm)] = quiet[_shared(node.norm)] & (False if values[node] is None else values[node])
-            if all(torch.equal(before[k], quiet[k]) for k in quiet): break
-        return {n.norm: quiet[_shared(n.norm)] for n in norms if quiet[_shared(n.norm)].any()}
+            for node, shared in norms.items(): quiet[shared] = quiet[shared] & (False if values[node] is None else values[node])
+            if all(np.array_equal(before[k], quiet[k]) for k in quiet): break
+        return {n.norm: torch.from_numpy(quiet[shared]) for n, shared in norms.items() if quiet[shared].any()}
 
     def tied(self) -> list:  # of sets of ids of weights
         "Layers whose n-th output channels meet: in a sum, or in a depthwise convolution, which reads each by itself."
@@ -104,9 +106,9 @@ def _value(node, values, dead, biases):
     if node.op == 'layer': return dead.get(id(node.weight)) if node.bias is None or id(node.bias) in biases else None
     if node.op == 'cat':
         if any(v is None and i.length is None for v, i in zip(values, node.inputs)): return None
-        return torch.cat([torch.zeros(i.length, dtype=torch.bool) if v is None else v for v, i in zip(values, node.inputs)])
+        return np.concatenate([np.zeros(i.length, bool) if v is None else v for v, i in zip(values, node.inputs)])
     if node.op in ('same', 'norm'):
-        value = values[0] if values[0] is None or node.repeat == 1 else values[0].repeat_interleave(node.repeat)
+        value = values[0] if values[0] is None or node.repeat == 1 else values[0].repeat(node.repeat)
         return value if node.op == 'same' or value is None or len(value) == node.length else None
     if node.op == 'both':
         a, b = values
