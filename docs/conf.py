@@ -1,5 +1,6 @@
 "How `make docs` builds the site: from the README, these pages, the notebooks as they were committed, and the docments of the code."
 import inspect
+import re
 
 from fastcore.docments import docments
 from fasterai import __version__
@@ -59,15 +60,18 @@ def add_pages(app, page, source):
     if page == root_doc: source[0] += PAGES
 
 
+def _literal(text): return re.sub(r'(?<!\S)`(\.[^`]*)`', r'``\1``', text).replace('|', r'\|')  # |w| is no substitution, .05 no name to look up
+
+
 def add_docments(app, what, name, thing, options, lines):
     "What stands on a parameter's own line is its description; a dataclass has its fields from its bases too."
-    lines[:] = [line.replace('|', r'\|') for line in lines]  # |w| is no substitution
+    lines[:] = [_literal(line) for line in lines]
     meanings = {}
     for source in reversed(thing.__mro__) if inspect.isclass(thing) else [thing]:
         if source is not object and callable(source): meanings |= {n: m for n, m in docments(source).items() if m}
     taken = inspect.signature(thing).parameters if callable(thing) else ()
-    lines += ['', *(f':param {n}: {meanings[n]}' for n in taken if n in meanings)]
-    if 'return' in meanings: lines.append(f':returns: {meanings["return"]}')
+    lines += ['', *(f':param {n}: {_literal(meanings[n])}' for n in taken if n in meanings)]
+    if 'return' in meanings: lines.append(f':returns: {_literal(meanings["return"])}')
 
 
 def setup(app):

@@ -12,7 +12,7 @@ from fasterai.arguments import name_of, one_of
 from fasterai.context import read_context, read_sparsity
 from fasterai.criteria import read_criterion
 from fasterai.granularity import GRANULARITIES, add_layer_type
-from fasterai.layers import Weight, choose
+from fasterai.layers import Named, Weight, choose, matching
 from fasterai.schedule import read_schedule
 from fasterai.sparsifier import Sparsifier, check_coupled, read_min_keep
 
@@ -22,14 +22,20 @@ add_layer_type(WeightDropout, **{'weight_*_raw': 'O I'})  # fastai's AWD_LSTM ke
 class KeepSparse(FastaiCallback):
     "Keeps the zeros of a network in every fit. `SparsifyCallback` leaves one behind; `learn.remove_cb(KeepSparse)` lets the zeros go."
     order = GradientClip.order - .4  # MixedPrecision has unscaled the gradients by then, and nothing has clipped them
-    _stateattrs = ('sparsifier',)  # not exported: the zeros in the weights are the mask
-    active, sparsifier, emptied = False, None, ()
+    _stateattrs = ('_sparsifier',)  # not exported: the zeros in the weights are the mask
+    active, _sparsifier, emptied = False, None, ()
 
     def __init__(self,
         granularity: str | tuple = 'weight',  # at filter the BatchNorm of a dead filter is held at zero too
         layers=None,  # None for all but embeddings; else as in `Sparsifier`
     ):
         self.choices = dict(granularity=granularity, layers=layers)
+
+    @property
+    def sparsifier(self) -> Sparsifier:
+        "Of the last fit."
+        if self._sparsifier is None: raise ValueError('sparsifier: there is none before the first fit')
+        return self._sparsifier
 
     def before_fit(self):
         if self._looking(): return
@@ -62,7 +68,7 @@ class KeepSparse(FastaiCallback):
 
     def _build(self, **choices):
         "The zeros that are there are the masks; a tensor that is all zero is one only where it was emptied on purpose."
-        self.sparsifier, self.cleared = Sparsifier(self._model(), **choices, example=self._batch), False
+        self._sparsifier, self.cleared = Sparsifier(self._model(), **choices, example=self._batch), False
         emptied = {w for cb in self.learn.cbs if isinstance(cb, KeepSparse) for w in cb.emptied}
         for layer in self.sparsifier.candidates.values():
             if layer.at in emptied and not layer.weight.any(): layer.empty()
@@ -89,10 +95,10 @@ class SparsifyCallback(KeepSparse):
         granularity: str | tuple | Callable = 'weight',  # what lives and dies together: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
         context: str | Callable = 'global',  # who competes with whom: a name, a pattern as `'2:4'`, or a function
         criteria: str | Callable = 'magnitude',  # how much a weight matters: a name, or a function of `weight` and `grad`
-        schedule: str | Callable = 'gradual',  # how much is due, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
+        schedule: str | Callable = 'gradual',  # how much, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added (residual connections) live and die together, so that they can go
     ):
         if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
         if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), head(…)')
@@ -111,8 +117,11 @@ class SparsifyCallback(KeepSparse):
         self._let_compare()
         self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
+        if isinstance(self.sparsity, Mapping):
+            named = Named(self._model())
+            for choice in self.sparsity: matching(choice, named, named.weights, 'sparsity')  # refuses what means no layer
         self._build(**self.choices)
-        self.sparsifier.fractions(self.sparsity)  # refuses what means no layer
+        self.sparsifier.fractions(self.sparsity)  # refuses what means none of the selected layers
         self.done, self.share, self.compared, self.history, self.trouble = 0., 0., False, [], ''  # done of the training, share of the sparsity
         self._leave_keeper()
         self._add_column()
@@ -234,10 +243,11 @@ class SparsifyCallback(KeepSparse):
         asked = 100 * sum(fractions.get(r.layer, 0) * r.weights for r in report.rows) / report.weights
         text = f'asked {float(asked):.4g} %, reached {report.sparsity:.2f} % ({report.zeros:,} of {report.weights:,} weights)'
         if frozen:
-            return (f'sparsity: waits while {len(frozen)} of {len(report.rows)} selected layers are frozen ({frozen[0]!r} first): '
-                    f'unfreeze them, or choose others by layers=; {text}')
+            return (f'sparsity: waits while {len(frozen)} of {len(report.rows)} selected layers are frozen ({frozen[0]!r} first); fine_tune '
+                    f'unfreezes them for its second part, elsewhere learn.unfreeze() does, or choose others by layers=; {text}')
         if self.trouble: text += f'; the last event failed: {self.trouble}'
         elif self.done < 1: text += f', stopped after {100 * self.done:.0f} % of the training'
+        elif report.zeros > asked * report.weights / 100 + .005 * report.weights: text += '; zeros that are there stay, and count'
         elif self.share < 1: text += f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
         return f'sparsity: {text}'
 

@@ -1,4 +1,5 @@
 "Who competes with whom: how a sparsity becomes a keep mask for each layer."
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from math import floor
 import numpy as np
 import torch
 
-from fasterai.arguments import one_of, percent
+from fasterai.arguments import name_of, one_of, percent
 from fasterai.selection import Lowest, count
 
 
@@ -212,7 +213,10 @@ def read_context(
 ) -> Callable:
     "The context that is meant."
     if isinstance(context, str) and re.fullmatch(r'\d+:\d+', context): return pattern(*map(int, context.split(':')))
-    return one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
+    context = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
+    try: inspect.signature(context).bind([], 0)
+    except TypeError: raise TypeError(f'context: got {name_of(context)}, allowed is a function of parts and fraction') from None
+    return context
 
 
 def read_sparsity(

@@ -149,7 +149,7 @@ def draw_training(
     bars.axvline(100, color='#606060', ls='--', lw=1)
     bars.invert_yaxis()
     bars.set(xlabel='of the dense network (%)', xlim=(0, 105))
-    bars.set_title('What is left', loc='left')
+    bars.set_title('What is left of two networks', loc='left')
     for a in (ax, bars): a.spines[['top', 'right']].set_visible(False)
     return figure
 
@@ -197,7 +197,7 @@ def draw_granularities(
     "One layer's kernels, and which of them go at each granularity."
     figure = Figure(figsize=(9, 6.6), layout='constrained')
     figure.get_layout_engine().set(w_pad=.12, h_pad=.1)
-    figure.suptitle(f'Half of the weights of {name} zeroed, in four granularities (the first 6 × 6 kernels)')
+    figure.suptitle(f'Half of the weights of {name} zeroed, in four granularities (the first 6 × 6 of its 64 × 32 kernels)')
     dense, *sparse, key = figure.subplots(2, 3).flat
     weight = model.get_submodule(name).weight
     plot_kernels(weight, ax=dense).set_title('dense', loc='left')
@@ -280,9 +280,9 @@ def main(arguments=None):
     found = accounts(dense, weights[0], filters, datasets[1], packed)
     for title, one in found.items(): print(f'\n{title}, against the dense network\n{one}')
     shrunk, saved = (one.to_frame().set_index('what').ratio for one in found.values())
-    half = f'{filters.asked:g} % of the filters\nremoved'
-    left = {'weights': 1 - weights[0].report.sparsity / 100, 'file': saved['file, packed by save_sparse'],
-            f'{half}: parameters': shrunk['parameters'], f'{half}: multiply-adds': shrunk['multiply-adds']}
+    some, half = f'{weights[0].asked:g} % of weights zero:', f'{filters.asked:g} % of filters removed:'
+    left = {f'{some}\nweights': 1 - weights[0].report.sparsity / 100, f'{some}\nfile': saved['file, packed by save_sparse'],
+            f'{half}\nparameters': shrunk['parameters'], f'{half}\nmultiply-adds': shrunk['multiply-adds']}
     pictures['training.png'] = draw_training(dense, weights[0], {what: 100 * ratio for what, ratio in left.items()})
     pictures['payoff.png'] = draw_accounts(found)
     for name, picture in pictures.items(): picture.savefig(chosen.out / name, dpi=100)

@@ -66,14 +66,14 @@ def _but(axes, names): return tuple(a for a in axes if a not in names)
 GRANULARITIES = {
     'weight': lambda axes: (),
     'vector': _row,
-    'row': _row,
-    'column': lambda axes: _kernel(axes)[-2:-1],
     'kernel': _kernel,
-    'horizontal_slice': lambda axes: ('I', *_kernel(axes)[-1:]),
-    'vertical_slice': lambda axes: ('I', *_kernel(axes)[-2:-1]),
     'filter': lambda axes: _but(axes, OUTPUTS),
     'channel': lambda axes: _but(axes, INPUTS),
     'layer': lambda axes: tuple(axes),
+    'row': _row,
+    'column': lambda axes: _kernel(axes)[-2:-1],
+    'horizontal_slice': lambda axes: ('I', *_kernel(axes)[-1:]),
+    'vertical_slice': lambda axes: ('I', *_kernel(axes)[-2:-1]),
 }
 
 

@@ -69,7 +69,9 @@ def choose(
         elif weight.attr == 'weight' and getattr(weight.tensor, 'ndim', 0) > 1:
             kind = type(weight.module).__name__
             skipped[name.removesuffix('.weight')] = f"{kind} is no known layer type: add_layer_type({kind}, weight='O I') makes it one"
-    if not chosen: raise ValueError(f'layers: no layer selected: {type(model).__name__} has none of {_kinds()}')
+    if not chosen:
+        hint = f'; name a parameter, as layers={next(iter(named.bare))!r}' if named.bare else ''
+        raise ValueError(f'layers: no layer selected: {type(model).__name__} has none of {_kinds()}{hint}')
     return Choice(chosen, outright, skipped)
 
 
@@ -120,8 +122,8 @@ def matching(
         hint = ''
         if isinstance(choice, str):
             hint = f'; for a type write nn.{choice}' if choice in _kinds().split(', ') else nearest(choice, [*able, *named.bare])
-        raise ValueError(f'{argument}: got {choice!r}, which means no layer of type {_kinds()}, {allowed}; '
-                         f'the layers here are {", ".join(map(repr, list(able)[:6]))}{", …" if len(able) > 6 else ""}{hint}')
+        raise ValueError(f'{argument}: got {choice!r}, which means none of the layers here, {", ".join(map(repr, list(able)[:6]))}'
+                         f'{", …" if len(able) > 6 else ""}; {allowed}{hint}')
     return found
 
 

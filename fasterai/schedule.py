@@ -97,7 +97,7 @@ def read_schedule(
     if isinstance(schedule, type): schedule = schedule()
     for progress in (i / 20 for i in range(21)):
         due = schedule(progress)
-        if not 0 <= due <= 1:
+        if not isinstance(due, Real) or not 0 <= due <= 1:
             raise ValueError(f'schedule: got {name_of(schedule)}, which gives {due!r} at progress {progress:g}, allowed is 0 to 1')
     return schedule
 

@@ -72,7 +72,7 @@ class Sparsifier:
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: filters whose outputs are added live and die together, so that they can be removed
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added (residual connections) live and die together, so that they can go
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
         self.model, self.example = model, example
@@ -165,7 +165,7 @@ class Sparsifier:
         "The same for one layer alone."
         if isinstance(layer, str) and layer not in Named(self.model).modules and layer not in self.layers:
             raise ValueError(f'layer: got {layer!r}, allowed is one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
-        self._event(self._apart(self.fractions({layer: sparsity}), 1), regrow=False)
+        self._event(self._apart(self.fractions({layer: sparsity}, 'layer'), 1), regrow=False)
 
     def _apart(self, fractions, due):
         "Each layer for itself, or what is tied to it too."
@@ -181,6 +181,7 @@ class Sparsifier:
 
     def fractions(self,
         sparsity,  # percent, or {name, glob, type, module or parameter: percent}
+        argument: str = 'sparsity',  # how errors call the keys
     ) -> dict:  # name of a selected layer: share of zeros, 0 to 1
         "What a sparsity means for each layer. What means a layer outright goes before what means several; of those the first counts."
         if not isinstance(sparsity, Mapping):
@@ -193,9 +194,9 @@ class Sparsifier:
         named, outright, several = Named(self.model), {}, {}
         for choice, value in sparsity.items():
             fraction = read_sparsity(value, self.context, f'sparsity[{choice!r}]' if isinstance(choice, str) else 'sparsity')
-            names = matching(choice, named, named.weights, 'sparsity')
+            names = matching(choice, named, named.weights, argument)
             if not any(n in self.candidates for n in names):
-                raise ValueError(f'sparsity: got {choice!r}, which means only {names[0]!r}, and that '
+                raise ValueError(f'{argument}: got {choice!r}, which means only {names[0]!r}, and that '
                                  f'{self._choice.skipped.get(names[0], "not chosen").replace("not chosen", "is not chosen by layers=")}')
             for name in names:
                 kind = outright if means_outright(choice, name, named.every[name]) else several
@@ -222,8 +223,8 @@ class Sparsifier:
         thin = [layer.name for job, fraction in jobs for layer in job if 100 * layer.left < layer.mask.numel() and fraction < Fraction(99, 100)]
         if thin := [n for n in thin if n not in self._thin]:
             self._thin.update(thin)
-            warnings.warn(f'sparsity: {", ".join(map(repr, thin))} has less than 1 % of its weights left, so little passes: '
-                          "see report(); min_keep= sets a floor, context='local' or 'erk' shares the zeros out", stacklevel=3)
+            warnings.warn(f'sparsity: {", ".join(map(repr, thin))} {"have" if len(thin) > 1 else "has"} less than 1 % of the weights left, so '
+                          "little passes: see report(); min_keep= sets a floor, context='local' or 'erk' shares the zeros out", stacklevel=3)
 
     def _units(self, job):
         "What lives and dies together: layers, or several that are tied."
@@ -281,7 +282,8 @@ class Sparsifier:
     ):
         "Keep the zeros after every step of an optimiser, until `detach`."
         if isinstance(optimizer, type) or not hasattr(optimizer, 'register_step_post_hook'):
-            raise TypeError(f'optimizer: got {optimizer!r}, allowed is a torch.optim.Optimizer; with another kind call apply_masks() after each step')
+            came = optimizer if isinstance(optimizer, type) else type(optimizer)
+            raise TypeError(f'optimizer: got {came}, allowed is a torch.optim.Optimizer; with another kind call apply_masks() after each step')
         if not {id(layer.weight) for layer in self.layers.values()} & {id(p) for group in optimizer.param_groups for p in group['params']}:
             raise ValueError('optimizer: got one that steps none of the selected weights, allowed is one that was made with parameters of this model')
         def before(*_): self.quiet_gradients()

@@ -68,7 +68,7 @@ def test_frozen_layers_wait(make_learner, capsys):
     learn.logger = print
     learn.freeze()
     assert fit(learn, cbs=[SparsifyCallback(90)])[-1] == 0
-    assert "waits while 1 of 3 selected layers are frozen ('0' first): unfreeze them" in capsys.readouterr().out
+    assert "waits while 1 of 3 selected layers are frozen ('0' first); fine_tune unfreezes them" in capsys.readouterr().out
     callback = SparsifyCallback(90)
     learn.fine_tune(2, freeze_epochs=1, cbs=callback)
     assert callback.sparsifier.report().zeros == 509
@@ -131,6 +131,7 @@ def test_an_exception_leaves_nothing_behind(make_learner):
     (dict(sparsity={'3': 200}), ValueError, 'sparsity: got 200'), (dict(sparsity=True), TypeError, 'sparsity: got True'),
     (dict(sparsity=90, granularity='weigth'), ValueError, "did you mean 'weight'"),
     (dict(sparsity=90, context='loca'), ValueError, "did you mean 'local'"),
+    (dict(sparsity=90, context=lambda parts: parts), TypeError, 'context: got <lambda>, allowed is a function of parts and fraction'),
     (dict(sparsity=90, criteria='grad'), ValueError, "criteria: got 'grad'"),
     (dict(sparsity=90, schedule='gradul'), ValueError, "did you mean 'gradual'"),
     (dict(sparsity=90, schedule=lambda p: 2 * p), ValueError, 'allowed is 0 to 1')])
@@ -139,10 +140,10 @@ def test_what_needs_no_model_is_refused_when_built(arguments, error, says):
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (dict(sparsity=90, layers='conv9'), "layers: got 'conv9'"), (dict(sparsity={'conv9': 50}), "got 'conv9'"),
+    (dict(sparsity=90, layers='conv9'), "layers: got 'conv9'"), (dict(sparsity={'conv9': 50}), "sparsity: got 'conv9'"),
     (dict(sparsity={'0': 50}, layers='3'), "sparsity: got '0', which means only '0', and that is not chosen by layers="),
     (dict(sparsity=90, granularity=('I', 'kh')), "granularity: got axis 'kh'"),
-    (dict(sparsity=90, layers=nn.LSTM), 'means no layer')])
+    (dict(sparsity=90, layers=nn.LSTM), 'means none of the layers here')])
 def test_what_needs_the_model_is_refused_before_the_first_batch(make_learner, arguments, says):
     learn = make_learner()
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -167,3 +168,13 @@ def test_what_one_sees_of_a_callback():
     assert repr(SparsifyCallback(90)) == ("SparsifyCallback(sparsity=90, granularity='weight', context='global', criteria='magnitude', "
                                           'schedule=gradual(start=0.1, end=0.75))')
     with pytest.raises(ValueError, match='plot_sparsity: there is nothing to draw before'): SparsifyCallback(90).plot_sparsity()
+    with pytest.raises(ValueError, match='sparsifier: there is none before the first fit'): SparsifyCallback(90).sparsifier
+
+
+def test_why_more_is_zero_than_was_asked_for(make_learner, capsys):
+    learn = make_learner()
+    learn.logger = print
+    fit(learn, cbs=[SparsifyCallback(90)])
+    assert 'zeros that are there' not in capsys.readouterr().out
+    fit(learn, cbs=[SparsifyCallback(50)])
+    assert 'asked 50 %, reached 89.93 % (509 of 566 weights); zeros that are there stay, and count' in capsys.readouterr().out

@@ -153,7 +153,7 @@ def test_shapes_that_cannot_be_are_refused(make, says):
 
 
 @pytest.mark.parametrize('layer, granularity, error, says', [
-    (nn.Conv2d(1, 1, 1), 'filtr', ValueError, r"granularity: got 'filtr', allowed for Conv2d 'c' is one of weight, vector, .* layer, block\(rows, "
+    (nn.Conv2d(1, 1, 1), 'filtr', ValueError, r"granularity: got 'filtr', allowed for Conv2d 'c' is one of weight, vector, .* vertical_slice, block\(rows, "
                                              r"columns\), head\(n\), or a tuple of its axes G, O, I, kh, kw; did you mean 'filter'"),
     (nn.Linear(1, 1), ('I', 'kh'), ValueError, r"granularity: got axis 'kh', allowed for Linear 'c' is .* axes O, I"),
     (nn.Linear(1, 1), 4, TypeError, 'granularity: got 4, allowed for Linear')])

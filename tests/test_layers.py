@@ -62,10 +62,10 @@ def test_outright_is_by_name_or_module_of_the_layer_itself():
 
 
 @pytest.mark.parametrize('layers, error, says', [
-    ('haed', ValueError, "layers: got 'haed', which means no layer of type .*; did you mean 'head'"),
-    ('Conv2d', ValueError, "the layers here are 'embed', 'body.0', 'body.2.0', 'head', 'tied'; for a type write nn.Conv2d"),
-    ('body.1', ValueError, "layers: got 'body.1', which means no layer"),
-    (nn.LSTM, ValueError, 'means no layer'),
+    ('haed', ValueError, "layers: got 'haed', which means none of the layers here, 'embed', .*; did you mean 'head'"),
+    ('Conv2d', ValueError, "none of the layers here, 'embed', 'body.0', 'body.2.0', 'head', 'tied'; .*; for a type write nn.Conv2d"),
+    ('body.1', ValueError, "layers: got 'body.1', which means none of the layers"),
+    (nn.LSTM, ValueError, 'means none of the layers'),
     ([], ValueError, 'layers: got an empty list, so no layer is selected'),
     (nn.Linear(1, 1), ValueError, 'layers: got a Linear that is not a part of the model'),
     (3, TypeError, 'layers: got 3, allowed is a type, a name or glob'),

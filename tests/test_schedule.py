@@ -57,6 +57,7 @@ def test_plot(name):
     (lambda: read_schedule('gradul'), "schedule: got 'gradul', allowed is one of .* did you mean 'gradual'"),
     (lambda: read_schedule(lambda p: 90 * p), 'gives 4.5 at progress 0.05, allowed is 0 to 1'),
     (lambda: read_schedule(lambda p: float('nan')), 'gives nan at progress 0'),
+    (lambda: read_schedule(lambda p: None), 'gives None at progress 0'),
 ])
 def test_bad_schedules_are_refused(make, says):
     with pytest.raises(ValueError, match=says): make()

@@ -42,7 +42,7 @@ def test_one_layer_alone(net):
     sparsifier.sparsify_layer(net[8], 10)
     assert zeros(net) == {'0.weight': 0, '3.weight': 216, '8.weight': 8}
     with pytest.raises(ValueError, match="layer: got '33', allowed is one of 0, 3, 8"): sparsifier.sparsify_layer('33', 50)
-    with pytest.raises(ValueError, match="got '8', which means only '8', and that makes the network's output"): Sparsifier(net, 'filter').sparsify_layer('8', 50)
+    with pytest.raises(ValueError, match="layer: got '8', which means only '8', and that makes the network's output"): Sparsifier(net, 'filter').sparsify_layer('8', 50)
 
 
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
@@ -274,7 +274,7 @@ def test_bad_arguments_are_refused_when_built(net, arguments, error, says):
     (-1, ValueError, 'allowed is 0 to 100'), (101, ValueError, 'allowed is 0 to 100'), (.9, ValueError, 'write 90 for 90 %'),
     (True, TypeError, 'got True'), ('90', TypeError, "got '90'"), (float('nan'), ValueError, 'got nan'), (None, TypeError, 'got None'),
     ({}, ValueError, 'got an empty dict'), ({'3': .5}, ValueError, r"sparsity\['3'\]: got 0.5"),
-    ({'conv9': 50}, ValueError, "sparsity: got 'conv9', which means no layer")])
+    ({'conv9': 50}, ValueError, "sparsity: got 'conv9', which means none of the layers")])
 def test_bad_sparsities_are_refused(net, sparsity, error, says):
     sparsifier = Sparsifier(net)
     before = snapshot(sparsifier)
@@ -359,7 +359,7 @@ def test_min_keep_is_a_floor_for_each_layer(net):
 def test_a_layer_that_is_nearly_empty_is_named_once(net):
     with torch.no_grad(): net[3].weight /= 1e4
     sparsifier = Sparsifier(net, layers=['0', '3', '8'])
-    with pytest.warns(UserWarning, match="'3' has less than 1 % of its weights left, .* min_keep= sets a floor"): sparsifier.sparsify_model(80)
+    with pytest.warns(UserWarning, match="'3' has less than 1 % of the weights left, .* min_keep= sets a floor"): sparsifier.sparsify_model(80)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         warnings.filterwarnings('ignore', '.*would have been left')
@@ -509,7 +509,7 @@ def test_sparse_gradients(kind):
 def test_what_means_a_layer_outright_goes_first(net):
     for sparsity in ({'*': 50, '8': 90}, {'*': 50, net[8]: 90}, {nn.Linear: 50, net[8].weight: 90}):
         assert Sparsifier(net, layers=[nn.Linear, nn.Conv2d]).fractions(sparsity)['8'] == Fraction(9, 10)
-    for choice, says in (('1.bias', "means only '1.bias', and that is not chosen"), ('6', 'means no layer')):
+    for choice, says in (('1.bias', "means only '1.bias', and that is not chosen"), ('6', 'means none of the layers')):
         with pytest.raises(ValueError, match=says): Sparsifier(net).sparsify_model({choice: 50})
 
 

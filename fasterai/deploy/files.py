@@ -48,8 +48,8 @@ def load_sparse(
     path: str | Path,  # what `save_sparse` has written
 ) -> nn.Module:  # the model
     "Fill a model from a file; `ValueError`, and the model unchanged, where the file is damaged, foreign, or does not fit."
-    stored, about = _read(path)
     state = _state(model)
+    stored, about = _read(path)
     _check_fit(state, about, path)
     owners = {name: about[name].get('same', name) for name in state}
     found = {owner: _unpack(owner, stored, about[owner]) for owner in set(owners.values())}
@@ -66,7 +66,8 @@ def _read(path):
             metadata, stored = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
     except FileNotFoundError: raise
     except (SafetensorError, OSError) as error:
-        raise ValueError(f'path: got {str(path)!r}, which is damaged or no safetensors file: {error}') from error
+        raise ValueError(f'path: got {str(path)!r}, which is damaged or no safetensors file ({error}); what torch.save wrote, '
+                         'torch.load reads') from error
     if metadata.get('format') != FORMAT:
         raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, allowed is what save_sparse writes, {FORMAT!r}')
     try: about = json.loads(metadata.get('tensors', ''))
