@@ -72,7 +72,7 @@ class Sparsifier:
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: filters whose outputs are added (residual connections) live and die together, so that they can go
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added, as in residual networks, go together, so that they can be removed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
         self.model, self.example = model, example
