@@ -20,6 +20,14 @@ from fasterai.sparsifier import Sparsifier
 warnings.filterwarnings('ignore', 'sparsity: .* would have been left')  # a network with random weights at 90 %
 WARM = 2  # rounds that are not counted: the first ones wait for memory
 PRUNABLE = (nn.Conv2d, nn.Linear)
+EVENTS = (  # what, passes at most, and of which kind
+    ('global event, weight, magnitude', 6, 'weight', 'global', 'magnitude'),
+    ('local event, weight, magnitude', 6, 'weight', 'local', 'magnitude'),
+    ('global event, weight, gradient', 10, 'weight', 'global', 'gradient'),
+    ('local event, weight, gradient', 10, 'weight', 'local', 'gradient'),
+    ('global event, vector', 15, 'vector', 'global', 'magnitude'),
+    ('global event, kernel', 8, 'kernel', 'global', 'magnitude'),
+    ('global event, filter', 4, 'filter', 'global', 'magnitude'))
 
 
 def weights_of(model): return [m.weight.detach() for m in model.modules() if isinstance(m, PRUNABLE)]
@@ -58,19 +66,13 @@ def in_passes(fresh, prepare, work, check, rounds):
 
 
 def events(fresh, sparsity, rounds):
-    "Rows (what, at most, measured) for events on all convolutions and Linears."
+    "The figures of `EVENTS` and of applying the masks, for all convolutions and Linears."
     names = [n for n, m in fresh.model.named_modules() if isinstance(m, PRUNABLE)]
     total = sum(w.numel() for w in fresh.weights)
 
     def zeros(): return sum(int((w == 0).sum()) for w in fresh.weights)
 
-    for what, limit, *choices in (
-            ('global event, weight, magnitude', 6, 'weight', 'global', 'magnitude'),
-            ('local event, weight, magnitude', 6, 'weight', 'local', 'magnitude'),
-            ('global event, weight, gradient', 10, 'weight', 'global', 'gradient'),
-            ('local event, weight, gradient', 10, 'weight', 'local', 'gradient'),
-            ('global event, vector', 15, 'vector', 'global', 'magnitude'), ('global event, kernel', 8, 'kernel', 'global', 'magnitude'),
-            ('global event, filter', 4, 'filter', 'global', 'magnitude')):
+    for _, _, *choices in EVENTS:
         def check(sparsifier):
             largest = max(layer.grouping.size for layer in sparsifier.layers.values())
             if choices[:2] == ['weight', 'global']: assert zeros() == round(total * sparsity / 100)
@@ -78,13 +80,13 @@ def events(fresh, sparsity, rounds):
                 for layer in sparsifier.layers.values():
                     assert abs(int((layer.weight == 0).sum()) - layer.weight.numel() * sparsity / 100) <= .5
             else: assert abs(zeros() - total * sparsity / 100) <= largest
-        yield what, limit, in_passes(fresh, lambda m: Sparsifier(m, *choices, layers=names), lambda s: s.sparsify_model(sparsity), check, rounds)
+        yield in_passes(fresh, lambda m: Sparsifier(m, *choices, layers=names), lambda s: s.sparsify_model(sparsity), check, rounds)
 
     def pruned(model):
         sparsifier = Sparsifier(model, layers=names)
         sparsifier.sparsify_model(sparsity)
         return sparsifier
-    yield 'applying the masks after a step', 1.6, in_passes(fresh, pruned, lambda s: s.apply_masks(), lambda s: None, rounds)
+    yield in_passes(fresh, pruned, lambda s: s.apply_masks(), lambda s: None, rounds)
 
 
 def peers(fresh, sparsity, rounds):
@@ -114,10 +116,17 @@ def large(weights):
     before = resident('VmRSS')  # the weights, and Python
     sparsifier = Sparsifier(layers)
     held = sum(layer.mask.numel() for layer in sparsifier.layers.values())
+    touch(total)
     event, after = timed(lambda: sparsifier.sparsify_model(90)), peak()
     unit = min(timed(lambda: sum(layer.weight.detach().abs().sum() for layer in layers)) for _ in range(2))  # after it: a pass needs memory too
     assert sum(int((layer.weight == 0).sum()) for layer in layers) == round(.9 * total)
     print(1e9 * event / total, event / unit, held / total, (after - before - held) / total, (after - before) / total)
+
+
+def touch(size):
+    "Use so many bytes and give them back: what a virtual machine waits for at the first touch of memory is no cost of an event."
+    torch.ones(size, dtype=torch.uint8)
+    Path('/proc/self/clear_refs').write_text('5')  # the peak of memory begins anew
 
 
 def peak(): return resident('VmHWM')  # what getrusage tells a child begins with its parent's
@@ -129,9 +138,9 @@ def resident(field):
     return int(line.split()[1]) * 1024
 
 
-def apart(weights):
-    "`large` in a process of its own, so that its peak of memory is its own."
-    out = subprocess.run([sys.executable, __file__, '--large', str(weights)], capture_output=True, text=True, check=True).stdout
+def apart(*arguments):
+    "The figures that a process of its own prints: its peak of memory is its own, and how its memory lies is the luck of one process only."
+    out = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
     return [float(x) for x in out.split()]
 
 
@@ -186,26 +195,34 @@ def reached(measured, most): return 'yes' if measured <= most else 'no'
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--small', action='store_true', help='a small network and few rounds: for a test of correctness, not for figures')
-    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--out', type=Path, default=RESULTS)
+    parser.add_argument('--processes', type=int, default=7, help='in which the events are timed')
     parser.add_argument('--large', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--events', action='store_true', help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     if chosen.large: return large(chosen.large)
     from torchvision.models import resnet18, resnet50
     fresh, rounds = (Fresh(resnet18(num_classes=10)), 1) if chosen.small else (Fresh(resnet50()), chosen.rounds)
-    rows = [(what, f'{limit:g} passes', f'{ratio:.1f}', reached(ratio, limit)) for what, limit, ratio in events(fresh, 90, rounds)]
-    ours = float(rows[0][2])
+    if chosen.events: return print(*events(fresh, 90, rounds))
+    how = ['--events', '--rounds', rounds] + ['--small'] * chosen.small
+    found = [apart(*how) for _ in range(1 if chosen.small else chosen.processes)]
+    rows = []
+    for (what, limit, *_), ratios in zip((*EVENTS, ('applying the masks after a step', 1.6)), zip(*found)):
+        ratio = statistics.median(ratios)
+        rows.append((what, f'{limit:g} passes', f'{ratio:.1f} ({min(ratios):.1f} – {max(ratios):.1f})', reached(ratio, limit)))
+    ours = statistics.median(ratios[0] for ratios in found)
     theirs = peers(fresh, 90, min(rounds, 3))
     rows.append(('torch.nn.utils.prune, the same global event', '30 × ours',
                  f'{theirs:.0f} passes: {theirs / ours:.0f} ×', reached(30, theirs / ours)))
-    some = [apart(2_000_000)] if chosen.small else [apart(25_600_000) for _ in range(5)]
+    some = [apart('--large', 2_000_000)] if chosen.small else [apart('--large', 25_600_000) for _ in range(5)]
     cost, _, held, transient, _ = map(statistics.median, zip(*some))
     rows += [('memory held, bytes a weight', '1', f'{held:.2f}', reached(held, 1)),
              ('peak above weights and masks in an event, bytes a weight', '2', f'{transient:.2f}', reached(transient, 2))]
     if not chosen.small:
-        more, passes, _, _, above = apart(1_000_000_000)
+        more, passes, _, _, above = map(statistics.median, zip(*(apart('--large', 1_000_000_000) for _ in range(3))))
         rows += [('a billion weights: cost per weight against 25.6 million', '1.5 ×', f'{more / cost:.2f} × ({more:.1f} ns, {passes:.1f} passes)',
                   reached(more / cost, 1.5)),
                  ('a billion weights: peak above the weights, bytes a weight', '3', f'{above:.2f}', reached(above, 3))]
@@ -216,7 +233,8 @@ def main():
     rows.append(('on CUDA', '3 passes beyond the floor', 'not measured', ''))
     network = '--small, no figures to go by' if chosen.small else 'ResNet-50, 25.5 million weights, random, 90 %'
     write('What an event and a step cost', f'By `make bench` ({network}); {machine()}.\nOne pass is `sum(w.abs().sum() for w in weights)`; '
-          f'each figure is a median of ratios taken side by side.\n\n{table(rows)}', chosen.out)
+          f'each figure is a median of ratios taken side by side, '
+          f'of an event the median of {len(found)} processes (the least – the most).\n\n{table(rows)}', chosen.out)
 
 
 if __name__ == '__main__': main()

@@ -1,4 +1,5 @@
 "The site is built without a warning, every link in it leads somewhere, and what is made from the code is up to date."
+import re
 import runpy
 import subprocess
 import sys
@@ -73,3 +74,9 @@ def test_the_tables_are_what_the_code_says(name):
     text = (ROOT / name).read_text(encoding='utf-8')
     assert TABLES['TABLES'][name]() in text, f'python docs/tables.py writes {name} anew'
     assert TABLES['with_table'](text, 'another') != text
+
+
+def test_what_the_readme_says_of_speed_and_size_was_measured():
+    promises = (ROOT / 'README.md').read_text(encoding='utf-8').split('## What to expect')[1].split('What it costs in accuracy')[0]
+    figures, results = re.findall(r'\d+\.\d+|\d+(?= × as fast)', promises), (ROOT / 'benchmarks/RESULTS.md').read_text(encoding='utf-8')
+    assert len(figures) > 10 and not [f for f in figures if not re.search(rf'(?<![\d.]){re.escape(f)}(?![\d.])', results)]
