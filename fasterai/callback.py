@@ -98,7 +98,7 @@ class SparsifyCallback(KeepSparse):
         schedule: str | Callable = 'gradual',  # how much, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: filters whose outputs are added, as in residual networks, go together, so that they can be removed
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added (residual networks) go together, so that they can be removed
     ):
         if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
         if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), head(…)')

@@ -25,6 +25,7 @@ from fasterai.deploy import payoff, save_sparse, shrink
 from fasterai.plot import CROSS, DEAD, GAP, plot_kernels
 from fasterai.report import Report
 from fasterai.sparsifier import Sparsifier
+from fasterai.tables import as_text
 
 BLUE, VERMILION, GREEN, ORANGE = '#0072B2', '#D55E00', '#009E73', '#E69F00'  # told apart by the colour-blind (Okabe & Ito 2008)
 
@@ -120,10 +121,8 @@ def table(
         asked = '' if r.asked is None else f'{r.asked:g} %'
         left = f'{r.report.weights - r.report.zeros:,} of {r.report.weights:,}'
         lines.append((r.name, asked, f'{r.report.sparsity:.2f} %', left, f'{r.accuracy:.2f} %', f'{r.seconds:.1f}'))
-    wide = [max(map(len, column)) for column in zip(*lines)]
-    lines = ['  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, wide))) for line in lines]
     notes = [f'{r.name}: left alone: {layer}: {reason}' for r in runs for layer, reason in r.report.skipped.items()]
-    return '\n'.join([lines[0], '─' * len(lines[0]), *lines[1:], *notes])
+    return '\n'.join([as_text(lines), *notes])
 
 
 def draw_training(

@@ -2,6 +2,8 @@
 from dataclasses import asdict, dataclass
 from html import escape
 
+from fasterai.tables import as_html, as_text
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,20 +58,11 @@ class Report:
             yield name, '', '', f'{weights:,}', f'{zeros:,}', f'{_percent(zeros, weights):.2f} %', ''
 
     def __str__(self):
-        cells = list(self._cells())
-        wide = [max(map(len, column)) for column in zip(*cells)]
-        lines = ['  '.join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in cells]
-        rule = '─' * max(map(len, lines))
-        notes = [f'left alone: {names}: {reason}' for names, reason in self._notes()]
-        return '\n'.join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], *notes])
+        return '\n'.join([as_text(self._cells(), left=3, foot=2), *(f'left alone: {names}: {reason}' for names, reason in self._notes())])
 
     def _repr_html_(self):
-        head, *body = self._cells()
-        def row(cells, tag):
-            styled = (f'<{tag} style="text-align:{"left" if i < 3 else "right"}">{escape(c)}</{tag}>' for i, c in enumerate(cells))
-            return f'<tr>{"".join(styled)}</tr>'
         notes = ''.join(f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>' for names, reason in self._notes())
-        return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(r, "td") for r in body)}</tbody></table>{notes}'
+        return as_html(self._cells(), left=3) + notes
 
     def to_frame(self):
         "A pandas DataFrame, one row a selected layer."

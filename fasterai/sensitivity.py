@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fasterai.sparsifier import Sparsifier
+from fasterai.tables import as_html, as_text
 
 LEVELS = (10, 25, 50, 75, 90, 95)
 
@@ -69,17 +70,13 @@ class Sensitivity:
         for name, row in self.values.items():
             yield name or '(the model)', f'{self.weights[name]:,}', *(f'{row[level]:.4g}' if level in row else '' for level in self.levels)
 
+    def _title(self): return f'{self.metric}, dense: {self.dense:.4g}; with one layer alone at'
+
     def __str__(self):
-        cells = list(self._cells())
-        wide = [max(map(len, column)) for column in zip(*cells)]
-        lines = ['  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in cells]
-        return '\n'.join([f'{self.metric}, dense: {self.dense:.4g}; with one layer alone at', lines[0], '─' * max(map(len, lines)), *lines[1:]])
+        return f'{self._title()}\n{as_text(self._cells())}'
 
     def _repr_html_(self):
-        head, *body = self._cells()
-        def row(cells, tag): return f'<tr>{"".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells)}</tr>'
-        return (f'<div>{escape(self.metric)}, dense: {self.dense:.4g}; with one layer alone at</div>'
-                f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(r, "td") for r in body)}</tbody></table>')
+        return f'<div>{escape(self._title())}</div>{as_html(self._cells())}'
 
     def plot(self, ax=None):
         "Draw a curve for each layer; returns the matplotlib axes."

@@ -50,6 +50,12 @@ class Layer:
         rows = self.grouping.rows(self.mask)
         return rows if self.grouping.size == 1 else rows[:, 0]
 
+    def follow(self):
+        "Be where the weight is."
+        device = self.weight.device
+        if self.mask.device == device: return
+        self.mask, self.costs = self.mask.to(device), None if self.costs is None else self.costs.to(device)
+
     def empty(self):
         "All of it is gone."
         self.mask, self.costs, self.left = torch.zeros_like(self.mask), None, 0
@@ -72,7 +78,7 @@ class Sparsifier:
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: filters whose outputs are added, as in residual networks, go together, so that they can be removed
+        coupled: bool = False,  # at filter granularity: filters whose outputs are added (residual networks) go together, so that they can be removed
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
         self.model, self.example = model, example
@@ -209,6 +215,7 @@ class Sparsifier:
         if 'grad' in evidence_of(self.criterion) and not any(w.grad is not None and w.grad.any() for w in (layer.weight for layer in layers)):
             raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
                              'and before optimizer.zero_grad(); nothing was changed')
+        for layer in layers: layer.follow()
         ask, changes = Scores(self.criterion), {}
         for job, fraction in jobs:
             units = self._units(job)
@@ -300,7 +307,7 @@ class Sparsifier:
     def _held(self):
         "Every tensor that has entries held at zero, and which stay: (tensor, bool)."
         for layer in self.layers.values():
-            if layer.mask.device != layer.weight.device: layer.mask = layer.mask.to(layer.weight.device)
+            layer.follow()
             yield layer.weight, layer.mask
         for module, tensors in self._silenced.items():
             for name, quiet in tensors.items(): yield getattr(module, name), ~quiet.to(getattr(module, name).device)

@@ -14,6 +14,7 @@ from fasterai.deploy.faster import SparseLinear
 from fasterai.deploy.files import save_sparse
 from fasterai.deploy.running import example_inputs, outputs
 from fasterai.deploy.timing import faster, side_by_side
+from fasterai.tables import as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,10 @@ class Payoff:
             yield what, *said, f'{sparse / dense:.3f}' if dense else ''
 
     def __str__(self):
-        cells = list(self._cells())
-        wide = [max(map(len, column)) for column in zip(*cells)]
-        lines = ['  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in cells]
-        return '\n'.join([lines[0], '─' * max(map(len, lines)), *lines[1:], *self.notes])
+        return '\n'.join([as_text(self._cells()), *self.notes])
 
     def _repr_html_(self):
-        head, *body = self._cells()
-        def row(cells, tag):
-            styled = (f'<{tag} style="text-align:{"right" if i else "left"}">{escape(c)}</{tag}>' for i, c in enumerate(cells))
-            return f'<tr>{"".join(styled)}</tr>'
-        notes = ''.join(f'<div>{escape(n)}</div>' for n in self.notes)
-        return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(r, "td") for r in body)}</tbody></table>{notes}'
+        return as_html(self._cells()) + ''.join(f'<div>{escape(n)}</div>' for n in self.notes)
 
     def to_frame(self):
         "A pandas DataFrame, one row for each thing that was measured."

@@ -8,6 +8,7 @@ from torch import nn
 
 from fasterai.deploy.running import agree, example_inputs, outputs
 from fasterai.deploy.timing import faster, side_by_side
+from fasterai.tables import as_text
 
 BLOCKS = (32, 16, 8, 4)
 TOLERANCE = 1e-4  # sums in another order, relative to the largest output
@@ -166,9 +167,8 @@ def _check(model, new, inputs, expected, device, changed, seconds):
 
 
 def _table(rows, said):
-    cells = [('layer', 'dense', 'tried', 'kept'), *rows] if rows else []
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    return '\n'.join([*('  '.join(c.ljust(w) for c, w in zip(row, wide)).rstrip() for row in cells), f'speed_up: {said}'])
+    table = [as_text([('layer', 'dense', 'tried', 'kept'), *rows], left=4)] if rows else []
+    return '\n'.join([*table, f'speed_up: {said}'])
 
 
 @contextmanager
