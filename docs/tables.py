@@ -8,7 +8,7 @@ from fastcore.docments import docments
 from fasterai.callback import SparsifyCallback
 from fasterai.context import CONTEXTS
 from fasterai.criteria import CRITERIA
-from fasterai.granularity import GRANULARITIES, layer_table
+from fasterai.granularity import AXES, GRANULARITIES, read_axes
 from fasterai.schedule import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,20 @@ def options() -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-TABLES = {'README.md': options, 'docs/layers.md': layer_table}  # each file has a place for one
+def layers() -> str:
+    "The layer types that are known, and which axes a group of each granularity spans, as a Markdown table."
+    head = ['layer type', 'weight', 'axes', *GRANULARITIES]
+    lines = [head, ['---'] * len(head)]
+    for kind, weights in AXES.items():
+        if not kind.__module__.startswith('torch.'): continue
+        for name, row in weights.items():
+            axes = dict.fromkeys((a for folded in read_axes(row) for a, _ in folded), 2)
+            spans = [' '.join(GRANULARITIES[g](axes)) or '·' for g in GRANULARITIES]
+            lines.append([kind.__name__, f'`{name}`', f'`{row}`', *spans])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+TABLES = {'README.md': options, 'docs/layers.md': layers}  # each file has a place for one
 
 
 def with_table(

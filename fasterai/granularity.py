@@ -40,7 +40,7 @@ def add_layer_type(
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)): raise TypeError(f'kind: got {kind!r}, allowed is a subclass of nn.Module')
     if not weights: raise ValueError(f"weights: got none for {kind.__name__}, allowed is at least one, as weight='O I'")
     for name, row in weights.items():
-        axes = isinstance(row, str) and [a for folded in _read(row) for a, _ in folded]
+        axes = isinstance(row, str) and [a for folded in read_axes(row) for a, _ in folded]
         if not axes or len(set(axes)) < len(axes) or re.sub(r'\((\w+)(:\d+)? \w+\)|\w+', '', row).strip():
             raise ValueError(f"{name}: got {row!r}, allowed are different names of axes, as 'O I', '(G O) I kh kw', or '(S:3 O) I' for three in one")
     AXES[kind] = weights
@@ -182,14 +182,18 @@ class Grouping:
         return wide if repeated >= LARGE and wide.stride(-1) == 0 else wide.contiguous()
 
 
-def _read(row): return [[(a, int(n or 0)) for a, n in re.findall(r'(\w+)(?::(\d+))?', folded)] for folded in re.findall(r'\([^)]*\)|\w+', row)]
+def read_axes(
+    row: str,  # as '(S:4 O) I'
+) -> list:  # of lists of (axis, how many or 0), one for each axis of the tensor
+    "The axes of a weight, as a row of `AXES` says them."
+    return [[(a, int(n or 0)) for a, n in re.findall(r'(\w+)(?::(\d+))?', folded)] for folded in re.findall(r'\([^)]*\)|\w+', row)]
 
 
 def _axes(module, attr, shape):
     "The axes of a weight and their sizes; those of a parameter that no row names are d0, d1, …"
     row = weights_of(module).get(attr)
     if row is None: return {f'd{i}': n for i, n in enumerate(shape)}
-    read = _read(row)
+    read = read_axes(row)
     if len(read) != len(shape): raise ValueError(f'{attr}: {type(module).__name__} has one of shape {shape}, but its row says {row!r}')
     axes = {}
     for folded, n in zip(read, shape):
@@ -220,16 +224,3 @@ def _spanned(granularity, axes, whose):
             raise ValueError(f'granularity: got {got}, {allowed}{nearest(axis, axes)}')
         whole[axis] = axes[axis] if piece is None else min(piece, axes[axis])
     return whole
-
-
-def layer_table() -> str:
-    "Which layer types there are, and how many axes a group of each granularity spans, as a Markdown table."
-    head_line = ['layer type', 'weight', 'axes', *GRANULARITIES]
-    lines = [head_line, ['---'] * len(head_line)]
-    for kind, weights in AXES.items():
-        if not kind.__module__.startswith('torch.'): continue
-        for name, row in weights.items():
-            axes = dict.fromkeys((a for folded in _read(row) for a, _ in folded), 2)
-            spans = [' '.join(GRANULARITIES[g](axes)) or '·' for g in GRANULARITIES]
-            lines.append([kind.__name__, f'`{name}`', f'`{row}`', *spans])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
