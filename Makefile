@@ -33,4 +33,4 @@ bench: .venv/installed
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv demo site build dist *.egg-info
+	rm -rf .venv demo site jupyter_execute build dist *.egg-info
