@@ -123,6 +123,7 @@ class SparsifyCallback(KeepSparse):
         self._build(**self.choices)
         self.sparsifier.fractions(self.sparsity)  # refuses what means none of the selected layers
         self.done, self.share, self.compared, self.history, self.trouble = 0., 0., False, [], ''  # done of the training, share of the sparsity
+        self.zeros_before = {n: layer.mask.numel() - layer.left for n, layer in self.sparsifier.candidates.items()}
         self._leave_keeper()
         self._add_column()
 
@@ -247,7 +248,7 @@ class SparsifyCallback(KeepSparse):
                     f'unfreezes them for its second part, elsewhere learn.unfreeze() does, or choose others by layers=; {text}')
         if self.trouble: text += f'; the last event failed: {self.trouble}'
         elif self.done < 1: text += f', stopped after {100 * self.done:.0f} % of the training'
-        elif report.zeros > asked * report.weights / 100 + .005 * report.weights: text += '; zeros that are there stay, and count'
+        elif sum(self.zeros_before[r.layer] for r in report.rows) > asked * report.weights / 100: text += '; zeros that are there stay, and count'
         elif self.share < 1: text += f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
         return f'sparsity: {text}'
 

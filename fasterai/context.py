@@ -215,6 +215,7 @@ def read_context(
     if isinstance(context, str) and re.fullmatch(r'\d+:\d+', context): return pattern(*map(int, context.split(':')))
     context = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
     try: inspect.signature(context).bind([], 0)
+    except ValueError: pass  # one whose arguments cannot be read
     except TypeError: raise TypeError(f'context: got {name_of(context)}, allowed is a function of parts and fraction') from None
     return context
 

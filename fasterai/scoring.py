@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fasterai.criteria import check_finite, evidence_of, finite, gather, score
+from fasterai.criteria import CRITERIA, check_finite, evidence_of, finite, gather, score
 from fasterai.selection import CHUNK
 
 SMALL = 16  # weights a group up to which numpy scores and averages them sooner than torch
@@ -46,7 +46,7 @@ class Scores:
                 check_finite(scores, self.criterion, evidence, layer.name)
                 evidence = {'scores': scores}
             self.rows = {n: layer.grouping.rows(t) for n, t in evidence.items()}
-            if layer.grouping.size <= SMALL: self.rows = {n: _array(t) for n, t in self.rows.items()}
+            if layer.grouping.size <= SMALL or self.criterion not in CRITERIA.values(): self.rows = {n: _array(t) for n, t in self.rows.items()}
         rows = {n: t[where] for n, t in self.rows.items()}
         if not by_chunk: return layer.grouping.mean(rows['scores'], where)
         scores = score(self.criterion, rows, layer.name)

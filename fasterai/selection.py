@@ -203,10 +203,11 @@ class _Ranks:
     ):
         alike, self.mixed, self.times = {}, [], times
         for scores, costs in pieces:
+            if not len(scores): continue
             if isinstance(costs, int): alike.setdefault(costs, []).append(scores)
-            elif len(scores): self.mixed.append((scores, costs))
+            else: self.mixed.append((scores, costs))
         self.alike = {cost: np.concatenate(scores) for cost, scores in alike.items()}
-        self.scores = [s for s in (*self.alike.values(), *(s for s, _ in self.mixed)) if len(s)]
+        self.scores = [*self.alike.values(), *(s for s, _ in self.mixed)]
         self.total = self.upto(np.inf)
         self.squares = times ** 2 * (sum(cost ** 2 * len(s) for cost, s in self.alike.items()) + sum(int((c ** 2).sum()) for _, c in self.mixed))
 

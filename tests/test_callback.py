@@ -171,6 +171,13 @@ def test_what_one_sees_of_a_callback():
     with pytest.raises(ValueError, match='sparsifier: there is none before the first fit'): SparsifyCallback(90).sparsifier
 
 
+def test_rounding_to_groups_is_no_earlier_zero(make_learner, capsys):
+    learn = make_learner()
+    learn.logger = print
+    fit(learn, cbs=[SparsifyCallback(65, "filter", "local", layers="0")])
+    assert "zeros that are there" not in capsys.readouterr().out
+
+
 def test_why_more_is_zero_than_was_asked_for(make_learner, capsys):
     learn = make_learner()
     learn.logger = print

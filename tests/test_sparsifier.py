@@ -5,12 +5,15 @@ from fractions import Fraction
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import convnet
 from torch import nn
 
-from fasterai.granularity import AXES, add_layer_type
+from fasterai.context import CONTEXTS, compete
+from fasterai.criteria import elementwise
+from fasterai.granularity import AXES, add_layer_type, block
 from fasterai.sparsifier import Sparsifier
 
 
@@ -558,3 +561,35 @@ def test_a_context_of_ones_own_gets_a_copy(net):
     sparsifier = Sparsifier(net, context=spoils)
     with pytest.raises(RuntimeError, match='mine'): sparsifier.sparsify_model(50)
     assert all(layer.mask.all() for layer in sparsifier.layers.values())
+
+
+def test_a_layer_that_is_gone_beside_one_with_scattered_zeros():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad(): net[1].weight[0, 0] = 0
+    sparsifier = Sparsifier(net, 'filter', layers=list(net))
+    sparsifier.sparsify_layer('0', 100)
+    sparsifier.sparsify_model(75)
+    assert not net[0].weight.any() and int((net[1].weight == 0).all(1).sum()) == 4
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsifier = Sparsifier(net, block(3, 3), layers=list(net))
+    sparsifier.sparsify_layer('0', 100)
+    sparsifier.load_state_dict(sparsifier.state_dict())
+    sparsifier.sparsify_model(75)
+    assert not net[0].weight.any() and sparsifier.layers['1'].left == int(sparsifier.layers['1'].mask.sum()) < 40
+
+
+def test_what_a_context_of_ones_own_changes_is_counted(monkeypatch):
+    def mine(parts, fraction):
+        keeps = [keep.clone() for keep in compete(parts, fraction)]
+        keeps[0][:] = True
+        return keeps
+    monkeypatch.setitem(CONTEXTS, 'mine', mine)
+    sparsifier = Sparsifier(nn.Sequential(nn.Linear(8, 8)), context='mine')
+    sparsifier.sparsify_model(90)
+    assert sparsifier.layers['0'].left == 64
+
+
+def test_an_elementwise_criterion_of_ones_own_gets_arrays():
+    @elementwise
+    def signed(weight): return np.where(weight > 0, weight, -2 * weight)
+    for width in (4, 12, 40): Sparsifier(nn.Sequential(nn.Linear(width, 6)), 'filter', 'local', signed, layers='0').sparsify_model(50)
