@@ -84,7 +84,8 @@ def score(
 ) -> torch.Tensor | np.ndarray:  # as the evidence came: float32, of its shape, larger = keep
     "The scores of one layer or a part of it; half-precision evidence is widened first, so that products do not underflow."
     kind, shape = type(first := next(iter(evidence.values()))), first.shape
-    given = {n: e.float() if getattr(e, 'dtype', None) in (torch.float16, torch.bfloat16) else e for n, e in evidence.items()}
+    given = evidence
+    if kind is torch.Tensor: given = {n: e.float() if e.dtype in (torch.float16, torch.bfloat16) else e for n, e in given.items()}
     if criterion not in CRITERIA.values(): given = {n: copy.deepcopy(e) for n, e in given.items()}  # one of the user's may work in place
     with np.errstate(all='ignore'):  # `check_finite` looks at what came of it
         scores = criterion(**given)

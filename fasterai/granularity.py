@@ -144,9 +144,9 @@ class Grouping:
         tensor: torch.Tensor,  # of the weight's shape
     ) -> torch.Tensor:  # (groups, size), or (groups,) where a group is one weight; a view where the layout allows; short groups end in zeros
         "One row for each group, in the order of their position."
+        if self.size == 1: return tensor.reshape(-1)
         if self.pad: tensor = F.pad(tensor.reshape(tuple(self.axes.values())), self.pad)
-        tensor = tensor.reshape(self.dims).permute(self.order)
-        return tensor.reshape(-1) if self.size == 1 else tensor.reshape(self.groups, self.size)
+        return tensor.reshape(self.dims).permute(self.order).reshape(self.groups, self.size)
 
     def mean(self,
         scores: torch.Tensor | np.ndarray,  # rows
@@ -172,8 +172,9 @@ class Grouping:
         keep: torch.Tensor,  # (groups,), bool
     ) -> torch.Tensor:  # bool, of the weight's shape; a view that repeats the decision, where the layout allows
         "A decision for each group, for each weight."
-        wide, written = keep[:, None].expand(-1, self.size), self.size < LARGE and keep.device.type == 'cpu'
-        if written: wide = torch.from_numpy(np.repeat(keep.numpy(), self.size)) if self.size > 1 else keep
+        if self.size == 1: return keep.reshape(self.shape)
+        wide = keep[:, None].expand(-1, self.size)
+        if self.size < LARGE and keep.device.type == 'cpu': wide = torch.from_numpy(np.repeat(keep.numpy(), self.size))
         wide = wide.reshape([self.dims[i] for i in self.order]).permute([self.order.index(i) for i in range(len(self.order))])
         if self.pad:
             wide = wide.reshape([n * p for n, p in self.view])[tuple(slice(size) for size in self.axes.values())]

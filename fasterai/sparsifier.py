@@ -464,9 +464,11 @@ def _zero(tensor, keep):
     keep = keep[tuple(slice(None) if step else slice(1) for step in keep.stride())]  # what only repeats is written once
     bits = BITS.get(tensor.dtype)
     if not bits or not tensor.ndim: return tensor.masked_fill_(~keep, 0)
-    rows = max(1, PIECE // max(tensor[:1].numel(), 1))  # torch widens the mask of a piece for the product
-    pieces = tensor.view(bits).split(rows)
-    for piece, kept in zip(pieces, keep.split(rows) if len(keep) == len(tensor) else [keep] * len(pieces)): piece.mul_(kept)
+    tensor, pieces = tensor.view(bits), -(-tensor.numel() // PIECE)  # torch widens the mask of a piece for the product
+    if pieces <= 1: tensor.mul_(keep)
+    else:
+        rows = -(-len(tensor) // pieces)
+        for start in range(0, len(tensor), rows): tensor[start:start + rows].mul_(keep[start:start + rows] if len(keep) > 1 else keep)
 
 
 def _zero_sparse(grad, keep):
