@@ -62,6 +62,10 @@ def _best_of_all(parts, removed):
 def _settle(part, least):
     "Keep only the best groups that make up so many weights: the keep mask, and how many weights go."
     if part.standing <= least: return part.alive, 0
+    if least <= (1 if part.costs is not None else part.size):  # one group will do
+        keep, best = torch.zeros_like(part.alive), part.best()
+        keep[best] = True
+        return keep, part.standing - (part.size if part.costs is None else int(part.costs[best]))
     order = Lowest([part])
     cut = order.cut(part.standing - least)
     (keep, cost), = order.remove(cut)

@@ -1,5 +1,4 @@
 "Which are the lowest: exact, at any size, without gathering the scores."
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
@@ -41,7 +40,7 @@ class Part:
     @cached_property
     def standing(self) -> int:
         "The weights that are left."
-        return self.size * self.living if self.costs is None else int(self.costs[self.alive].sum())
+        return self.size * self.living if self.costs is None else int((self.costs * self.alive).sum())
 
     @property
     def gone(self) -> int:
@@ -55,6 +54,16 @@ class Part:
     def living_scores(self) -> Iterator[np.ndarray]:
         "The scores of living groups, in pieces."
         for _, scores, alive in self.chunks(): yield _array(scores if alive is None else scores[alive])
+
+    def best(self) -> int:
+        "The position of the best living group, the last of several."
+        most, at = -np.inf, 0
+        for where, scores, alive in self.chunks():
+            scores, places = _array(scores), slice(None) if alive is None else np.flatnonzero(_array(alive))
+            if not len(scores := scores[places]): continue
+            last = len(scores) - 1 - int(scores[::-1].argmax())
+            if scores[last] >= most: most, at = scores[last], where.start + (last if alive is None else int(places[last]))
+        return at
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
         "The part in pieces of `CHUNK` weights."
@@ -110,7 +119,7 @@ class Lowest:
 
     def _inside(self, budget):
         "The cut inside the bracket, where `budget` weights are still to go."
-        score, = self.ranks.reaching(budget)
+        score = self.ranks.reaching(budget)
         equal = [np.flatnonzero(f.scores == score) for f in self.found]
         costs = np.concatenate([np.full(len(e), f.costs) if isinstance(f.costs, int) else f.costs[e] for f, e in zip(self.found, equal)])
         gone = costs.cumsum()  # of the tied groups, by position
@@ -142,8 +151,7 @@ class Lowest:
                 stays[equal[left:]] = True
                 left = max(left - len(equal), 0)
             keep[found.at] = stays if isinstance(keep, np.ndarray) else torch.from_numpy(stays).to(keep.device)
-            inside = found.costs * (len(stays) - count(stays)) if isinstance(found.costs, int) else int(found.costs[~stays].sum())
-            removed.append((found.keep, found.cost + inside))
+            removed.append((found.keep, found.cost + _sum(found.costs, ~stays)))
         return removed
 
 
@@ -173,8 +181,7 @@ def _bracket(parts, budget):
     ranks = _Ranks(sample, step)
     share = min(budget / ranks.total, 1) if ranks.total else 1
     error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
-    lo, hi = ranks.reaching(budget - error, budget + error)
-    return lo if budget > error else -np.inf, hi
+    return ranks.reaching(budget - error) if budget > error else -np.inf, ranks.reaching(budget + error)
 
 
 def _sweep(part, lo, hi):
@@ -193,68 +200,66 @@ def _sweep(part, lo, hi):
     at, inside = _joined(at), _joined(inside)
     if part.costs is None: return Found(keep, at, inside, part.size, part.size * (part.living - stay - len(at)))
     costs = _array(_host(part.costs[at]))
-    return Found(keep, at, inside, costs, part.standing - int(part.costs[keep].sum()) - int(costs.sum()))
+    return Found(keep, at, inside, costs, part.standing - int((part.costs * keep).sum()) - int(costs.sum()))
 
 
 def _joined(pieces): return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if isinstance(pieces[0], np.ndarray) else torch.cat(pieces)
 
 
 class _Ranks:
-    "Scores and what they cost, to sum the costs up to a score. Nothing is sorted: comparing and counting is quicker, and any costs will do."
+    "Scores and what they cost, to find the score up to which so much lies."
 
     def __init__(self,
         pieces: list,  # of (scores (n,), costs: int or (n,))
         times: int = 1,  # how often each counts
     ):
-        alike, self.mixed, self.times = {}, [], times
-        for scores, costs in pieces:
-            if not len(scores): continue
-            if isinstance(costs, int): alike.setdefault(costs, []).append(scores)
-            else: self.mixed.append((scores, costs))
-        self.alike = {cost: np.concatenate(scores) for cost, scores in alike.items()}
-        self.scores = [*self.alike.values(), *(s for s, _ in self.mixed)]
-        self.total = times * (sum(cost * len(s) for cost, s in self.alike.items()) + sum(int(c.sum()) for _, c in self.mixed))
-        self.squares = times ** 2 * (sum(cost ** 2 * len(s) for cost, s in self.alike.items()) + sum(int((c ** 2).sum()) for _, c in self.mixed))
+        pieces, self.times = [(s, c) for s, c in pieces if len(s)] or [(np.empty(0, np.float32), 0)], times
+        self.scores, self.costs = _joined([s for s, _ in pieces]), pieces[0][1]
+        if any(c is not self.costs and (not isinstance(c, int) or c != self.costs) for _, c in pieces):
+            self.costs = np.concatenate([np.full(len(s), c) if isinstance(c, int) else c for s, c in pieces])
 
     def upto(self, score):
         "The weights of what is scored up to `score`."
-        return self.times * (sum(cost * count(s <= score) for cost, s in self.alike.items())
-                             + sum(int(costs[s <= score].sum()) for s, costs in self.mixed))
+        return self.times * _sum(self.costs, self.scores <= score)
 
-    def reaching(self, *budgets):
-        "For each, the lowest score up to which so many weights lie; inf if there are not so many."
-        if len(self.scores) == len(self.alike) == 1:
-            (cost, scores), = self.alike.items()
-            places = [max(ceil(b / (cost * self.times)) - 1, 0) for b in budgets]
-            return [float(_kth(scores, k)) if k < len(scores) else np.inf for k in places]
-        if not self.scores: return [np.inf for _ in budgets]
-        least, most = _ordinal(min(s.min() for s in self.scores)), _ordinal(max(s.max() for s in self.scores))
-        def reached(budget): return _score(least + bisect_left(range(least, most), budget, key=lambda i: self.upto(_score(i))))
-        return [reached(b) if b <= self.total else np.inf for b in budgets]
+    @property
+    def total(self): return self.times * (self.costs * len(self.scores) if isinstance(self.costs, int) else int(self.costs.sum()))
+
+    @property
+    def squares(self):
+        squares = self.costs ** 2
+        return self.times ** 2 * (squares * len(self.scores) if isinstance(squares, int) else int(squares.sum()))
+
+    def reaching(self, budget):
+        "The lowest score up to which so many weights lie; inf if there are not so many."
+        return float(_reaching(self.scores, self.costs, budget / self.times)) if budget <= self.total else np.inf
 
 
-def _kth(scores, k):
-    "The k-th lowest, from 0: a partition of what a sample brackets is several times faster than one of them all."
+def _sum(costs, chosen): return costs * count(chosen) if isinstance(costs, int) else int(costs @ chosen)
+
+
+def _reaching(scores, costs, budget):
+    "The lowest score up to which such costs lie. Only what a sample brackets is sorted, which is several times faster."
+    alike, slack = isinstance(costs, int), 1.5
     while len(scores) >= FEW:
-        sample = np.sort(scores[::round(len(scores) ** (1 / 3))])
-        at = k * len(sample) / len(scores)
-        error = 1.5 * (at * (1 - at / len(sample))) ** .5 + 1
+        step = round(len(scores) ** (1 / 3))
+        sample = scores[::step]
+        if alike: sample, at = np.sort(sample), budget / (costs * step)
+        else:
+            order = sample.argsort()
+            sample, at = sample[order], costs[::step][order].cumsum().searchsorted(budget / step)
+        error = slack * (at * (1 - at / len(sample))) ** .5 + slack
         least, most = int(at - error), int(at + error) + 1
         lo, hi = sample[least] if least > 0 else -np.inf, sample[most] if most < len(sample) else np.inf
-        reached, above = scores >= lo, scores > hi
-        inside, below = scores[differing(reached, above)], len(scores) - count(reached)
-        if not below <= k < below + len(inside) or len(inside) == len(scores): break
-        scores, k = inside, k - below
-    return np.partition(scores, k)[k]
-
-
-def _ordinal(score):
-    "Integers in the order of the floats: the bits, where those of a negative number run backward."
-    bits = int(np.float32(score).view(np.int32))
-    return bits if bits >= 0 else bits ^ 0x7fffffff
-
-
-def _score(ordinal): return float(np.int32(ordinal if ordinal >= 0 else ordinal ^ 0x7fffffff).view(np.float32))
+        below, above = scores < lo, scores <= hi
+        inside, less = differing(below, above), _sum(costs, below)
+        if len(inside) == len(scores): break
+        among = costs if alike else costs[inside]
+        if less < budget <= less + _sum(among, np.ones(len(inside), bool)): scores, costs, budget = scores[inside], among, budget - less
+        else: slack *= 4
+    if alike: return np.partition(scores, place := max(ceil(budget / costs) - 1, 0))[place]
+    order = scores.argsort()
+    return scores[order[costs[order].cumsum().searchsorted(budget)]]
 
 
 # On a CPU numpy compares and picks many times faster than torch; elsewhere the tensors stay where they are.

@@ -223,7 +223,7 @@ class Sparsifier:
             for unit, part, keep in zip(units, parts, self._keeps(parts, fraction)):
                 for layer in unit:
                     mask, costs = layer.grouping.expand(keep), _whole(layer) if regrow else layer.costs
-                    if not regrow and (len(unit) > 1 or costs is not None): mask = mask & layer.mask
+                    if not regrow and (len(unit) > 1 or costs is not None): mask = _both(mask, layer.mask)
                     left = part.kept if len(unit) == 1 else None
                     changes[layer.name] = mask, costs if costs is None else costs * keep, count(mask) if left is None else left
         self._set(changes)
@@ -456,6 +456,11 @@ def _flow(model, example):
     except Exception as error:
         warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code ({type(error).__name__}: {error}), so its '
                       'output layer is not left alone and the BatchNorm of a dead filter stays: pass Sparsifier(…, example=one batch of inputs)')
+
+
+def _both(mask, other):
+    "What both keep. Bytes are multiplied: where one of the masks repeats, that is far faster than `&`."
+    return (mask.view(torch.uint8) * other.view(torch.uint8)).view(torch.bool)
 
 
 def _zero(tensor, keep):
