@@ -7,8 +7,7 @@ import torch
 from fasterai.criteria import CRITERIA, check_finite, evidence_of, finite, gather, score
 from fasterai.selection import CHUNK
 
-SMALL = 16  # weights a group up to which numpy scores and averages them sooner than torch
-FEW = 8  # weights a group from which on the scores of all groups are half a byte a weight or less
+FEW = 8  # weights a group from which on all groups are scored at once, for their scores are half a byte a weight or less
 
 
 class Scores:
@@ -46,7 +45,7 @@ class Scores:
                 check_finite(scores, self.criterion, evidence, layer.name)
                 evidence = {'scores': scores}
             self.rows = {n: layer.grouping.rows(t) for n, t in evidence.items()}
-            if layer.grouping.size <= SMALL or self.criterion not in CRITERIA.values(): self.rows = {n: _array(t) for n, t in self.rows.items()}
+            if layer.grouping.size < FEW or self.criterion not in CRITERIA.values(): self.rows = {n: _array(t) for n, t in self.rows.items()}
         rows = {n: t[where] for n, t in self.rows.items()}
         if not by_chunk: return layer.grouping.mean(rows['scores'], where)
         scores = score(self.criterion, rows, layer.name)

@@ -10,7 +10,7 @@ import torch
 
 CHUNK = 1 << 19  # weights that are looked at together: few enough for a processor's cache
 FEW = 1 << 10  # scores of which a partition finds the k-th without ado
-SAMPLE = 1 << 15  # groups that are ranked without much ado; of more, a sample is
+SAMPLE = 1 << 16  # groups that are all ranked; of more, a sample is, and what lies about the cut
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Part:
 
     def all_scores(self) -> np.ndarray:  # (groups,) float32, not to be changed
         "The whole layer's scores."
-        return np.concatenate([_array(scores) for _, scores, _ in self.chunks()])
+        return _joined([_array(scores) for _, scores, _ in self.chunks()])
 
     def living_scores(self) -> Iterator[np.ndarray]:
         "The scores of living groups, in pieces."
@@ -87,7 +87,7 @@ EVERYTHING = Cut(np.inf, 0, 0)
 class Found(NamedTuple):
     "What a sweep has seen of one part."
     keep: torch.Tensor  # (groups,) bool, True for the living groups above the bracket
-    at: torch.Tensor | np.ndarray  # positions of the living groups inside the bracket
+    at: torch.Tensor | np.ndarray | slice  # positions of the living groups inside the bracket
     scores: np.ndarray  # and their scores
     costs: np.ndarray | int  # and their weights, one number where they are all the same
     cost: int  # the weights of the living groups below the bracket
@@ -108,10 +108,9 @@ class Lowest:
         budget: int,  # how many weights shall go, at least 1
     ) -> Cut:
         few = sum(len(part.alive) for part in self.parts) <= SAMPLE
-        for bracket in (None, _everything) if few else (None, _bracket, _everything):
-            if bracket:
-                lo, hi = bracket(self.parts, budget)
-                self.found = [_sweep(part, lo, hi) for part in self.parts]
+        for find in (None, _everything) if few else (None, _bracketed, _everything):
+            if find:
+                self.found = find(self.parts, budget)
                 self._rank()
             below = sum(f.cost for f in self.found)
             if self.ranks and below < budget <= below + self.ranks.total: return self._inside(budget - below)
@@ -163,7 +162,21 @@ def count(
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else torch.count_nonzero(mask))
 
 
-def _everything(parts, budget): return -np.inf, np.inf
+def _everything(parts, budget):
+    "All living groups, to be ranked."
+    found = []
+    for part in parts:
+        keep, at = torch.zeros_like(part.alive), slice(None)
+        if part.living < len(keep): at = differing(_host(keep), _host(part.alive.contiguous()))
+        scores = part.all_scores()[at if isinstance(at, slice) else _array(at)]
+        found.append(Found(keep, at, scores, part.size if part.costs is None else _array(_host(part.costs[at])), 0))
+    return found
+
+
+def _bracketed(parts, budget):
+    "What is most likely about the cut."
+    lo, hi = _bracket(parts, budget)
+    return [_sweep(part, lo, hi) for part in parts]
 
 
 def _bracket(parts, budget):
@@ -214,27 +227,26 @@ class _Ranks:
         times: int = 1,  # how often each counts
     ):
         pieces, self.times = [(s, c) for s, c in pieces if len(s)] or [(np.empty(0, np.float32), 0)], times
-        self.scores, self.costs = _joined([s for s, _ in pieces]), pieces[0][1]
-        if any(c is not self.costs and (not isinstance(c, int) or c != self.costs) for _, c in pieces):
-            self.costs = np.concatenate([np.full(len(s), c) if isinstance(c, int) else c for s, c in pieces])
+        self.scores, sizes = _joined([s for s, _ in pieces]), {c if isinstance(c, int) else None for _, c in pieces}
+        self.costs = pieces[0][1] if None not in sizes and len(sizes) == 1 else np.concatenate(
+            [np.full(len(s), c) if isinstance(c, int) else c for s, c in pieces])
 
     def upto(self, score):
         "The weights of what is scored up to `score`."
         return self.times * _sum(self.costs, self.scores <= score)
 
     @property
-    def total(self): return self.times * (self.costs * len(self.scores) if isinstance(self.costs, int) else int(self.costs.sum()))
+    def total(self): return self.times * _total(self.costs, len(self.scores))
 
     @property
-    def squares(self):
-        squares = self.costs ** 2
-        return self.times ** 2 * (squares * len(self.scores) if isinstance(squares, int) else int(squares.sum()))
+    def squares(self): return self.times ** 2 * _total(self.costs ** 2, len(self.scores))
 
     def reaching(self, budget):
         "The lowest score up to which so many weights lie; inf if there are not so many."
         return float(_reaching(self.scores, self.costs, budget / self.times)) if budget <= self.total else np.inf
 
 
+def _total(costs, n): return costs * n if isinstance(costs, int) else int(costs.sum())
 def _sum(costs, chosen): return costs * count(chosen) if isinstance(costs, int) else int(costs @ chosen)
 
 
@@ -251,13 +263,13 @@ def _reaching(scores, costs, budget):
         error = slack * (at * (1 - at / len(sample))) ** .5 + slack
         least, most = int(at - error), int(at + error) + 1
         lo, hi = sample[least] if least > 0 else -np.inf, sample[most] if most < len(sample) else np.inf
-        below, above = scores < lo, scores <= hi
-        inside, less = differing(below, above), _sum(costs, below)
+        below, upto = scores < lo, scores <= hi
+        inside, less = differing(below, upto), _sum(costs, below)
         if len(inside) == len(scores): break
         among = costs if alike else costs[inside]
-        if less < budget <= less + _sum(among, np.ones(len(inside), bool)): scores, costs, budget = scores[inside], among, budget - less
-        else: slack *= 4
-    if alike: return np.partition(scores, place := max(ceil(budget / costs) - 1, 0))[place]
+        if less < budget <= less + _total(among, len(inside)): scores, costs, budget = scores[inside], among, budget - less
+        else: slack *= 4  # missed
+    if alike: return np.partition(scores, place := ceil(budget / costs) - 1)[place]
     order = scores.argsort()
     return scores[order[costs[order].cumsum().searchsorted(budget)]]
 

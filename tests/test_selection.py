@@ -58,15 +58,16 @@ def brute(scores, costs, budget):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 5)), min_size=1, max_size=5),
-       st.floats(0, 1), st.sampled_from([1, 3, 1 << 16]), st.sampled_from([1, 7, 1 << 19]))
-def test_as_a_plain_sort_would(chunks, share, sample, chunk):
-    budget = round(share * sum(len(s) * c for s, c in chunks))
-    before = selection.SAMPLE, selection.CHUNK
-    selection.SAMPLE, selection.CHUNK = sample, chunk
+@given(st.lists(st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 5), st.booleans()), min_size=1, max_size=5),
+       st.floats(0, 1), st.sampled_from([1, 3, 1 << 16]), st.sampled_from([1, 7, 1 << 19]), st.sampled_from([1, 8, 1 << 10]))
+def test_as_a_plain_sort_would(drawn, share, sample, chunk, few):
+    chunks = [(scores, [1 + (3 * i + s) % c for i, s in enumerate(scores)] if mixed else c) for scores, c, mixed in drawn]
+    flat = [(v, c) for s, cs in chunks for v, c in zip(s, cs if isinstance(cs, list) else [cs] * len(s))]
+    budget = round(share * sum(c for _, c in flat))
+    before = selection.SAMPLE, selection.CHUNK, selection.FEW
+    selection.SAMPLE, selection.CHUNK, selection.FEW = sample, chunk, few
     try: gone = [g for one in removed(chunks, budget) for g in one]
-    finally: selection.SAMPLE, selection.CHUNK = before
-    flat = [(v, c) for s, c in chunks for v in s]
+    finally: selection.SAMPLE, selection.CHUNK, selection.FEW = before
     assert {i for i, g in enumerate(gone) if g} == brute([v for v, _ in flat], [c for _, c in flat], budget)
 
 
@@ -74,13 +75,37 @@ def test_as_a_plain_sort_would(chunks, share, sample, chunk):
     torch.randn(300_000).abs(), torch.ones(300_000), torch.arange(300_000.), torch.randn(300_000).bfloat16().float(),
     torch.cat([torch.zeros(200_000), torch.rand(100_000)]), (torch.arange(300_000) % 9).float()], ids='normal equal rising bf16 zeros periodic'.split())
 @pytest.mark.parametrize('budget', [1, 3, 149_999, 150_000, 270_000, 299_999, 300_000])
-def test_exact_where_only_a_sample_was_ranked(scores, budget, monkeypatch):
-    monkeypatch.setattr(selection, 'SAMPLE', 1000)
+@pytest.mark.parametrize('sample', [1000, 1 << 20])
+def test_exact_where_only_a_sample_was_ranked(scores, budget, sample, monkeypatch):
+    monkeypatch.setattr(selection, 'SAMPLE', sample)
     monkeypatch.setattr(selection, 'CHUNK', 10_000)
     parts = [part(s) for s in scores.split(70_001)]
     order, expected = Lowest(parts), torch.ones_like(scores, dtype=torch.bool)
     expected[scores.sort(stable=True).indices[:budget]] = False
     assert torch.equal(torch.cat([keep for keep, _ in order.remove(order.cut(budget))]), expected)
+
+
+def test_exact_among_many_groups_of_different_cost():
+    torch.manual_seed(0)
+    scores, costs = torch.randn(200_000), torch.randint(1, 50, (200_000,))
+    costs[::1000] = 5000
+    order = Lowest([part(scores[:120_000], costs[:120_000].tolist()), part(scores[120_000:], costs[120_000:].tolist())])
+    sums = costs[scores.argsort()].cumsum(0)
+    for budget in (1, 1_000_000, int(sums[-1]) // 2 + 7, int(sums[-1])):
+        removed = order.remove(order.cut(budget))
+        nearest = min((0, *sums.tolist()), key=lambda s: (abs(s - budget), -s))
+        assert sum(n for _, n in removed) == nearest == int(costs[~torch.cat([keep for keep, _ in removed])].sum())
+
+
+@pytest.mark.parametrize('scores, best', [([1, 3, 2], 1), ([3, 1, 3, 2], 2), ([-INF, -5, -7], 1), ([0, 0, -INF], 1), ([2] * 9, 8)])
+@pytest.mark.parametrize('chunk', [1, 2, 1 << 19])
+def test_the_best_group_is_the_one_that_would_go_last(scores, best, chunk, monkeypatch):
+    monkeypatch.setattr(selection, 'CHUNK', chunk)
+    one = part(scores)
+    assert one.best() == best
+    order = Lowest([one])
+    (keep, _), = order.remove(order.cut(one.living - 1))
+    assert keep.nonzero().flatten().tolist() == [best]
 
 
 def test_little_is_collected():
