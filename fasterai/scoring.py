@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from fasterai.criteria import CRITERIA, check_finite, evidence_of, finite, gather, score
-from fasterai.selection import CHUNK
+from fasterai.selection import CHUNK, fetched, on_host
 
 FEW = 8  # weights a group from which on all groups are scored at once, for their scores are half a byte a weight or less
 
@@ -23,9 +23,19 @@ class Scores:
         self.elementwise = getattr(criterion, 'elementwise', False)
         self.at_hand, self.rows, self.few = None, {}, {}
 
+    def check(self,
+        layers: list,  # that will be asked for
+    ):
+        "`ValueError` if a score is NaN or infinite; on the host that is seen when they are asked for, elsewhere once for all layers, before."
+        apart = [layer for layer in layers if not on_host(layer.weight.device)]
+        for layer, most in zip(apart, fetched([self(layer, slice(None)).max()[None] for layer in apart])):
+            if finite(most): continue
+            evidence = gather(self.asked, layer.weight, layer.name)
+            check_finite(score(self.criterion, evidence, layer.name), self.criterion, evidence, layer.name)
+
     def __call__(self,
         layer,  # what has a name, a weight and a grouping
-        where: slice,  # of the groups
+        where: slice | torch.Tensor,  # of the groups, or their positions
     ) -> torch.Tensor | np.ndarray:  # (n,), float32; an array where it can be
         name, size = layer.name, layer.grouping.size
         if size < FEW: return self._ask(layer, where)
@@ -42,7 +52,7 @@ class Scores:
             evidence = gather(self.asked, layer.weight, layer.name)
             if not by_chunk:
                 scores = score(self.criterion, evidence, layer.name)
-                check_finite(scores, self.criterion, evidence, layer.name)
+                if on_host(scores.device): check_finite(scores, self.criterion, evidence, layer.name)
                 evidence = {'scores': scores}
             self.rows = {n: layer.grouping.rows(t) for n, t in evidence.items()}
             if layer.grouping.size < FEW or self.criterion not in CRITERIA.values(): self.rows = {n: _array(t) for n, t in self.rows.items()}
@@ -50,10 +60,10 @@ class Scores:
         if not by_chunk: return layer.grouping.mean(rows['scores'], where)
         scores = score(self.criterion, rows, layer.name)
         means = layer.grouping.mean(scores, where)
-        if not finite(means): check_finite(scores, self.criterion, rows, layer.name)  # a mean may overflow
+        if on_host(layer.weight.device) and not finite(means): check_finite(scores, self.criterion, rows, layer.name)  # a mean may overflow
         return means
 
 
 def _array(tensor):
     "Its numpy array, where it has one: on a CPU that is compared and counted many times faster."
-    return tensor.numpy() if tensor.device.type == 'cpu' and tensor.dtype in (torch.float32, torch.float64) else tensor
+    return tensor.numpy() if on_host(tensor.device) and tensor.dtype in (torch.float32, torch.float64) else tensor

@@ -20,7 +20,7 @@ class Part:
     weights: int  # how many in all
     size: int  # weights a group
     alive: torch.Tensor  # (groups,) bool, False = gone already
-    scores: Callable[[slice], torch.Tensor | np.ndarray]  # gives (n,) float32 of the groups in a slice
+    scores: Callable[[slice | torch.Tensor], torch.Tensor | np.ndarray]  # gives (n,) float32 of the groups in a slice, or at positions
     costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `size`
     floor: int | None = None  # weights that stay at least; None: one, unless all shall go
     whole: bool = False  # is its one group the layer, which goes where there are others?
@@ -49,25 +49,26 @@ class Part:
 
     def all_scores(self) -> np.ndarray:  # (groups,) float32, not to be changed
         "The whole layer's scores."
-        return _joined([_array(scores) for _, scores, _ in self.chunks()])
+        return fetched([_joined([scores for _, scores, _ in self.chunks()])])[0]
 
     def living_scores(self) -> Iterator[np.ndarray]:
         "The scores of living groups, in pieces."
-        for _, scores, alive in self.chunks(): yield _array(scores if alive is None else scores[alive])
+        for _, scores, alive in self.chunks(): yield fetched([scores if alive is None else scores[alive]])[0]
 
     def best(self) -> int:
         "The position of the best living group, the last of several."
         most, at = -np.inf, 0
         for where, scores, alive in self.chunks():
-            scores, places = _array(scores), slice(None) if alive is None else np.flatnonzero(_array(alive))
+            scores, places = fetched([scores])[0], slice(None) if alive is None else np.flatnonzero(fetched([alive])[0])
             if not len(scores := scores[places]): continue
             last = len(scores) - 1 - int(scores[::-1].argmax())
             if scores[last] >= most: most, at = scores[last], where.start + (last if alive is None else int(places[last]))
         return at
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
-        "The part in pieces of `CHUNK` weights."
+        "The part in pieces of `CHUNK` weights; as a whole where it is not on the host."
         groups, step = len(self.alive), max(1, CHUNK // self.size // 8 * 8 or CHUNK // self.size)
+        if not on_host(self.alive.device): step = groups or 1
         alive = None if self.living == groups else _host(self.alive)
         for start in range(0, groups, step):
             where = slice(start, start + step)
@@ -142,16 +143,17 @@ class Lowest:
     ) -> list:  # (keep mask (groups,), how many weights go), one a part
         "Keep masks: what is gone stays gone, what lies below the cut goes."
         if cut == EVERYTHING: return [(torch.zeros_like(part.alive), part.standing) for part in self.parts]
-        removed, left = [], cut.ties
+        stay, costs, left = [], [], cut.ties
         for found in self.found:
-            keep, stays = _host(found.keep), found.scores > cut.score
+            stays = found.scores > cut.score
             if cut.ties < cut.tied:
                 equal = np.flatnonzero(found.scores == cut.score)
                 stays[equal[left:]] = True
                 left = max(left - len(equal), 0)
-            keep[found.at] = stays if isinstance(keep, np.ndarray) else torch.from_numpy(stays).to(keep.device)
-            removed.append((found.keep, found.cost + _sum(found.costs, ~stays)))
-        return removed
+            stay.append(stays)
+            costs.append(found.cost + _sum(found.costs, ~stays))
+        for found, stays in zip(self.found, sent(stay, [found.keep.device for found in self.found])): _host(found.keep)[found.at] = _host(stays)
+        return list(zip(sent([found.keep for found in self.found], [part.alive.device for part in self.parts]), costs))
 
 
 def count(
@@ -164,37 +166,39 @@ def count(
 
 def _everything(parts, budget):
     "All living groups, to be ranked."
-    found = []
-    for part in parts:
-        keep, at = torch.zeros_like(part.alive), slice(None)
-        if part.living < len(keep): at = differing(_host(keep), _host(part.alive.contiguous()))
-        scores = part.all_scores()[at if isinstance(at, slice) else _array(at)]
-        found.append(Found(keep, at, scores, part.size if part.costs is None else _array(_host(part.costs[at])), 0))
-    return found
+    scores = fetched([_joined([scores for _, scores, _ in part.chunks()]) for part in parts])
+    living = _living(parts, [slice(None)] * len(parts))
+    return [Found(torch.zeros(len(part.alive), dtype=torch.bool), at if isinstance(at, slice) else np.flatnonzero(at), scored[at], costs, 0)
+            for part, scored, (at, costs) in zip(parts, scores, living)]
 
 
 def _bracketed(parts, budget):
-    "What is most likely about the cut."
+    "What lies most likely about the cut."
     lo, hi = _bracket(parts, budget)
-    return [_sweep(part, lo, hi) for part in parts]
+    return [_sweep(part, lo, hi) for part in parts] if all(on_host(part.alive.device) for part in parts) else _sweep_apart(parts, lo, hi)
 
 
 def _bracket(parts, budget):
     "Two scores, three standard errors about the estimated place of the cut: it most likely lies between them, or at one of them."
     step = round(sum(len(p.alive) for p in parts) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
-    sample, at = [], 0
+    wheres, at = [], 0
     for part in parts:
-        where = slice(-at % step, None, step)
+        wheres.append(slice(-at % step, None, step))
         at += len(part.alive)
-        scores, costs = _host(part.scores(where)), part.size if part.costs is None else _host(part.costs[where])
-        if part.living < len(part.alive):
-            alive = _host(part.alive[where])
-            scores, costs = scores[alive], costs if isinstance(costs, int) else costs[alive]
-        sample.append((_array(scores), costs if isinstance(costs, int) else _array(costs)))
-    ranks = _Ranks(sample, step)
+    scores = fetched([part.scores(where) for part, where in zip(parts, wheres)])
+    ranks = _Ranks([(scored[living], costs) for scored, (living, costs) in zip(scores, _living(parts, wheres))], step)
     share = min(budget / ranks.total, 1) if ranks.total else 1
     error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
     return ranks.reaching(budget - error) if budget > error else -np.inf, ranks.reaching(budget + error)
+
+
+def _living(parts, wheres):
+    "Of each part's groups in a slice, which are alive, as an index, and what these cost: arrays, slices and ints."
+    alive = iter(fetched([part.alive[where] for part, where in zip(parts, wheres) if part.living < len(part.alive)]))
+    costs = iter(fetched([part.costs[where] for part, where in zip(parts, wheres) if part.costs is not None]))
+    for part in parts:
+        living = next(alive) if part.living < len(part.alive) else slice(None)
+        yield living, part.size if part.costs is None else next(costs)[living]
 
 
 def _sweep(part, lo, hi):
@@ -202,18 +206,45 @@ def _sweep(part, lo, hi):
     kept = _host(keep)
     for where, scores, alive in part.chunks():
         above, reached = kept[where], scores >= lo
-        (np if isinstance(scores, np.ndarray) else torch).greater(scores, hi, out=above)
+        np.greater(scores, hi, out=above)
         if alive is not None:
             above &= alive
             reached &= alive
         here = differing(above, reached)
         stay += count(above)
-        inside.append(_array(scores[here]))
+        inside.append(scores[here])
         at.append(here + where.start if where.start else here)
     at, inside = _joined(at), _joined(inside)
     if part.costs is None: return Found(keep, at, inside, part.size, part.size * (part.living - stay - len(at)))
-    costs = _array(_host(part.costs[at]))
+    costs = part.costs.numpy()[at]
     return Found(keep, at, inside, costs, part.standing - int((part.costs * keep).sum()) - int(costs.sum()))
+
+
+def _sweep_apart(parts, lo, hi):
+    "The same where a GPU has the scores: each part at once, and the host waits for all of them together, not for each."
+    keeps, reached, counts = [], [], []
+    for part in parts:
+        scores = part.scores(slice(None))
+        keep, reach = torch.as_tensor(scores > hi), torch.as_tensor(scores >= lo)
+        if part.living < len(part.alive): keep, reach = keep & part.alive, reach & part.alive
+        cost = part.size * keep.sum() if part.costs is None else (part.costs * keep).sum()
+        keeps.append(keep)
+        reached.append(reach)
+        counts.append(torch.stack([reach.sum() - keep.sum(), cost]))
+    counts = [c.tolist() for c in fetched(counts)]
+    ats = [_places(keep ^ reach, n) for keep, reach, (n, _) in zip(keeps, reached, counts)]
+    scores = fetched([part.scores(at) for part, at in zip(parts, ats)])
+    costs = iter(fetched([part.costs[at] for part, at in zip(parts, ats) if part.costs is not None]))
+    found = []
+    for part, keep, at, inside, (n, above) in zip(parts, keeps, ats, scores, counts):
+        each = part.size if part.costs is None else next(costs)
+        found.append(Found(keep, at, inside, each, part.standing - above - _total(each, n)))
+    return found
+
+
+def _places(mask, n):
+    "Where a mask is True, of which it is known that it is so n times: `nonzero` would have the host wait."
+    return torch.searchsorted(mask.cumsum(0, dtype=torch.int32), torch.arange(1, n + 1, dtype=torch.int32, device=mask.device))
 
 
 def _joined(pieces): return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if isinstance(pieces[0], np.ndarray) else torch.cat(pieces)
@@ -276,16 +307,40 @@ def _reaching(scores, costs, budget):
 
 # On a CPU numpy compares and picks many times faster than torch; elsewhere the tensors stay where they are.
 
-def _host(values): return values.numpy() if isinstance(values, torch.Tensor) and values.device.type == 'cpu' else values
-def _array(values): return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+def on_host(device): return device.type == 'cpu'
+def _host(values): return values.numpy() if isinstance(values, torch.Tensor) and on_host(values.device) else values
+
+
+def fetched(
+    pieces: list,  # tensors, or arrays
+) -> list:  # arrays
+    "What the host wants to see, brought over in one piece from each device: it waits once, not for each."
+    found = [piece if isinstance(piece, np.ndarray) else _host(piece) for piece in pieces]
+    for device in {piece.device for piece in found if isinstance(piece, torch.Tensor)}:
+        here = [i for i, piece in enumerate(found) if isinstance(piece, torch.Tensor) and piece.device == device]
+        whole = torch.cat([found[i] for i in here]).cpu()
+        for i, piece in zip(here, whole.split([len(found[i]) for i in here])): found[i] = piece.numpy()
+    return found
+
+
+def sent(
+    pieces: list,  # arrays, or tensors that may be there already
+    devices: list,  # where each shall be
+) -> list:  # tensors
+    "The way back, in one piece to each device."
+    found = [piece if isinstance(piece, torch.Tensor) else torch.from_numpy(piece) for piece in pieces]
+    for device in {device for piece, device in zip(found, devices) if piece.device != device}:
+        here = [i for i, piece in enumerate(found) if devices[i] == device != piece.device]
+        whole = torch.cat([found[i] for i in here]).to(device)
+        for i, piece in zip(here, whole.split([len(found[i]) for i in here])): found[i] = piece
+    return found
 
 
 def differing(
-    some,  # bool (n,), tensors or arrays
-    others,
-):  # ints, of the same kind
+    some: np.ndarray,  # bool (n,)
+    others: np.ndarray,
+) -> np.ndarray:  # ints
     "Where two masks differ."
-    if not isinstance(some, np.ndarray): return (some ^ others).nonzero().flatten()
     if len(some) % 8: return np.flatnonzero(some ^ others)
     some, others = some.view(np.uint64), others.view(np.uint64)  # few differ, so most words of eight are the same
     words = np.flatnonzero(some != others)

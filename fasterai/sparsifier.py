@@ -19,7 +19,7 @@ from fasterai.granularity import Grouping
 from fasterai.layers import Named, Weight, choose, matching, means_outright
 from fasterai.report import Report, measure
 from fasterai.scoring import Scores
-from fasterai.selection import Part, count
+from fasterai.selection import Part, count, fetched
 
 LOWEST = torch.finfo(torch.float32).min  # the score of what is gone, where it competes again
 PIECE = 1 << 20  # weights that are zeroed together
@@ -61,8 +61,8 @@ class Layer:
         self.mask, self.costs, self.left = torch.zeros_like(self.mask), None, 0
 
     @property
-    def dead_filters(self) -> torch.Tensor:  # (output channels,), bool
-        return ~self.alive.cpu() if self.filters.groups == self.grouping.groups else self.filters.count(self.mask.cpu()) == 0
+    def filters_alive(self) -> torch.Tensor:  # (output channels,), bool
+        return self.alive if self.filters.groups == self.grouping.groups else self.filters.count(self.mask) > 0
 
 
 class Sparsifier:
@@ -217,6 +217,7 @@ class Sparsifier:
                              'and before optimizer.zero_grad(); nothing was changed')
         for layer in layers: layer.follow()
         ask, changes = Scores(self.criterion), {}
+        ask.check(layers)
         for job, fraction in jobs:
             units = self._units(job)
             parts = [_together([self._part(layer, ask, regrow) for layer in unit]) for unit in units]
@@ -310,7 +311,10 @@ class Sparsifier:
             layer.follow()
             yield layer.weight, layer.mask
         for module, tensors in self._silenced.items():
-            for name, quiet in tensors.items(): yield getattr(module, name), ~quiet.to(getattr(module, name).device)
+            for name, quiet in tensors.items():
+                tensor = getattr(module, name)
+                if quiet.device != tensor.device: quiet = tensors[name] = quiet.to(tensor.device)
+                yield tensor, ~quiet
 
     def _set(self, changes):
         for name, (mask, costs, left) in changes.items():
@@ -322,14 +326,15 @@ class Sparsifier:
                 for name, was in tensors.items():
                     if name == 'running_mean': continue
                     quiet, tensor = self._silenced.get(module, {}).get(name, torch.zeros_like(was)), getattr(module, name)
-                    tensor[(was & ~quiet).to(tensor.device)] = 1. if name == 'weight' else .01
+                    tensor.masked_fill_((was & ~quiet.to(was.device)).to(tensor.device), 1. if name == 'weight' else .01)
         self.apply_masks()
 
     def _silence(self):
         "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
         whole = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not whole: return {}
-        dead = {id(layer.weight): layer.dead_filters for layer in whole}
+        alive = fetched([layer.filters_alive for layer in whole])
+        dead = {id(layer.weight): ~torch.from_numpy(filters) for layer, filters in zip(whole, alive)}
         found, biases = {}, set()
         for module in self.model.modules():
             for attr, weight in module._parameters.items():
