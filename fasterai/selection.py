@@ -202,6 +202,7 @@ def _living(parts, wheres):
 
 
 def _sweep(part, lo, hi):
+    "Decides about what lies above and below a bracket, and collects what lies inside."
     keep, at, inside, stay = torch.empty_like(part.alive), [], [], 0
     kept = _host(keep)
     for where, scores, alive in part.chunks():
