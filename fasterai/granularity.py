@@ -135,6 +135,7 @@ class Grouping:
         self.dims = [n for n in flat if n != 1]
         inner = [i % 2 for i, n in enumerate(flat) if n != 1]
         self.order = sorted(range(len(inner)), key=inner.__getitem__)
+        self.in_order = not self.pad and self.order == sorted(self.order)  # do the groups lie one behind the other?
         self.sizes = self.count(torch.ones(self.shape, dtype=torch.bool)) if self.pad else self.size  # one number, or (groups,)
         self.whole_layer = granularity == 'layer'
         # a group is one filter, or several
@@ -145,6 +146,7 @@ class Grouping:
     ) -> torch.Tensor:  # (groups, size), or (groups,) where a group is one weight; a view where the layout allows; short groups end in zeros
         "One row for each group, in the order of their position."
         if self.size == 1: return tensor.reshape(-1)
+        if self.in_order: return tensor.reshape(self.groups, self.size)
         if self.pad: tensor = F.pad(tensor.reshape(tuple(self.axes.values())), self.pad)
         return tensor.reshape(self.dims).permute(self.order).reshape(self.groups, self.size)
 
@@ -175,7 +177,8 @@ class Grouping:
         if self.size == 1: return keep.reshape(self.shape)
         wide = keep[:, None].expand(-1, self.size)
         if self.size < LARGE and keep.device.type == 'cpu': wide = torch.from_numpy(np.repeat(keep.numpy(), self.size))
-        wide = wide.reshape([self.dims[i] for i in self.order]).permute([self.order.index(i) for i in range(len(self.order))])
+        if not self.in_order:
+            wide = wide.reshape([self.dims[i] for i in self.order]).permute([self.order.index(i) for i in range(len(self.order))])
         if self.pad:
             wide = wide.reshape([n * p for n, p in self.view])[tuple(slice(size) for size in self.axes.values())]
         wide = wide.reshape(self.shape)

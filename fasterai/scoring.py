@@ -21,13 +21,13 @@ class Scores:
     ):
         self.criterion, self.asked = criterion, evidence_of(criterion)
         self.elementwise = getattr(criterion, 'elementwise', False)
-        self.at_hand, self.rows, self.few = None, {}, {}
+        self.at_hand, self.rows, self.few, self.here = None, {}, {}, True
 
     def check(self,
         layers: list,  # that will be asked for
     ):
         "`ValueError` if a score is NaN or infinite; on the host that is seen when they are asked for, elsewhere once for all layers, before."
-        apart = [layer for layer in layers if not on_host(layer.weight.device)]
+        apart = [layer for layer in layers if not on_host(layer.weight)]
         for layer, most in zip(apart, fetched([self(layer, slice(None)).max()[None] for layer in apart])):
             if finite(most): continue
             evidence = gather(self.asked, layer.weight, layer.name)
@@ -50,9 +50,10 @@ class Scores:
         if self.at_hand is not layer:
             self.at_hand, self.rows = layer, {}  # what was at hand goes first
             evidence = gather(self.asked, layer.weight, layer.name)
+            self.here = on_host(evidence[self.asked[0]])
             if not by_chunk:
                 scores = score(self.criterion, evidence, layer.name)
-                if on_host(scores.device): check_finite(scores, self.criterion, evidence, layer.name)
+                if self.here: check_finite(scores, self.criterion, evidence, layer.name)
                 evidence = {'scores': scores}
             self.rows = {n: layer.grouping.rows(t) for n, t in evidence.items()}
             if layer.grouping.size < FEW or self.criterion not in CRITERIA.values(): self.rows = {n: _array(t) for n, t in self.rows.items()}
@@ -60,10 +61,10 @@ class Scores:
         if not by_chunk: return layer.grouping.mean(rows['scores'], where)
         scores = score(self.criterion, rows, layer.name)
         means = layer.grouping.mean(scores, where)
-        if on_host(layer.weight.device) and not finite(means): check_finite(scores, self.criterion, rows, layer.name)  # a mean may overflow
+        if self.here and not finite(means): check_finite(scores, self.criterion, rows, layer.name)  # a mean may overflow
         return means
 
 
 def _array(tensor):
     "Its numpy array, where it has one: on a CPU that is compared and counted many times faster."
-    return tensor.numpy() if on_host(tensor.device) and tensor.dtype in (torch.float32, torch.float64) else tensor
+    return tensor.numpy() if on_host(tensor) and tensor.dtype in (torch.float32, torch.float64) else tensor

@@ -60,15 +60,15 @@ class Part:
         most, at = -np.inf, 0
         for where, scores, alive in self.chunks():
             scores, places = fetched([scores])[0], slice(None) if alive is None else np.flatnonzero(fetched([alive])[0])
-            if not len(scores := scores[places]): continue
-            last = len(scores) - 1 - int(scores[::-1].argmax())
-            if scores[last] >= most: most, at = scores[last], where.start + (last if alive is None else int(places[last]))
+            if not len(scores := scores[places]) or (top := scores.max()) < most: continue
+            most, last = top, np.flatnonzero(scores == top)[-1]
+            at = where.start + int(last if alive is None else places[last])
         return at
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
         "The part in pieces of `CHUNK` weights; as a whole where it is not on the host."
         groups, step = len(self.alive), max(1, CHUNK // self.size // 8 * 8 or CHUNK // self.size)
-        if not on_host(self.alive.device): step = groups or 1
+        if not on_host(self.alive): step = groups or 1
         alive = None if self.living == groups else _host(self.alive)
         for start in range(0, groups, step):
             where = slice(start, start + step)
@@ -175,7 +175,7 @@ def _everything(parts, budget):
 def _bracketed(parts, budget):
     "What lies most likely about the cut."
     lo, hi = _bracket(parts, budget)
-    return [_sweep(part, lo, hi) for part in parts] if all(on_host(part.alive.device) for part in parts) else _sweep_apart(parts, lo, hi)
+    return [_sweep(part, lo, hi) for part in parts] if all(on_host(part.alive) for part in parts) else _sweep_apart(parts, lo, hi)
 
 
 def _bracket(parts, budget):
@@ -308,8 +308,8 @@ def _reaching(scores, costs, budget):
 
 # On a CPU numpy compares and picks many times faster than torch; elsewhere the tensors stay where they are.
 
-def on_host(device): return device.type == 'cpu'
-def _host(values): return values.numpy() if isinstance(values, torch.Tensor) and on_host(values.device) else values
+def on_host(tensor): return tensor.is_cpu
+def _host(values): return values.numpy() if isinstance(values, torch.Tensor) and on_host(values) else values
 
 
 def fetched(

@@ -617,7 +617,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def apart(monkeypatch):
     "The tensors of the CPU are treated as a GPU's are: not looked at, but where there is no other way."
-    for module in (selection, scoring): monkeypatch.setattr(module, 'on_host', lambda device: False)
+    for module in (selection, scoring): monkeypatch.setattr(module, 'on_host', lambda tensor: False)
     monkeypatch.setattr(selection, 'SAMPLE', 3000)
 
 
@@ -646,7 +646,7 @@ def test_away_from_the_host_the_same_goes(granularity, context, regrow, monkeypa
         for sparsity in (30, 70, 50): sparsifier.sparsify_model(sparsity, regrow=regrow)
         return [layer.mask for layer in sparsifier.layers.values()]
     here = masks()
-    for module in (selection, scoring): monkeypatch.setattr(module, 'on_host', lambda device: False)
+    for module in (selection, scoring): monkeypatch.setattr(module, 'on_host', lambda tensor: False)
     monkeypatch.setattr(selection, 'SAMPLE', 50)
     assert all(torch.equal(a, b) for a, b in zip(here, masks(), strict=True))
 
