@@ -152,11 +152,11 @@ class Grouping:
 
     def mean(self,
         scores: torch.Tensor | np.ndarray,  # rows
-        where: slice = slice(None),  # of the groups, which rows they are
+        where: slice | torch.Tensor = slice(None),  # of the groups, or their positions: which rows they are
     ) -> torch.Tensor | np.ndarray:  # (rows,), as they came
         "The score of a group: the mean of its entries' scores, so that groups of different size compare."
         if self.size == 1: return scores
-        if self.pad: return torch.as_tensor(scores).sum(1) / self.sizes[where].to(getattr(scores, 'device', 'cpu'))
+        if self.pad: return (scores := torch.as_tensor(scores)).sum(1) / self.sizes.to(scores.device)[where]
         if isinstance(scores, torch.Tensor): return scores.mean(1)
         if self.size > 8: return torch.from_numpy(scores).mean(1).numpy()
         columns = scores.T  # few summands: a column at a time is several times faster

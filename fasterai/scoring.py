@@ -7,7 +7,7 @@ import torch
 from fasterai.criteria import CRITERIA, check_finite, evidence_of, finite, gather, score
 from fasterai.selection import CHUNK, fetched, on_host
 
-FEW = 8  # weights a group from which on all groups are scored at once, for their scores are half a byte a weight or less
+FEW = 8  # weights a group from which on torch scores all groups at once, for their scores are half a byte a weight or less
 
 
 class Scores:
@@ -18,25 +18,26 @@ class Scores:
 
     def __init__(self,
         criterion: Callable,
+        layers: list,  # that may be asked for; each has a name, a weight and a grouping
     ):
+        self.unchecked = [layer for layer in layers if not on_host(layer.weight)]
         self.criterion, self.asked = criterion, evidence_of(criterion)
         self.elementwise = getattr(criterion, 'elementwise', False)
         self.at_hand, self.rows, self.few, self.here = None, {}, {}, True
 
-    def check(self,
-        layers: list,  # that will be asked for
-    ):
-        "`ValueError` if a score is NaN or infinite; on the host that is seen when they are asked for, elsewhere once for all layers, before."
-        apart = [layer for layer in layers if not on_host(layer.weight)]
-        for layer, most in zip(apart, fetched([self(layer, slice(None)).max()[None] for layer in apart])):
+    def _check(self):
+        "`ValueError` if a score on a GPU is NaN or infinite, with one wait for all layers; on the host that is seen chunk by chunk."
+        layers, self.unchecked = self.unchecked, []
+        for layer, most in zip(layers, fetched([self(layer, slice(None)).max()[None] for layer in layers])):
             if finite(most): continue
             evidence = gather(self.asked, layer.weight, layer.name)
             check_finite(score(self.criterion, evidence, layer.name), self.criterion, evidence, layer.name)
 
     def __call__(self,
-        layer,  # what has a name, a weight and a grouping
+        layer,  # one of `layers`
         where: slice | torch.Tensor,  # of the groups, or their positions
     ) -> torch.Tensor | np.ndarray:  # (n,), float32; an array where it can be
+        if self.unchecked: self._check()
         name, size = layer.name, layer.grouping.size
         if size < FEW: return self._ask(layer, where)
         if name not in self.few:

@@ -166,7 +166,7 @@ def count(
 
 def _everything(parts, budget):
     "All living groups, to be ranked."
-    scores = fetched([_joined([scores for _, scores, _ in part.chunks()]) for part in parts])
+    scores = _ordered([_joined([scores for _, scores, _ in part.chunks()]) for part in parts])
     living = _living(parts, [slice(None)] * len(parts))
     return [Found(torch.zeros(len(part.alive), dtype=torch.bool), at if isinstance(at, slice) else np.flatnonzero(at), scored[at], costs, 0)
             for part, scored, (at, costs) in zip(parts, scores, living)]
@@ -175,7 +175,8 @@ def _everything(parts, budget):
 def _bracketed(parts, budget):
     "What lies most likely about the cut."
     lo, hi = _bracket(parts, budget)
-    return [_sweep(part, lo, hi) for part in parts] if all(on_host(part.alive) for part in parts) else _sweep_apart(parts, lo, hi)
+    apart = iter(_sweep_apart([part for part in parts if not on_host(part.alive)], lo, hi))
+    return [_sweep(part, lo, hi) if on_host(part.alive) else next(apart) for part in parts]
 
 
 def _bracket(parts, budget):
@@ -185,11 +186,16 @@ def _bracket(parts, budget):
     for part in parts:
         wheres.append(slice(-at % step, None, step))
         at += len(part.alive)
-    scores = fetched([part.scores(where) for part, where in zip(parts, wheres)])
+    scores = _ordered([part.scores(where) for part, where in zip(parts, wheres)])
     ranks = _Ranks([(scored[living], costs) for scored, (living, costs) in zip(scores, _living(parts, wheres))], step)
     share = min(budget / ranks.total, 1) if ranks.total else 1
     error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
     return ranks.reaching(budget - error) if budget > error else -np.inf, ranks.reaching(budget + error)
+
+
+def _ordered(scores):
+    "Arrays of scores without NaN, which a context of one's own may make: it is the lowest."
+    return [np.where(np.isnan(s), -np.inf, s) if np.isnan(s.max(initial=-np.inf)) else s for s in fetched(scores)]
 
 
 def _living(parts, wheres):

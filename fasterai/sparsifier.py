@@ -216,8 +216,7 @@ class Sparsifier:
             raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
                              'and before optimizer.zero_grad(); nothing was changed')
         for layer in layers: layer.follow()
-        ask, changes = Scores(self.criterion), {}
-        ask.check(layers)
+        ask, changes = Scores(self.criterion, [layer for job, fraction in jobs if fraction for layer in job]), {}
         for job, fraction in jobs:
             units = self._units(job)
             parts = [_together([self._part(layer, ask, regrow) for layer in unit]) for unit in units]

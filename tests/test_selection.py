@@ -134,3 +134,27 @@ def test_scores_may_be_minus_infinity():
     order = Lowest([one])
     (keep, n), = order.remove(order.cut(20))
     assert n == 20 and (scores[~keep] == -INF).all()
+
+
+def test_nan_is_the_lowest_however_it_is_found(monkeypatch):
+    "A context of one's own may make NaN of 0 / 0."
+    scores = torch.cat([torch.full((50,), torch.nan), torch.rand(4000)])[torch.randperm(4050)]
+    for sample in (1 << 16, 100):
+        monkeypatch.setattr(selection, 'SAMPLE', sample)
+        one = Part('', 4050, 1, torch.ones(4050, dtype=torch.bool), lambda where: scores[where])
+        order = Lowest([one])
+        (keep, n), = order.remove(order.cut(1000))
+        assert n == 1000 == int((~keep).sum()) and not keep[scores.isnan()].any()
+
+
+def test_parts_on_the_host_beside_parts_that_are_not(monkeypatch):
+    monkeypatch.setattr(selection, 'SAMPLE', 64)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        values = torch.rand(8).numpy(), torch.rand(9000)
+        here, apart = (Part('', len(v), 1, torch.ones(len(v), dtype=torch.bool), lambda where, v=v: v[where]) for v in values)
+        monkeypatch.setattr(selection, 'on_host', lambda tensor: tensor is not apart.alive)
+        order = Lowest([here, apart])
+        found = torch.cat([keep for keep, _ in order.remove(order.cut(5000))])
+        together = torch.cat([torch.from_numpy(values[0]), values[1]])
+        assert torch.equal(~found, together <= together.sort().values[4999])

@@ -2,7 +2,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from fractions import Fraction
-
+from types import SimpleNamespace
 import warnings
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fasterai import scoring, selection
 from fasterai.context import CONTEXTS, compete
 from fasterai.criteria import elementwise
-from fasterai.granularity import AXES, add_layer_type, block
+from fasterai.granularity import AXES, Grouping, add_layer_type, block
 from fasterai.sparsifier import Sparsifier
 
 
@@ -658,3 +658,11 @@ def test_away_from_the_host_nan_is_seen_before_anything_changes(apart):
     before = net[0].weight.clone()
     with pytest.raises(ValueError, match="weight of layer '1' has NaN"): sparsifier.sparsify_model(50)
     assert torch.equal(net[0].weight, before)
+    sparsifier.sparsify_model(0)  # asks for no score
+
+
+def test_short_groups_at_positions_on_another_device():
+    "A GPU's positions must not meet a tensor of the CPU: the sizes go where the scores are, then they are picked."
+    grouping = Grouping(nn.Linear(5, 7), block(2, 2))
+    sizes, grouping.sizes = grouping.sizes, SimpleNamespace(to=lambda device: sizes.to(device))
+    assert grouping.mean(torch.ones(3, 4), torch.tensor([0, 2, 11])).tolist() == [1, 2, 4]
