@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fasterai.arguments import name_of, one_of, percent
-from fasterai.selection import Lowest, count
+from fasterai.peers import ALONE
+from fasterai.selection import Lowest
 
 
 def compete(
@@ -184,7 +185,7 @@ class pattern:
     def _one(self, part, share):
         scores = np.where(part.alive.cpu().numpy(), part.all_scores(), -np.inf)
         keep = torch.from_numpy(self._lines(scores, part)).to(part.alive.device) & part.alive
-        due = round(share * (part.weights - count(keep))) - part.gone
+        due = round(share * (part.weights - ALONE.count(keep))) - part.gone
         if share >= 1 or due <= 0: return keep if share >= 1 else part.alive
         order = Lowest([replace(part, alive=part.alive & ~keep)])
         (rest, _), = order.remove(order.cut(due))

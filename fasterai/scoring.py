@@ -5,7 +5,8 @@ import numpy as np
 import torch
 
 from fasterai.criteria import CRITERIA, check_finite, evidence_of, finite, gather, score
-from fasterai.selection import CHUNK, fetched, on_host
+from fasterai.peers import ALONE
+from fasterai.selection import CHUNK
 
 FEW = 8  # weights a group from which on torch scores all groups at once, for their scores are half a byte a weight or less
 
@@ -20,7 +21,7 @@ class Scores:
         criterion: Callable,
         layers: list,  # that may be asked for; each has a name, a weight and a grouping
     ):
-        self.unchecked = [layer for layer in layers if not on_host(layer.weight)]
+        self.unchecked = [layer for layer in layers if not ALONE.on_host(layer.weight)]
         self.criterion, self.asked = criterion, evidence_of(criterion)
         self.elementwise = getattr(criterion, 'elementwise', False)
         self.at_hand, self.rows, self.few, self.here = None, {}, {}, True
@@ -28,7 +29,7 @@ class Scores:
     def _check(self):
         "`ValueError` if a score on a GPU is NaN or infinite, with one wait for all layers; on the host that is seen chunk by chunk."
         layers, self.unchecked = self.unchecked, []
-        for layer, most in zip(layers, fetched([self(layer, slice(None)).max()[None] for layer in layers])):
+        for layer, most in zip(layers, ALONE.fetched([self(layer, slice(None)).max()[None] for layer in layers])):
             if finite(most): continue
             evidence = gather(self.asked, layer.weight, layer.name)
             check_finite(score(self.criterion, evidence, layer.name), self.criterion, evidence, layer.name)
@@ -51,7 +52,7 @@ class Scores:
         if self.at_hand is not layer:
             self.at_hand, self.rows = layer, {}  # what was at hand goes first
             evidence = gather(self.asked, layer.weight, layer.name)
-            self.here = on_host(evidence[self.asked[0]])
+            self.here = ALONE.on_host(evidence[self.asked[0]])
             if not by_chunk:
                 scores = score(self.criterion, evidence, layer.name)
                 if self.here: check_finite(scores, self.criterion, evidence, layer.name)
@@ -68,4 +69,4 @@ class Scores:
 
 def _array(tensor):
     "Its numpy array, where it has one: on a CPU that is compared and counted many times faster."
-    return tensor.numpy() if on_host(tensor) and tensor.dtype in (torch.float32, torch.float64) else tensor
+    return tensor.numpy() if ALONE.on_host(tensor) and tensor.dtype in (torch.float32, torch.float64) else tensor

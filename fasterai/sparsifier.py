@@ -19,7 +19,8 @@ from fasterai.granularity import Grouping
 from fasterai.layers import Named, Weight, choose, matching, means_outright
 from fasterai.report import Report, measure
 from fasterai.scoring import Scores
-from fasterai.selection import Part, count, fetched
+from fasterai.peers import ALONE
+from fasterai.selection import Part
 
 LOWEST = torch.finfo(torch.float32).min  # the score of what is gone, where it competes again
 PIECE = 1 << 20  # weights that are zeroed together
@@ -225,7 +226,7 @@ class Sparsifier:
                     mask, costs = layer.grouping.expand(keep), _whole(layer) if regrow else layer.costs
                     if not regrow and (len(unit) > 1 or costs is not None): mask = _both(mask, layer.mask)
                     left = part.kept if len(unit) == 1 else None
-                    changes[layer.name] = mask, costs if costs is None else costs * keep, count(mask) if left is None else left
+                    changes[layer.name] = mask, costs if costs is None else costs * keep, ALONE.count(mask) if left is None else left
         self._set(changes)
         thin = [layer.name for job, fraction in jobs for layer in job if 100 * layer.left < layer.mask.numel() and fraction < Fraction(99, 100)]
         if thin := [n for n in thin if n not in self._thin]:
@@ -332,7 +333,7 @@ class Sparsifier:
         "What is zero with the dead filters: {module: {tensor's name: bool (channels,)}}."
         whole = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not whole: return {}
-        alive = fetched([layer.filters_alive for layer in whole])
+        alive = ALONE.fetched([layer.filters_alive for layer in whole])
         dead = {id(layer.weight): ~torch.from_numpy(filters) for layer, filters in zip(whole, alive)}
         found, biases = {}, set()
         for module in self.model.modules():
@@ -384,7 +385,7 @@ class Sparsifier:
                 raise ValueError(f'state: got a mask of shape {shape} for {name!r}, allowed is {tuple(layer.mask.shape)}')
             mask = np.unpackbits(bits.cpu().numpy(), count=layer.mask.numel()).astype(bool)
             mask = torch.from_numpy(mask).view(layer.mask.shape).to(layer.weight.device)
-            changes[name] = mask, _costs(layer.grouping, mask), count(mask)
+            changes[name] = mask, _costs(layer.grouping, mask), ALONE.count(mask)
         self._set(changes)
 
 
@@ -426,7 +427,7 @@ def read_min_keep(
 def _layer(name, at, granularity):
     grouping, mask = Grouping(at.module, granularity, name, at.attr), _living(at.tensor)
     filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
-    return Layer(name, at, grouping, mask, _costs(grouping, mask), count(mask), filters)
+    return Layer(name, at, grouping, mask, _costs(grouping, mask), ALONE.count(mask), filters)
 
 
 def _costs(grouping, mask):

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterai import selection
+from fasterai import ranking, selection
+from fasterai.peers import ALONE
 from fasterai.selection import Lowest, Part
 
 INF = torch.inf
@@ -64,10 +65,10 @@ def test_as_a_plain_sort_would(drawn, share, sample, chunk, few):
     chunks = [(scores, [1 + (3 * i + s) % c for i, s in enumerate(scores)] if mixed else c) for scores, c, mixed in drawn]
     flat = [(v, c) for s, cs in chunks for v, c in zip(s, cs if isinstance(cs, list) else [cs] * len(s))]
     budget = round(share * sum(c for _, c in flat))
-    before = selection.SAMPLE, selection.CHUNK, selection.FEW
-    selection.SAMPLE, selection.CHUNK, selection.FEW = sample, chunk, few
+    before = selection.SAMPLE, selection.CHUNK, ranking.FEW
+    selection.SAMPLE, selection.CHUNK, ranking.FEW = sample, chunk, few
     try: gone = [g for one in removed(chunks, budget) for g in one]
-    finally: selection.SAMPLE, selection.CHUNK, selection.FEW = before
+    finally: selection.SAMPLE, selection.CHUNK, ranking.FEW = before
     assert {i for i, g in enumerate(gone) if g} == brute([v for v, _ in flat], [c for _, c in flat], budget)
 
 
@@ -153,7 +154,7 @@ def test_parts_on_the_host_beside_parts_that_are_not(monkeypatch):
         torch.manual_seed(seed)
         values = torch.rand(8).numpy(), torch.rand(9000)
         here, apart = (Part('', len(v), 1, torch.ones(len(v), dtype=torch.bool), lambda where, v=v: v[where]) for v in values)
-        monkeypatch.setattr(selection, 'on_host', lambda tensor: tensor is not apart.alive)
+        monkeypatch.setattr(ALONE, 'on_host', lambda tensor: tensor is not apart.alive)
         order = Lowest([here, apart])
         found = torch.cat([keep for keep, _ in order.remove(order.cut(5000))])
         together = torch.cat([torch.from_numpy(values[0]), values[1]])

@@ -16,6 +16,7 @@ from fasterai import scoring, selection
 from fasterai.context import CONTEXTS, compete
 from fasterai.criteria import elementwise
 from fasterai.granularity import AXES, Grouping, add_layer_type, block
+from fasterai.peers import ALONE
 from fasterai.sparsifier import Sparsifier
 
 
@@ -617,7 +618,7 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def apart(monkeypatch):
     "The tensors of the CPU are treated as a GPU's are: not looked at, but where there is no other way."
-    for module in (selection, scoring): monkeypatch.setattr(module, 'on_host', lambda tensor: False)
+    monkeypatch.setattr(ALONE, 'on_host', lambda tensor: False)
     monkeypatch.setattr(selection, 'SAMPLE', 3000)
 
 
@@ -646,7 +647,7 @@ def test_away_from_the_host_the_same_goes(granularity, context, regrow, monkeypa
         for sparsity in (30, 70, 50): sparsifier.sparsify_model(sparsity, regrow=regrow)
         return [layer.mask for layer in sparsifier.layers.values()]
     here = masks()
-    for module in (selection, scoring): monkeypatch.setattr(module, 'on_host', lambda tensor: False)
+    monkeypatch.setattr(ALONE, 'on_host', lambda tensor: False)
     monkeypatch.setattr(selection, 'SAMPLE', 50)
     assert all(torch.equal(a, b) for a, b in zip(here, masks(), strict=True))
 
