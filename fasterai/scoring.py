@@ -1,10 +1,9 @@
 "The groups' scores within one event, asked for in slices."
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from fasterai.criteria import CRITERIA, check_finite, evidence_of, finite, gather, score
+from fasterai.criteria import CriterionInfo, check_finite, finite, score
+from fasterai.evidence import Evidence
 from fasterai.peers import ALONE
 from fasterai.selection import CHUNK
 
@@ -18,55 +17,65 @@ class Scores:
     groups are large, and their scores few, are these kept to the end."""
 
     def __init__(self,
-        criterion: Callable,
+        criterion: CriterionInfo,
+        evidence: Evidence,
         layers: list,  # that may be asked for; each has a name, a weight and a grouping
     ):
+        self.criterion, self.evidence = criterion, evidence
         self.unchecked = [layer for layer in layers if not ALONE.on_host(layer.weight)]
-        self.criterion, self.asked = criterion, evidence_of(criterion)
-        self.elementwise = getattr(criterion, 'elementwise', False)
         self.at_hand, self.rows, self.few, self.here = None, {}, {}, True
-
-    def _check(self):
-        "`ValueError` if a score on a GPU is NaN or infinite, with one wait for all layers; on the host that is seen chunk by chunk."
-        layers, self.unchecked = self.unchecked, []
-        for layer, most in zip(layers, ALONE.fetched([self(layer, slice(None)).max()[None] for layer in layers])):
-            if finite(most): continue
-            evidence = gather(self.asked, layer.weight, layer.name)
-            check_finite(score(self.criterion, evidence, layer.name), self.criterion, evidence, layer.name)
 
     def __call__(self,
         layer,  # one of `layers`
         where: slice | torch.Tensor,  # of the groups, or their positions
     ) -> torch.Tensor | np.ndarray:  # (n,), float32; an array where it can be
         if self.unchecked: self._check()
-        name, size = layer.name, layer.grouping.size
-        if size < FEW: return self._ask(layer, where)
-        if name not in self.few:
-            step = max(1, 4 * CHUNK // size)  # torch's threads want more at a time than numpy
-            found = [torch.as_tensor(self._ask(layer, slice(i, i + step))) for i in range(0, layer.grouping.groups, step)]
-            self.few[name] = torch.cat(found)
-        return self.few[name][where]
+        if layer.grouping.size < FEW: return self._ask(layer, where)
+        if layer.name not in self.few: self.few[layer.name] = self._ask_all(layer)
+        return self.few[layer.name][where]
+
+    def _check(self):
+        "`ValueError` if a score on a GPU is NaN or infinite, with one wait for all layers; on the host that is seen chunk by chunk."
+        layers, self.unchecked = self.unchecked, []
+        highest = ALONE.fetched([self(layer, slice(None)).max()[None] for layer in layers])
+        for layer, most in zip(layers, highest):
+            if finite(most): continue
+            evidence = self.evidence.of(layer)
+            check_finite(self._score(evidence, layer, layer.weight.shape), self.criterion, evidence, layer.name)
+
+    def _ask_all(self, layer):
+        "The scores of all groups of a layer, by torch, whose threads want more at a time than numpy."
+        step = max(1, 4 * CHUNK // layer.grouping.size)
+        wheres = [slice(i, i + step) for i in range(0, layer.grouping.groups, step)]
+        return torch.cat([torch.as_tensor(self._ask(layer, where)) for where in wheres])
 
     def _ask(self, layer, where):
-        by_chunk = self.elementwise and not layer.grouping.pad  # what pads a short group has no score
-        if self.at_hand is not layer:
-            self.at_hand, self.rows = layer, {}  # what was at hand goes first
-            evidence = gather(self.asked, layer.weight, layer.name)
-            self.here = ALONE.on_host(evidence[self.asked[0]])
-            if not by_chunk:
-                scores = score(self.criterion, evidence, layer.name)
-                if self.here: check_finite(scores, self.criterion, evidence, layer.name)
-                evidence = {'scores': scores}
-            self.rows = {n: layer.grouping.rows(t) for n, t in evidence.items()}
-            if layer.grouping.size < FEW or self.criterion not in CRITERIA.values(): self.rows = {n: _array(t) for n, t in self.rows.items()}
-        rows = {n: t[where] for n, t in self.rows.items()}
+        by_chunk = self.criterion.elementwise and self.evidence.weight_shaped and not layer.grouping.pad  # what pads a short group has no score
+        if self.at_hand is not layer: self._take(layer, by_chunk)
+        rows = {name: row[where] for name, row in self.rows.items()}
         if not by_chunk: return layer.grouping.mean(rows['scores'], where)
-        scores = score(self.criterion, rows, layer.name)
+        scores = self._score(rows, layer, next(iter(rows.values())).shape)
         means = layer.grouping.mean(scores, where)
         if self.here and not finite(means): check_finite(scores, self.criterion, rows, layer.name)  # a mean may overflow
         return means
 
+    def _take(self, layer, by_chunk):
+        "Have a layer's evidence at hand, or its scores, in rows of groups; what was at hand goes first."
+        self.at_hand, self.rows = layer, {}
+        evidence = self.evidence.of(layer)
+        self.here = ALONE.on_host(next(iter(evidence.values())))
+        if not by_chunk:
+            scores = self._score(evidence, layer, layer.weight.shape)
+            if self.here: check_finite(scores, self.criterion, evidence, layer.name)
+            evidence = {'scores': scores}
+        self.rows = {name: layer.grouping.rows(tensor) for name, tensor in evidence.items()}
+        if layer.grouping.size < FEW or not self.criterion.pure:
+            self.rows = {name: _array(rows) for name, rows in self.rows.items()}
+
+    def _score(self, evidence, layer, shape): return score(self.criterion, evidence, layer.name, shape)
+
 
 def _array(tensor):
     "Its numpy array, where it has one: on a CPU that is compared and counted many times faster."
-    return tensor.numpy() if ALONE.on_host(tensor) and tensor.dtype in (torch.float32, torch.float64) else tensor
+    has_one = ALONE.on_host(tensor) and tensor.dtype in (torch.float32, torch.float64)
+    return tensor.numpy() if has_one else tensor

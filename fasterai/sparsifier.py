@@ -13,8 +13,9 @@ from torch import nn
 
 from fasterai.arguments import name_of, nearest
 from fasterai.context import CONTEXTS, compete, read_context, read_sparsity, uniform_plus_shares
-from fasterai.criteria import evidence_of, read_criterion
+from fasterai.criteria import read_criterion
 from fasterai.dataflow import trace, watch
+from fasterai.evidence import Evidence
 from fasterai.granularity import Grouping
 from fasterai.layers import Named, Weight, choose, matching, means_outright
 from fasterai.report import Report, measure
@@ -85,6 +86,7 @@ class Sparsifier:
         self.model, self.example = model, example
         self.context, self.min_keep = read_context(context), read_min_keep(min_keep, context)
         self.criterion = read_criterion(criteria)
+        self.evidence = Evidence(self.criterion.evidence, self)
         self._choice = choose(model, layers)
         self.candidates = {n: _layer(n, w, granularity) for n, w in self._choice.chosen.items()}
         self._check_context(granularity)
@@ -213,11 +215,9 @@ class Sparsifier:
 
     def _event(self, jobs, regrow):
         layers = [layer for job, _ in jobs for layer in job]
-        if 'grad' in evidence_of(self.criterion) and not any(w.grad is not None and w.grad.any() for w in (layer.weight for layer in layers)):
-            raise ValueError(f'criteria: {name_of(self.criterion)} needs gradients and all are zero or missing: call after loss.backward() '
-                             'and before optimizer.zero_grad(); nothing was changed')
+        self.evidence.check(layers)
         for layer in layers: layer.follow()
-        ask, changes = Scores(self.criterion, [layer for job, fraction in jobs if fraction for layer in job]), {}
+        ask, changes = Scores(self.criterion, self.evidence, [layer for job, fraction in jobs if fraction for layer in job]), {}
         for job, fraction in jobs:
             units = self._units(job)
             parts = [_together([self._part(layer, ask, regrow) for layer in unit]) for unit in units]

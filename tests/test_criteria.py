@@ -1,14 +1,18 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from fasterai import criteria
-from fasterai.criteria import elementwise, evidence_of, gather, gradient, magnitude, read_criterion
+from fasterai.criteria import elementwise, evidence_of, gradient, magnitude, read_criterion
+from fasterai.evidence import Evidence
 
 
 def score(criterion, parameter, name):
-    evidence = gather(evidence_of(criterion), parameter, name)
-    scores = criteria.score(criterion, evidence, name)
+    criterion, layer = read_criterion(criterion), SimpleNamespace(name=name, weight=parameter)
+    evidence = Evidence(criterion.evidence, None).of(layer)
+    scores = criteria.score(criterion, evidence, name, parameter.shape)
     criteria.check_finite(scores, criterion, evidence, name)
     return scores
 
@@ -42,7 +46,7 @@ def test_what_is_asked_for():
     assert evidence_of(magnitude) == ('weight',)
     assert evidence_of(gradient) == ('weight', 'grad')
     assert evidence_of(lambda weight, power=2: weight.abs() ** power) == ('weight',)
-    assert read_criterion('gradient') is gradient
+    assert read_criterion('gradient').score is gradient
     with pytest.raises(ValueError, match="criteria: .*lambda.* asks for 'nothing'"): read_criterion(lambda: 1)
     with pytest.raises(TypeError, match='whose arguments cannot be read; allowed is a function of weight and grad'): read_criterion(torch.abs)
     with pytest.raises(TypeError, match='criteria: got <class'): read_criterion(dict)

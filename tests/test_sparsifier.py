@@ -123,7 +123,7 @@ def test_all_or_nothing(net):
 def test_gradients_must_be_there(net):
     sparsifier = Sparsifier(net, criteria='gradient')
     before = snapshot(sparsifier)
-    with pytest.raises(ValueError, match='gradient needs gradients and all are zero or missing: call after loss.backward'): sparsifier.sparsify_model(50)
+    with pytest.raises(ValueError, match='gradients are needed and all are zero or missing: call after loss.backward'): sparsifier.sparsify_model(50)
     for p in net.parameters(): p.grad = torch.zeros_like(p)
     with pytest.raises(ValueError, match='call after loss.backward'): sparsifier.sparsify_model(50)
     for p in net.parameters(): p.grad = torch.ones_like(p)
