@@ -32,7 +32,7 @@ def layers() -> str:
         if not kind.__module__.startswith('torch.'): continue
         for name, row in weights.items():
             axes = dict.fromkeys((a for folded in read_axes(row) for a, _ in folded), 2)
-            spans = [' '.join(GRANULARITIES[g](axes)) or '·' for g in GRANULARITIES]
+            spans = [' '.join(row.spans(axes)) or '·' for row in GRANULARITIES.values()]
             lines.append([kind.__name__, f'`{name}`', f'`{row}`', *spans])
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 

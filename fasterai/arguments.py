@@ -33,14 +33,14 @@ def one_of(
     argument: str,  # the argument's name, for the error
     value,  # a name, or an object that serves itself
     table: dict,  # what there is by name
-    otherwise: str = 'a function',  # what else is allowed, in words
+    otherwise: str = 'or a function',  # what else is allowed, in words
 ):
     "Look a name up in `table`; what is callable serves as it is."
     if isinstance(value, str):
         if value in table: return table[value]
-        raise ValueError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, or {otherwise}{nearest(value, table)}')
+        raise ValueError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, {otherwise}{nearest(value, table)}')
     if callable(value) and (not isinstance(value, type) or value in table.values()): return value
-    raise TypeError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, or {otherwise}')
+    raise TypeError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, {otherwise}')
 
 
 def name_of(thing) -> str:

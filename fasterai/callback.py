@@ -1,20 +1,21 @@
 "Drives a `Sparsifier` through fastai's training loop."
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from fastai.callback.core import Callback as FastaiCallback
-from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientClip
-from fastai.learner import ValueMetric, noop
+from fastai.learner import noop
 from fastai.text.models.awdlstm import WeightDropout
 
-from fasterai.arguments import name_of, one_of
-from fasterai.context import read_context, read_sparsity
-from fasterai.criteria import read_criterion
-from fasterai.granularity import GRANULARITIES, add_layer_type
+from fasterai.allocation import fractions
+from fasterai.arguments import name_of
+from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
+from fasterai.granularity import add_layer_type
 from fasterai.layers import Named, Weight, choose, matching
+from fasterai.rules import Rules, as_arguments
 from fasterai.schedule import read_schedule
-from fasterai.sparsifier import Sparsifier, check_coupled, read_min_keep
+from fasterai.sparsifier import Sparsifier
 
 add_layer_type(WeightDropout, **{'weight_*_raw': 'O I'})  # fastai's AWD_LSTM keeps the weights that it drops from there
 
@@ -29,7 +30,7 @@ class KeepSparse(FastaiCallback):
         granularity: str | tuple = 'weight',  # at filter the BatchNorm of a dead filter is held at zero too
         layers=None,  # None for all but embeddings; else as in `Sparsifier`
     ):
-        self.choices = dict(granularity=granularity, layers=layers)
+        self.rules = Rules(granularity, layers=layers)
 
     @property
     def sparsifier(self) -> Sparsifier:
@@ -39,17 +40,13 @@ class KeepSparse(FastaiCallback):
 
     def before_fit(self):
         if self._looking(): return
-        layers = self.choices['layers']
-        if isinstance(layers, list):  # what has been replaced or changed its kind since is not missed
-            layers = [w for w in layers if not isinstance(w, Weight) or w.module in set(self._model().modules()) and w.attr in w.module._parameters]
-        chosen = [] if layers == [] else choose(self._model(), layers).chosen
-        taken = {n for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active for n in cb.sparsifier.candidates}
-        layers = [n for n in chosen if n not in taken]
+        layers = self._layers_to_keep()
         self.active = bool(layers) and not hasattr(self.learn, 'lr_finder')
-        if self.active: self._build(granularity=self.choices['granularity'], layers=layers)
+        if self.active: self._build(replace(self.rules, layers=layers))
 
     def before_step(self):
         if not self.active: return
+        self.sparsifier.evidence.step()
         if not self.cleared: self._forget()
         self.sparsifier.quiet_gradients()
 
@@ -66,12 +63,24 @@ class KeepSparse(FastaiCallback):
 
     def _model(self): return getattr(self.learn.model, '_orig_mod', self.learn.model)  # inside torch.compile
 
-    def _build(self, **choices):
+    def _layers_to_keep(self):
+        "The names of the layers that no `SparsifyCallback` has."
+        layers = self.rules.layers
+        if isinstance(layers, list): layers = [w for w in layers if not isinstance(w, Weight) or self._is_there(w)]
+        if layers == []: return []
+        taken = {n for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active for n in cb.sparsifier.selected.candidates}
+        return [name for name in choose(self._model(), layers).chosen if name not in taken]
+
+    def _is_there(self, weight):
+        "Whether a weight has not been replaced, or changed its kind, since it was pruned."
+        return any(weight.module is m for m in self._model().modules()) and weight.attr in weight.module._parameters
+
+    def _build(self, rules):
         "The zeros that are there are the masks; a tensor that is all zero is one only where it was emptied on purpose."
-        self._sparsifier, self.cleared = Sparsifier(self._model(), **choices, example=self._batch), False
+        self._sparsifier, self.cleared = Sparsifier(self._model(), **rules.given, example=self._batch), False
         emptied = {w for cb in self.learn.cbs if isinstance(cb, KeepSparse) for w in cb.emptied}
-        for layer in self.sparsifier.candidates.values():
-            if layer.at in emptied and not layer.weight.any(): layer.empty()
+        for name, layer in self.sparsifier.selected.candidates.items():
+            if layer.at in emptied and not layer.weight.any(): self.sparsifier.masks.empty(name)
 
     def _batch(self):
         "The inputs that are in the loop, None before the first."
@@ -79,7 +88,7 @@ class KeepSparse(FastaiCallback):
         return None if batch[0] is None else batch
 
     def _forget(self):
-        "Clear the optimiser's memory of dead weights; fastai's Lookahead and OptimWrapper hold another optimiser inside."
+        "Clear the optimizer's memory of dead weights; fastai's Lookahead and OptimWrapper hold another optimizer inside."
         opt, self.cleared = self.learn.opt, True
         self.sparsifier.quiet_state(getattr(opt, 'opt', opt).state)
         for slow, fast in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):
@@ -100,44 +109,43 @@ class SparsifyCallback(KeepSparse):
         min_keep: int | float | None = None,  # of each layer at least so many weights stay, or such a share, as `.05`; None: one group
         coupled: bool = False,  # at filter granularity: filters whose outputs are added (residual networks) go together, so that they can be removed
     ):
-        if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-        if not isinstance(granularity, (tuple, list)): one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), head(…)')
-        chosen = read_context(context)
-        for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: read_sparsity(value, chosen)
-        read_criterion(criteria)
-        read_min_keep(min_keep, context)
-        if coupled: check_coupled(granularity, chosen)
-        if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity)
+        if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity) or None
+        self.rules = Rules(granularity, context, criteria, layers, min_keep, coupled)
+        self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
-        self.choices = dict(granularity=granularity, context=context, criteria=criteria, layers=layers, min_keep=min_keep, coupled=coupled)
-        self.keeper, self.waiting, self.history, self.trouble = None, [], [], ''
+        self.keeper, self.history, self.trouble = None, [], ''
+        self.column, self.trackers = Column(self), Trackers()
+
+    # When
 
     def before_fit(self):
         if self._looking(): return
-        self._let_compare()
+        self.trackers.resume()
         self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
-        if isinstance(self.sparsity, Mapping):
-            named = Named(self._model())
-            for choice in self.sparsity: matching(choice, named, named.weights, 'sparsity')  # refuses what means no layer
-        self._build(**self.choices)
-        self.sparsifier.fractions(self.sparsity)  # refuses what means none of the selected layers
-        self.done, self.share, self.compared, self.history, self.trouble = 0., 0., False, [], ''  # done of the training, share of the sparsity
-        self.zeros_before = {n: layer.mask.numel() - layer.left for n, layer in self.sparsifier.candidates.items()}
+        self._check_names()
+        self._build(self.rules)
+        self._check_chosen()
+        self.training_progress, self.share, self.compared = 0., 0., False  # of the training; of the sparsity; was an epoch at the final one?
+        self.history, self.trouble = [], ''
+        masks = self.sparsifier.masks
+        self.zeros_before = {name: masks[name].numel() - masks.left(name) for name in self.sparsifier.selected.candidates}
         self._leave_keeper()
-        self._add_column()
+        self.column.add(self.learn)
 
     def before_epoch(self):
         if not self.active or self._looking(): return
-        self._let_compare()
-        self._remove_column()
+        self.trackers.resume()
+        self.column.remove(self.learn)
         self.trained = False
 
     def before_train(self): self.trained = True
 
     def before_batch(self):
         "With the first batch the data flow can be found, and with it what is left alone; nothing has been zeroed yet."
-        if self.active and self.training and not self.cleared and self.sparsifier.layers: self.sparsifier.fractions(self.sparsity)
+        if not self.active or not self.training or self.cleared: return
+        self.sparsifier.selected.resolve()
+        self._check_chosen()
 
     def before_step(self):
         if not self.active: return
@@ -155,20 +163,59 @@ class SparsifyCallback(KeepSparse):
     def after_epoch(self):
         "Only epochs at the final sparsity compete for the best one or are a reason to stop; one that was skipped is not saved again."
         if not self.active or self._looking(): return
-        if not self.trained: return self._make_wait(lambda cb: True)
-        report, frozen = self.sparsifier.report(), bool(self._frozen())
+        if not self.trained: return self.trackers.pause(self.learn)
+        report = self.sparsifier.report()
         self.history.append({'epoch': self.epoch} | {r.layer: r.sparsity for r in report.rows})
-        self._fill_column(report.sparsity)
+        self.column.fill(self.learn, report.sparsity)
         if self.share == float(self.schedule(1.)): self.compared = True
-        else: self._make_wait(lambda cb: not (_option(cb, 'every_epoch') or frozen and cb.reset_on_fit))
+        else: self.trackers.pause(self.learn, lambda cb: saves_every_epoch(cb) or self._waits_with_us(cb))
 
     def after_fit(self):
         if not self.active or self._looking(): return
-        self._let_compare()
+        self.trackers.resume()
         if not self.compared:  # there is no best epoch to load
-            frozen = bool(self._frozen())
-            self._make_wait(lambda cb: not (_option(cb, 'every_epoch') or _option(cb, 'at_end') or frozen and cb.reset_on_fit))
+            self.trackers.pause(self.learn, lambda cb: saves_every_epoch(cb) or saves_at_end(cb) or self._waits_with_us(cb))
         if self.learn.logger is not noop: print(self._summary())
+
+    # What
+
+    def _sparsify(self):
+        "An event, if the schedule says something new."
+        self.training_progress = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
+        share = float(self.schedule(self.training_progress))
+        if share == self.share or self._frozen(): return
+        self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
+        self.share = share
+        self.keeper.emptied = [layer.at for name, layer in self.sparsifier.layers.items() if not self.sparsifier.masks.left(name)]
+        self._forget()
+
+    def _frozen(self): return [name for name, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
+
+    def _waits_with_us(self, tracker):
+        "Whether a tracker begins anew in the fit that follows, when the body is no longer frozen."
+        return bool(self._frozen()) and tracker.reset_on_fit
+
+    def _check_names(self):
+        "Refuse what means no layer of the model."
+        if not isinstance(self.sparsity, Mapping): return
+        named = Named(self._model())
+        for choice in self.sparsity: matching(choice, named, named.weights, 'sparsity')
+
+    def _fractions(self): return fractions(self.sparsity, self.sparsifier.rules, self.sparsifier.selected)
+
+    def _check_chosen(self):
+        "Refuse what means none of the selected layers."
+        self._fractions()
+
+    def _leave_keeper(self):
+        "Leave a `KeepSparse` with the Learner that keeps the zeros of these layers in later fits."
+        rules = Rules(self.rules.granularity, layers=[layer.at for layer in self.sparsifier.selected.candidates.values()])
+        self.keeper = next((cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.rules == rules), None)
+        if self.keeper is not None: return
+        self.keeper = KeepSparse(rules.granularity, rules.layers)
+        self.learn.add_cb(self.keeper)
+
+    # What is said
 
     def plot_sparsity(self,
         ax=None,  # matplotlib axes to draw on; new ones if None
@@ -189,68 +236,24 @@ class SparsifyCallback(KeepSparse):
         return ax
 
     def __repr__(self):
-        given = {k: v for k, v in self.choices.items() if v is not None and v is not False}
-        given = {'sparsity': self.sparsity} | given | {'schedule': self.schedule}
-        return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in given.items())})'
-
-    def _sparsify(self):
-        "An event, if the schedule says something new."
-        self.done = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
-        share = float(self.schedule(self.done))
-        if share == self.share or self._frozen(): return
-        self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
-        self.share = share
-        self.keeper.emptied = [layer.at for layer in self.sparsifier.layers.values() if not layer.left]
-        self._forget()
-
-    def _frozen(self): return [n for n, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
-
-    # The column: the Recorder takes its names from the metrics in before_fit; later a metric would be in the way of other validations.
-
-    def _add_column(self):
-        others = [m for m in self.learn.metrics if getattr(m, 'owner', None) in (None, *self.learn.cbs) and getattr(m, 'owner', None) is not self]
-        names = [m.name for m in others]
-        column = ValueMetric(noop, next(n for n in ('sparsity', *(f'sparsity_{i}' for i in range(2, len(names) + 3))) if n not in names))
-        self.column, column.owner = column.name, self
-        self.learn.metrics = others + [column]
-
-    def _remove_column(self): self.learn.metrics = [m for m in self.learn.metrics if getattr(m, 'owner', None) is not self]
-
-    def _fill_column(self, value):
-        recorder = getattr(self.learn, 'recorder', None)
-        for i, name in enumerate(recorder.metric_names if recorder else ()):
-            if name not in (self.column, f'train_{self.column}', f'valid_{self.column}'): continue
-            recorder.log += [None] * (i - len(recorder.log))  # where an epoch was broken off
-            recorder.log.insert(i, value)
-
-    def _leave_keeper(self):
-        keeper = KeepSparse(self.choices['granularity'], [layer.at for layer in self.sparsifier.candidates.values()])
-        self.keeper = next((cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.choices == keeper.choices), keeper)
-        if self.keeper is keeper: self.learn.add_cb(keeper)
-
-    def _make_wait(self, which):
-        "Silence callbacks that compare or save epochs, until the next event."
-        self.waiting = [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.run and which(cb)]
-        for cb in self.waiting: cb.run = False
-
-    def _let_compare(self):
-        for cb in self.waiting: cb.run = True
-        self.waiting = []
+        given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}
+        return f'{type(self).__name__}({as_arguments(given)})'
 
     def _summary(self):
         "What was asked and what was reached."
-        report, frozen = self.sparsifier.report(), self._frozen()
-        fractions = self.sparsifier.fractions(self.sparsity)
-        asked = 100 * sum(fractions.get(r.layer, 0) * r.weights for r in report.rows) / report.weights
-        text = f'asked {float(asked):.4g} %, reached {report.sparsity:.2f} % ({report.zeros:,} of {report.weights:,} weights)'
+        report, frozen, asked = self.sparsifier.report(), self._frozen(), self._fractions()
+        percent = 100 * sum(asked.get(r.layer, 0) * r.weights for r in report.rows) / report.weights
+        text = f'asked {float(percent):.4g} %, reached {report.sparsity:.2f} % ({report.zeros:,} of {report.weights:,} weights)'
         if frozen:
             return (f'sparsity: waits while {len(frozen)} of {len(report.rows)} selected layers are frozen ({frozen[0]!r} first); fine_tune '
                     f'unfreezes them for its second part, elsewhere learn.unfreeze() does, or choose others by layers=; {text}')
-        if self.trouble: text += f'; the last event failed: {self.trouble}'
-        elif self.done < 1: text += f', stopped after {100 * self.done:.0f} % of the training'
-        elif sum(self.zeros_before[r.layer] for r in report.rows) > asked * report.weights / 100: text += '; zeros that are there stay, and count'
-        elif self.share < 1: text += f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
-        return f'sparsity: {text}'
+        return f'sparsity: {text}{self._why(report, percent)}'
 
-
-def _option(tracker, name): return getattr(tracker, name, False)
+    def _why(self, report, asked):
+        "Why another sparsity was reached than asked, where there is a reason."
+        zeros_before = sum(self.zeros_before[r.layer] for r in report.rows)
+        if self.trouble: return f'; the last event failed: {self.trouble}'
+        if self.training_progress < 1: return f', stopped after {100 * self.training_progress:.0f} % of the training'
+        if zeros_before > asked * report.weights / 100: return '; zeros that are there stay, and count'
+        if self.share < 1: return f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
+        return ''

@@ -65,7 +65,7 @@ def read_criterion(
     criterion: str | Callable,  # a name in `CRITERIA`, or a function of evidence
 ) -> CriterionInfo:
     "The criterion that is meant; refused if it asks for what there is not, or for nothing."
-    criterion = one_of('criteria', criterion, CRITERIA, f'a function of {" and ".join(EVIDENCE)}')
+    criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {" and ".join(EVIDENCE)}')
     for row in CRITERIA.values():
         if criterion in (row, row.score): return row
     try: asked = evidence_of(criterion)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai.arguments import nearest
+from fasterai.arguments import nearest, one_of
 
 _CONV = {d: f'(G O) I {k}' for d, k in ((1, 'k'), (2, 'kh kw'), (3, 'kd kh kw'))}
 _TRANSPOSED = {d: f'(G I) O {k}' for d, k in ((1, 'k'), (2, 'kh kw'), (3, 'kd kh kw'))}
@@ -29,7 +29,7 @@ AXES = {
     nn.GRU: {'weight_[ih]h_l*': '(S:3 O) I'}, nn.GRUCell: {'weight_[ih]h': '(S:3 O) I'},
 }
 LARGE = 64  # entries that lie together, from which on a mask repeats a decision instead of writing it out
-OUTPUTS, INPUTS = 'GSO', 'GI'  # axes that tell outputs apart, and inputs
+OUTPUTS, INPUTS = frozenset('GSO'), frozenset('GI')  # axes that tell outputs apart, and inputs
 
 
 def add_layer_type(
@@ -62,19 +62,37 @@ def _row(axes): return _kernel(axes)[-1:]
 def _but(axes, names): return tuple(a for a in axes if a not in names)
 
 
-# A granularity picks, from the axes of a layer, those that one group spans. `axes` is a dict: name: size.
+@dataclass(frozen=True)
+class GranularityInfo:
+    "A granularity, and what others must know of it."
+    spans: Callable  # {axis: size} -> the axes that one group spans, or (axis, how much of it)
+    any_weight: bool = False  # does it suit a weight without an output axis?
+    one_filter: bool = False  # is a group one filter, so that those of several layers can be pruned as one?
+    one_layer: bool = False  # is a group a layer?
+
+
 GRANULARITIES = {
-    'weight': lambda axes: (),
-    'vector': _row,
-    'kernel': _kernel,
-    'filter': lambda axes: _but(axes, OUTPUTS),
-    'channel': lambda axes: _but(axes, INPUTS),
-    'layer': lambda axes: tuple(axes),
-    'row': _row,
-    'column': lambda axes: _kernel(axes)[-2:-1],
-    'horizontal_slice': lambda axes: ('I', *_kernel(axes)[-1:]),
-    'vertical_slice': lambda axes: ('I', *_kernel(axes)[-2:-1]),
+    'weight': GranularityInfo(lambda axes: (), any_weight=True),
+    'vector': GranularityInfo(_row),
+    'kernel': GranularityInfo(_kernel),
+    'filter': GranularityInfo(lambda axes: _but(axes, OUTPUTS), one_filter=True),
+    'channel': GranularityInfo(lambda axes: _but(axes, INPUTS)),
+    'layer': GranularityInfo(lambda axes: tuple(axes), any_weight=True, one_layer=True),
+    'row': GranularityInfo(_row),
+    'column': GranularityInfo(lambda axes: _kernel(axes)[-2:-1]),
+    'horizontal_slice': GranularityInfo(lambda axes: ('I', *_kernel(axes)[-1:])),
+    'vertical_slice': GranularityInfo(lambda axes: ('I', *_kernel(axes)[-2:-1])),
 }
+
+
+def read_granularity(
+    granularity: str | tuple | Callable,  # a name in `GRANULARITIES`, axes, or a function of {axis: size}
+) -> GranularityInfo:
+    "The granularity that is meant."
+    if isinstance(granularity, (tuple, list)): return GranularityInfo(lambda axes: granularity, any_weight=True)
+    found = one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), or head(…)')
+    if isinstance(found, GranularityInfo): return found
+    return GranularityInfo(found, any_weight=True)
 
 
 def _check_whole(what, n):
@@ -108,7 +126,7 @@ class head:
     def __call__(self, axes):
         size = axes.get(self.axis, self.n)
         if size % self.n: raise ValueError(f'{self.n} heads cannot share {self.axis} = {size}')
-        return *_but(axes, self.axis), (self.axis, size // self.n)
+        return *_but(axes, {self.axis}), (self.axis, size // self.n)
 
     def __repr__(self): return f'head({self.n})' if self.axis == 'O' else f'head({self.n}, {self.axis!r})'
 
@@ -124,8 +142,8 @@ class Grouping:
     ):
         self.shape = tuple(getattr(module, attr).shape)
         self.axes = _axes(module, attr, self.shape)
-        whole = _spanned(granularity, self.axes, f'{type(module).__name__} {name!r}')
-        pieces = {a: whole.get(a, 1) for a in self.axes}  # how much of each axis a group spans
+        spanned = _spanned(granularity, self.axes, f'{type(module).__name__} {name!r}')
+        pieces = {a: spanned.get(a, 1) for a in self.axes}  # how much of each axis a group spans
         self.view = [(-(-size // pieces[a]), pieces[a]) for a, size in self.axes.items()]  # groups along it, and entries of one
         short = [n * p - size for (n, p), size in zip(self.view, self.axes.values())]
         self.pad = [x for s in reversed(short) for x in (0, s)] if any(short) else None
@@ -137,9 +155,9 @@ class Grouping:
         self.order = sorted(range(len(inner)), key=inner.__getitem__)
         self.in_order = not self.pad and self.order == sorted(self.order)  # do the groups lie one behind the other?
         self.sizes = self.count(torch.ones(self.shape, dtype=torch.bool)) if self.pad else self.size  # one number, or (groups,)
-        self.whole_layer = granularity == 'layer'
+        self.whole_layer = read_granularity(granularity).one_layer
         # a group is one filter, or several
-        self.whole_filters = 'O' in self.axes and all(whole.get(a) == n for a, n in self.axes.items() if a not in OUTPUTS)
+        self.whole_filters = 'O' in self.axes and all(spanned.get(a) == n for a, n in self.axes.items() if a not in OUTPUTS)
 
     def rows(self,
         tensor: torch.Tensor,  # of the weight's shape
@@ -156,7 +174,9 @@ class Grouping:
     ) -> torch.Tensor | np.ndarray:  # (rows,), as they came
         "The score of a group: the mean of its entries' scores, so that groups of different size compare."
         if self.size == 1: return scores
-        if self.pad: return (scores := torch.as_tensor(scores)).sum(1) / self.sizes.to(scores.device)[where]
+        if self.pad:
+            scores = torch.as_tensor(scores)
+            return scores.sum(1) / self.sizes.to(scores.device)[where]
         if isinstance(scores, torch.Tensor): return scores.mean(1)
         if self.size > 8: return torch.from_numpy(scores).mean(1).numpy()
         columns = scores.T  # few summands: a column at a time is several times faster
@@ -209,22 +229,18 @@ def _axes(module, attr, shape):
 
 def _spanned(granularity, axes, whose):
     "Which axes a group spans, and how much of each; `ValueError` if the layer cannot have that."
-    names = [g for g in GRANULARITIES if 'O' in axes or g in ('weight', 'layer')]
+    names = [name for name, row in GRANULARITIES.items() if 'O' in axes or row.any_weight]
     blocks = ', block(rows, columns), head(n)' if 'O' in axes else ''
     allowed = f'allowed for {whose} is one of {", ".join(names)}{blocks}, or a tuple of its axes {", ".join(axes)}'
-    if isinstance(granularity, str):
-        if granularity not in names: raise ValueError(f'granularity: got {granularity!r}, {allowed}{nearest(granularity, names)}')
-        spanned = GRANULARITIES[granularity](axes)
-    elif isinstance(granularity, (tuple, list)): spanned = granularity
-    elif callable(granularity) and not isinstance(granularity, type):
-        try: spanned = granularity(axes)
-        except ValueError as error: raise ValueError(f'granularity: got {granularity!r}, and {error}; {allowed}') from None
-    else: raise TypeError(f'granularity: got {granularity!r}, {allowed}')
-    whole = {}
+    found = read_granularity(granularity)
+    if not (found.any_weight or 'O' in axes): raise ValueError(f'granularity: got {granularity!r}, {allowed}')
+    try: spanned = found.spans(axes)
+    except ValueError as error: raise ValueError(f'granularity: got {granularity!r}, and {error}; {allowed}') from None
+    pieces = {}
     for entry in spanned:
-        axis, piece = (entry, None) if isinstance(entry, str) or not isinstance(entry, tuple) else entry
+        axis, piece = entry if isinstance(entry, tuple) else (entry, None)
         if axis not in axes:
             got = f'axis {axis!r}' if granularity is spanned else repr(granularity)
             raise ValueError(f'granularity: got {got}, {allowed}{nearest(axis, axes)}')
-        whole[axis] = axes[axis] if piece is None else min(piece, axes[axis])
-    return whole
+        pieces[axis] = axes[axis] if piece is None else min(piece, axes[axis])
+    return pieces

@@ -93,7 +93,7 @@ def read_schedule(
     schedule: str | Callable,  # a name in `SCHEDULES`, or any function of progress
 ) -> Callable:
     "The schedule that is meant; `ValueError` if it leaves 0 to 1 anywhere on the way."
-    schedule = one_of('schedule', schedule, SCHEDULES, 'a function of progress')
+    schedule = one_of('schedule', schedule, SCHEDULES, 'or a function of progress')
     if isinstance(schedule, type): schedule = schedule()
     for progress in (i / 20 for i in range(21)):
         due = schedule(progress)

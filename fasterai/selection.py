@@ -14,7 +14,7 @@ CHUNK = 1 << 19  # weights that are looked at together: few enough for a process
 SAMPLE = 1 << 16  # groups that are all ranked; of more, a sample is, and what lies about the cut
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     "One layer, as those see it who select: groups with a score and a cost each, in the order of their position."
     name: str

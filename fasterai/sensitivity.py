@@ -160,7 +160,7 @@ def sensitivity(
                     values.setdefault(name, {})[level] = float(metric(model))
                 finally: restore()
         except KeyboardInterrupt: pass
-    return Sensitivity(values, {n: sparsifier.layers[n].mask.numel() for n in names}, dense, getattr(metric, '__name__', 'metric'),
+    return Sensitivity(values, {n: sparsifier.layers[n].weight.numel() for n in names}, dense, getattr(metric, '__name__', 'metric'),
                        True if higher_is_better is None else higher_is_better)
 
 

@@ -165,8 +165,7 @@ def test_a_name_or_an_object(make_learner):
 
 
 def test_what_one_sees_of_a_callback():
-    assert repr(SparsifyCallback(90)) == ("SparsifyCallback(sparsity=90, granularity='weight', context='global', criteria='magnitude', "
-                                          'schedule=gradual(start=0.1, end=0.75))')
+    assert repr(SparsifyCallback(90)) == 'SparsifyCallback(sparsity=90, schedule=gradual(start=0.1, end=0.75))'
     with pytest.raises(ValueError, match='plot_sparsity: there is nothing to draw before'): SparsifyCallback(90).plot_sparsity()
     with pytest.raises(ValueError, match='sparsifier: there is none before the first fit'): SparsifyCallback(90).sparsifier
 

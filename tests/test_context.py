@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasterai.context import CONTEXTS, erk_densities, pattern, read_context
+from fasterai.allocation import erk_densities
+from fasterai.context import CONTEXTS, read_context
+from fasterai.pattern import pattern
 from fasterai.selection import Part
 
 INF = torch.inf
@@ -201,6 +203,6 @@ def test_half_a_pattern_is_half_of_its_zeros():
 
 
 @pytest.mark.parametrize('name, says', [('4:2', "got '4:2', allowed is 'n:m' with n from 1 and smaller"), ('0:4', "got '0:4'"), ('2:2', "got '2:2'"),
-                                        ('2-4', "got '2-4', allowed is one of local, global, erk, .* or a pattern as '2:4'"), ('erc', "did you mean 'erk'")])
+                                        ('2-4', "got '2-4', allowed is one of local, global, erk, .* a pattern as '2:4', or a function"), ('erc', "did you mean 'erk'")])
 def test_what_is_no_context_is_refused(name, says):
     with pytest.raises(ValueError, match=says): read_context(name)

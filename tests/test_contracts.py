@@ -81,10 +81,12 @@ def check(sparsifier, sparsity, context):
             slack = size * len(job) if context == 'erk' else size / 2  # there each layer for itself
             assert wanted - slack <= found <= round(share * weights) + slack
     for layer in layers:
-        assert torch.equal(layer.weight != 0, layer.mask) and layer.left == int(layer.mask.sum())
-        whole = layer.grouping.count(layer.mask)
+        mask = sparsifier.masks[layer.name]
+        assert torch.equal(layer.weight != 0, mask)
+        assert sparsifier.masks.left(layer.name) == int(mask.sum())
+        whole = layer.grouping.count(mask)
         assert ((whole == 0) | (whole == layer.grouping.sizes)).all()  # groups die whole
-        if share < 1: assert layer.mask.any() or goes_whole(layer, layers) and context not in ('local', 'erk')
+        if share < 1: assert mask.any() or goes_whole(layer, layers) and context not in ('local', 'erk')
 
 
 @thin
@@ -143,15 +145,18 @@ def test_any_shape_and_sparsity(granularity, criteria, context, shape, sparsity,
 def test_masks_only_shrink(granularity, criteria, context):
     model = pair(LAYERS['Conv2d'])
     sparsifier = Sparsifier(model, granularity, context, criteria, layers=['0', '1'])
-    before = {n: layer.mask.clone() for n, layer in sparsifier.layers.items()}
+    before = {n: sparsifier.masks[n].clone() for n in sparsifier.layers}
     for sparsity in (10, 40, 30, 40, 70, 5, 90):
         for p in model.parameters():
             p.data += torch.randn_like(p) * .1  # as an optimiser would, dead weights too
             p.grad = torch.randn_like(p)
         sparsifier.sparsify_model(sparsity)
         for n, layer in sparsifier.layers.items():
-            assert not (layer.mask & ~before[n]).any() and torch.equal(layer.weight != 0, layer.mask) and layer.left == int(layer.mask.sum())
-            before[n] = layer.mask.clone()
+            mask = sparsifier.masks[n]
+            assert not (mask & ~before[n]).any()
+            assert torch.equal(layer.weight != 0, mask)
+            assert sparsifier.masks.left(n) == int(mask.sum())
+            before[n] = mask.clone()
     check(sparsifier, 90, context)
 
 
@@ -191,7 +196,7 @@ def test_training(schedule, granularity, criteria, context, make_learner):
     callback = SparsifyCallback(75, granularity, context, criteria, schedule, layers)
     keys = list(learn.model.state_dict())
     learn.fit(2, lr=.01, cbs=callback)
-    if schedule == 'dense_sparse_dense': assert all(layer.mask.all() for layer in callback.sparsifier.layers.values())  # all may move again
+    if schedule == 'dense_sparse_dense': assert all(callback.sparsifier.masks[n].all() for n in callback.sparsifier.layers)  # all may move again
     else: check(callback.sparsifier, 75, context)
     assert list(learn.model.state_dict()) == keys
     assert learn.recorder.metric_names[-2] == 'sparsity' and learn.recorder.values[-1][-1] == callback.sparsifier.report().sparsity
@@ -204,7 +209,7 @@ def test_zeros_hold_after_every_step(optimizer, granularity, criteria, context, 
         order, seen = 90, []
         def after_step(self):
             super().after_step()
-            self.seen.append(all(torch.equal(layer.weight == 0, ~layer.mask) for layer in self.sparsifier.layers.values()))
+            self.seen.append(all(torch.equal(layer.weight == 0, ~self.sparsifier.masks[n]) for n, layer in self.sparsifier.layers.items()))
     learn = make_learner(convnet(), opt_func=OPTIMIZERS[optimizer])
     Look.seen = []
     learn.fit(2, lr=.01, cbs=Look(75, granularity, context, criteria, 'one_shot', ['0', '3', '8']))

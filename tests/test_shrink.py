@@ -135,7 +135,7 @@ def test_coupled_filters_die_together():
     def dead(m): return (m.weight == 0).flatten(1).all(1)
     for layers in ([model.conv1, model.layer1[0].conv2, model.layer1[1].conv2], [model.layer3[0].downsample[0], *(b.conv2 for b in model.layer3)]):
         assert all(torch.equal(dead(m), dead(layers[0])) for m in layers)
-    largest = max(sum(sparsifier.layers[n].grouping.size for n in names) for names in sparsifier._ties)
+    largest = max(sum(sparsifier.layers[n].grouping.size for n in names) for names in sparsifier.selected.ties)
     report = sparsifier.report()
     assert abs(report.zeros - .4 * report.weights) <= largest / 2
     sparsifier.sparsify_model(60)
@@ -148,7 +148,7 @@ def test_coupled_depthwise_convolutions():
                           nn.ReLU6(), nn.Conv2d(8, 2, 1))
     x = torch.randn(2, 3, 5, 5)
     sparsifier = Sparsifier(block, 'filter', example=x, coupled=True)
-    assert sparsifier._ties == [['0', '3']]
+    assert sparsifier.selected.ties == [['0', '3']]
     sparsifier.sparsify_model(50)
     assert shrink(block, x, verbose=False)[3].groups == 4
 
@@ -237,4 +237,4 @@ def test_sums_that_broadcast_are_not_tied():
     x, model = torch.randn(2, 3, 5, 5), Made(lambda s, x: s.out(s.a(x) + s.b(x)), a=conv(3, 8), b=conv(3, 1), out=conv(8, 2))
     sparsifier = Sparsifier(model, 'filter', 'local', example=x, coupled=True)
     sparsifier.sparsify_model(50)
-    assert sparsifier._ties == [] and same(shrink(model, x, verbose=False), model, x)
+    assert sparsifier.selected.ties == [] and same(shrink(model, x, verbose=False), model, x)

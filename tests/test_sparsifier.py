@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterai import scoring, selection
-from fasterai.context import CONTEXTS, compete
+from fasterai.allocation import fractions
+from fasterai.context import CONTEXTS, ContextInfo, compete
 from fasterai.criteria import elementwise
 from fasterai.granularity import AXES, Grouping, add_layer_type, block
 from fasterai.peers import ALONE
@@ -24,7 +25,7 @@ def zeros(model): return {n: int((p == 0).sum()) for n, p in model.named_paramet
 
 
 def snapshot(sparsifier):
-    return [p.detach().clone() for p in sparsifier.model.parameters()] + [layer.mask.clone() for layer in sparsifier.layers.values()]
+    return [p.detach().clone() for p in sparsifier.model.parameters()] + [sparsifier.masks[n].clone() for n in sparsifier.layers]
 
 
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -98,7 +99,7 @@ def test_zeros_inside_living_groups_count(net):
 
 def test_a_tensor_that_is_all_zero_is_an_initialisation(net):
     nn.init.zeros_(net[8].weight)
-    assert Sparsifier(net).layers['8'].mask.all()
+    assert Sparsifier(net).masks['8'].all()
 
 
 def test_the_sparsity_falls_only_where_regrowth_is_asked_for(net):
@@ -108,7 +109,7 @@ def test_the_sparsity_falls_only_where_regrowth_is_asked_for(net):
     sparsifier.sparsify_model(20)
     assert same(before, snapshot(sparsifier))
     sparsifier.sparsify_model(20, regrow=True)
-    assert sum(int((~layer.mask).sum()) for layer in sparsifier.layers.values()) == round(.2 * 566)
+    assert sum(int((~sparsifier.masks[n]).sum()) for n in sparsifier.layers) == round(.2 * 566)
 
 
 def test_all_or_nothing(net):
@@ -154,7 +155,7 @@ def test_a_random_criterion_is_exact(net):
     sparsifier = Sparsifier(net, criteria=lambda weight: torch.rand_like(weight))
     sparsifier.sparsify_model(50)
     assert sparsifier.report().zeros == 283
-    layers = [layer.mask.flatten()[:54] for layer in sparsifier.layers.values()]
+    layers = [sparsifier.masks[n].flatten()[:54] for n in sparsifier.layers]
     assert not torch.equal(layers[0], layers[1])
 
 
@@ -176,7 +177,7 @@ def test_a_dead_filter_puts_out_zero_behind_its_norm(net, example):
             sparsifier.apply_masks()
         x = torch.randn(8, 1, 8, 8)
         for conv, norm in ((0, 1), (3, 4)):
-            dead = ~sparsifier.layers[str(conv)].mask.flatten(1).any(1)
+            dead = ~sparsifier.masks[str(conv)].flatten(1).any(1)
             x = net[norm](net[conv](x))
             assert int(dead.sum()) == len(dead) // 2
             assert (x[:, dead] == 0).all() and (x[:, ~dead] != 0).any()
@@ -240,7 +241,7 @@ def test_state_dict_round_trip(net, tmp_path):
     assert state['0']['bits'].dtype == torch.uint8 and len(state['0']['bits']) == 7  # 54 weights
     other = Sparsifier(convnet())
     other.load_state_dict(state)
-    assert all(torch.equal(layer.mask, other.layers[n].mask) for n, layer in sparsifier.layers.items()) and other.report().zeros == 396
+    assert all(torch.equal(sparsifier.masks[n], other.masks[n]) for n in sparsifier.layers) and other.report().zeros == 396
 
 
 @pytest.mark.parametrize('spoil, says', [
@@ -334,7 +335,7 @@ def test_a_context_of_ones_own_does_not_free_what_is_gone(net):
     net[3].weight.data[0] = 0
     sparsifier = Sparsifier(net, context=lambda parts, fraction: [torch.ones_like(p.alive) for p in parts])
     sparsifier.sparsify_model(50)
-    assert not sparsifier.layers['3'].mask[0].any() and sparsifier.layers['3'].mask[1:].all()
+    assert not sparsifier.masks['3'][0].any() and sparsifier.masks['3'][1:].all()
 
 
 def test_a_criterion_that_works_in_place_does_not_reach_the_model(net):
@@ -382,7 +383,7 @@ def test_allocations_reach_the_sparsity_of_all(context):
         assert sparsifier.report().zeros == round(sparsity / 100 * sparsifier.report().weights)
     if context == 'uniform_plus': assert [r.zeros for r in sparsifier.report().rows][0] == 0
     sparsifier.sparsify_model(70, share=.2, regrow=True)
-    masks = [layer.mask for layer in sparsifier.layers.values()]
+    masks = [sparsifier.masks[n] for n in sparsifier.layers]
     assert sum(int((~m).sum()) for m in masks) == round(.14 * sum(m.numel() for m in masks))
 
 
@@ -514,7 +515,8 @@ def test_sparse_gradients(kind):
 
 def test_what_means_a_layer_outright_goes_first(net):
     for sparsity in ({'*': 50, '8': 90}, {'*': 50, net[8]: 90}, {nn.Linear: 50, net[8].weight: 90}):
-        assert Sparsifier(net, layers=[nn.Linear, nn.Conv2d]).fractions(sparsity)['8'] == Fraction(9, 10)
+        sparsifier = Sparsifier(net, layers=[nn.Linear, nn.Conv2d])
+        assert fractions(sparsity, sparsifier.rules, sparsifier.selected)['8'] == Fraction(9, 10)
     for choice, says in (('1.bias', "means only '1.bias', and that is not chosen"), ('6', 'means none of the layers')):
         with pytest.raises(ValueError, match=says): Sparsifier(net).sparsify_model({choice: 50})
 
@@ -563,7 +565,7 @@ def test_a_context_of_ones_own_gets_a_copy(net):
         raise RuntimeError('mine')
     sparsifier = Sparsifier(net, context=spoils)
     with pytest.raises(RuntimeError, match='mine'): sparsifier.sparsify_model(50)
-    assert all(layer.mask.all() for layer in sparsifier.layers.values())
+    assert all(sparsifier.masks[n].all() for n in sparsifier.layers)
 
 
 def test_a_layer_that_is_gone_beside_one_with_scattered_zeros():
@@ -578,7 +580,7 @@ def test_a_layer_that_is_gone_beside_one_with_scattered_zeros():
     sparsifier.sparsify_layer('0', 100)
     sparsifier.load_state_dict(sparsifier.state_dict())
     sparsifier.sparsify_model(75)
-    assert not net[0].weight.any() and sparsifier.layers['1'].left == int(sparsifier.layers['1'].mask.sum()) < 40
+    assert not net[0].weight.any() and sparsifier.masks.left('1') == int(sparsifier.masks['1'].sum()) < 40
 
 
 def test_what_a_context_of_ones_own_changes_is_counted(monkeypatch):
@@ -586,10 +588,10 @@ def test_what_a_context_of_ones_own_changes_is_counted(monkeypatch):
         keeps = [keep.clone() for keep in compete(parts, fraction)]
         keeps[0][:] = True
         return keeps
-    monkeypatch.setitem(CONTEXTS, 'mine', mine)
+    monkeypatch.setitem(CONTEXTS, 'mine', ContextInfo(mine))
     sparsifier = Sparsifier(nn.Sequential(nn.Linear(8, 8)), context='mine')
     sparsifier.sparsify_model(90)
-    assert sparsifier.layers['0'].left == 64
+    assert sparsifier.masks.left('0') == 64
 
 
 def test_an_elementwise_criterion_of_ones_own_gets_arrays():
@@ -645,7 +647,7 @@ def test_away_from_the_host_the_same_goes(granularity, context, regrow, monkeypa
         with torch.no_grad(): net[2].weight[torch.rand_like(net[2].weight) < .02] = 0
         sparsifier = Sparsifier(net, granularity, context)
         for sparsity in (30, 70, 50): sparsifier.sparsify_model(sparsity, regrow=regrow)
-        return [layer.mask for layer in sparsifier.layers.values()]
+        return [sparsifier.masks[n] for n in sparsifier.layers]
     here = masks()
     monkeypatch.setattr(ALONE, 'on_host', lambda tensor: False)
     monkeypatch.setattr(selection, 'SAMPLE', 50)

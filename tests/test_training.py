@@ -417,7 +417,7 @@ def test_optimisers(make_learner, name, granularity):
     learn = make_learner(opt_func=OPTIMIZERS[name])
     learn.fit(1, .01)  # it has a memory when the pruning begins
     callback = SparsifyCallback(80, granularity, 'local', schedule=linear(0, 1))
-    look = Each(lambda learn: (all(torch.equal(layer.weight == 0, ~layer.mask) for layer in callback.sparsifier.layers.values()), dead_memory(learn)))
+    look = Each(lambda learn: (all(torch.equal(layer.weight == 0, ~callback.sparsifier.masks[n]) for n, layer in callback.sparsifier.layers.items()), dead_memory(learn)))
     learn.fit(3, .01, cbs=[callback, look])
     assert look.seen == [(True, 0.)] * 12 and zeros(learn.model) > 300
     before, look = zeros(learn.model), Each(lambda learn: (zeros(learn.model), dead_memory(learn)))
@@ -609,7 +609,7 @@ def test_a_dead_filter_stays_dead_behind_its_norm(make_learner, name):
 def test_a_norm_behind_a_sum_is_left_alone_where_something_lives(make_learner):
     learn, callback = make_learner(PreActivation()), SparsifyCallback(50, 'filter', 'local')
     learn.fit(2, cbs=callback)
-    dead = {n: callback.sparsifier.layers[n].mask.flatten(1).sum(1) == 0 for n in ('stem', 'conv')}
+    dead = {n: callback.sparsifier.masks[n].flatten(1).sum(1) == 0 for n in ('stem', 'conv')}
     assert torch.equal(learn.model.norm2.weight == 0, dead['stem'] & dead['conv'])
 
 
@@ -676,10 +676,11 @@ def test_a_plain_loop(kind, granularity):
         sparsifier.sparsify_model(10 * i)
         step()
         before = sparsifier.report().zeros
-        for layer in sparsifier.layers.values():
-            assert torch.equal(layer.weight == 0, ~layer.mask)
+        for name, layer in sparsifier.layers.items():
+            mask = sparsifier.masks[name]
+            assert torch.equal(layer.weight == 0, ~mask)
             for memory in optimizer.state[layer.weight].values():
-                if getattr(memory, 'shape', None) == layer.weight.shape: assert (memory[~layer.mask] == 0).all()
+                if getattr(memory, 'shape', None) == layer.weight.shape: assert (memory[~mask] == 0).all()
     sparsifier.detach()
     with torch.no_grad(): model[3].weight += 1
     step()

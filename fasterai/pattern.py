@@ -1,0 +1,71 @@
+"n:m: of every m weights that follow each other along the input axis n stay."
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from fasterai.peers import ALONE
+from fasterai.selection import Lowest
+
+
+@dataclass(frozen=True)
+class pattern:
+    """n of every m weights that follow each other along the input axis stay; of the r at the end that do not fill up m, r·n/m rounded up.
+
+    Each layer for itself. While less than the pattern is due, the lowest of those that it will take are gone."""
+    n: int
+    m: int
+
+    def __post_init__(self):
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"context: got '{self.n}:{self.m}', allowed is 'n:m' with n from 1 and smaller than m, as '2:4'")
+
+    @property
+    def sparsity(self) -> Fraction: return 1 - Fraction(self.n, self.m)
+
+    def __call__(self, parts, fraction): return [self._one(part, fraction / self.sparsity) for part in parts]
+
+    def _one(self, part, share):
+        "The keep mask of one layer, where a share of the pattern is due."
+        scores = np.where(part.alive.cpu().numpy(), part.all_scores(), -np.inf)
+        keep = torch.from_numpy(self._lines(scores, part)).to(part.alive.device) & part.alive
+        if share >= 1: return keep
+        due = round(share * (part.weights - ALONE.count(keep))) - part.gone
+        if due <= 0: return part.alive
+        order = Lowest([replace(part, alive=part.alive & ~keep)])
+        (rest, _), = order.remove(order.cut(due))
+        return keep | rest
+
+    def _lines(self, scores, part):
+        "The pattern over a whole layer: each is ranked among its m; ties fall by position."
+        sizes, at = tuple(part.axes.values()), list(part.axes).index('I')
+        lines = np.moveaxis(scores.reshape(sizes), at, 0)  # (I, …)
+        keep = np.empty(lines.shape, bool)
+        for start in range(0, len(lines), self.m):
+            group = lines[start:start + self.m]
+            stay = -(-len(group) * self.n // self.m)
+            keep[start:start + self.m] = _ranks(group) >= len(group) - stay
+        return np.ascontiguousarray(np.moveaxis(keep, 0, at)).reshape(-1)
+
+    def __repr__(self): return f"'{self.n}:{self.m}'"
+
+
+def _ranks(group):
+    "How many of a line go before each entry: compared two by two, which is faster than a sort of so few."
+    before = np.zeros(group.shape, np.int16)
+    for i in range(len(group)):
+        for j in range(i):
+            first = group[j] <= group[i]
+            before[i] += first
+            before[j] += ~first
+    return before
+
+
+def read_pattern(
+    text: str,  # as '2:4'
+) -> pattern | None:  # None where it is none
+    "The pattern that is meant."
+    if not re.fullmatch(r'\d+:\d+', text): return None
+    return pattern(*map(int, text.split(':')))
