@@ -1,0 +1,414 @@
+"What does an operation make of a channel that is all zero? One row of `OPERATIONS` for each operation."
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    "A tensor on its way through the network."
+    op: str = 'other'
+    inputs: tuple = ()  # of `Node`
+    makers: frozenset = frozenset()  # ids of the weights whose output reaches it without passing another layer
+    axis: int | None = None  # where the channels are; None where that is not known, and then nothing is said of them
+    ndim: int | None = None  # how many axes
+    length: int | None = None  # how many channels, None if unknown
+    repeat: int = 1  # entries a channel becomes when it is flattened
+    weight: nn.Parameter | None = None  # of the layer
+    bias: object = None  # what the layer adds: None, a parameter, or some tensor
+    norm: nn.Module | None = None  # the BatchNorm
+    reads: frozenset = frozenset()  # ids of the weights that are read here
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    "One call of an operation: all that a rule may look at."
+    name: str  # of the function, method or module, as it is spelled there
+    args: tuple
+    kwargs: dict
+    node_of: Callable  # from an argument to its `Node`, or None
+    norms: dict  # id of a tensor: the BatchNorm that owns it
+    shapes: dict = field(default_factory=dict)  # id of an argument: its shape before the call, where that is known
+    after: tuple | None = None  # shape of the result, None where it is unknown or the result is a scalar
+
+    def argument(self,
+        i: int,  # its position
+        key: str,  # its name
+        default=None,  # what it is where it is not given
+    ):
+        "Return an argument that is given by position or by name."
+        return argument(self.args, self.kwargs, i, key, default)
+
+    def node(self, i, key):
+        "Return the node of an argument, or None."
+        return self.node_of(self.argument(i, key))
+
+    @cached_property
+    def leaves(self) -> list:
+        "All arguments, those in lists too."
+        return tree_leaves((self.args, self.kwargs))
+
+    @cached_property
+    def inputs(self) -> tuple:  # of `Node`
+        "The nodes of all arguments that have one."
+        nodes = [self.node_of(leaf) for leaf in self.leaves]
+        return tuple(n for n in nodes if n is not None)
+
+    @property
+    def makers(self) -> frozenset:
+        "The makers of all inputs."
+        return frozenset().union(*(n.makers for n in self.inputs))
+
+    @property
+    def reads(self) -> frozenset:
+        "The ids of the weights among the arguments."
+        return frozenset(id(p) for p in self.leaves if isinstance(p, nn.Parameter) and p.ndim > 1)
+
+    @property
+    def layer(self):
+        "The arguments of a layer, None if none is called."
+        return layer_call(self.name, self.args, self.kwargs)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        "The BatchNorm that owns one of the arguments."
+        return next((self.norms[id(leaf)] for leaf in self.leaves if id(leaf) in self.norms), None)
+
+    @property
+    def before(self) -> tuple | None:
+        "The shape of the first argument before the call, None if unknown."
+        return self.shapes.get(id(self.argument(0, 'input')))
+
+
+class LayerCall(NamedTuple):
+    "The arguments of a call of a layer."
+    input: object
+    weight: nn.Parameter
+    bias: object  # None, a parameter, or some tensor
+
+
+def layer_call(
+    name: str,  # of what is called, as 'conv2d' or 'Conv2d'
+    args: tuple,
+    kwargs: dict,
+) -> LayerCall | None:
+    "Return the arguments of a layer that has its weight as a parameter; None for other calls."
+    if plain(name) not in LAYERS: return None
+    weight = argument(args, kwargs, 1, 'weight')
+    if not isinstance(weight, nn.Parameter): return None
+    return LayerCall(argument(args, kwargs, 0, 'input'), weight, argument(args, kwargs, 2, 'bias'))
+
+
+def argument(args, kwargs, i, key, default=None):
+    "Return an argument that is given by position or by name."
+    return args[i] if len(args) > i else kwargs.get(key, default)
+
+
+def plain(name):
+    "Return the name of an operation in lower case without underscores."
+    return name.lower().replace('_', '')
+
+
+def in_place(
+    name: str,  # as it is spelled in the code
+) -> bool:
+    "Tell whether an operation changes its first argument."
+    method = name.endswith('_') and not name.endswith('__')
+    return method or name in IN_PLACE
+
+
+def follow(call: Call) -> Node:
+    "Return the node of a call's result."
+    rule = OPERATIONS.get(plain(call.name), other)
+    return rule(call) or other(call)
+
+
+# Rules: from a call to its node, or None where nothing can be said of the channels
+
+def follows_channels(rule):
+    "Make a rule of a function of the call and its first argument's node, where the channels of that are known."
+    @wraps(rule)
+    def asked(call):
+        x = call.node(0, 'input')
+        if x is None or x.axis is None: return None
+        return rule(call, x)
+    return asked
+
+
+def other(call):
+    "Follow no channels, but who made them."
+    return _unknown(call, call.makers | call.reads)
+
+
+def own_weights(call):
+    "Follow a layer whose channels are not followed: it makes its output of its own weights."
+    return _unknown(call, call.reads)
+
+
+def matrix_product(call):
+    "Follow a matrix product: it is a layer where one of its factors is a weight."
+    return _unknown(call, call.reads or call.makers)
+
+
+def linear(call):
+    "Follow a linear layer: its channels are on the last axis."
+    layer = call.layer
+    if layer is None: return None
+    if call.after: return _layer(call, layer, len(call.after) - 1, len(call.after), call.after[-1])
+    x = call.node_of(layer.input)
+    if x is None or x.ndim is None: return _layer(call, layer, None, None, len(layer.weight))
+    return _layer(call, layer, x.ndim - 1, x.ndim, len(layer.weight))
+
+
+def convolution(call):
+    "Follow a convolution: its channels are before the axes of space."
+    layer = call.layer
+    if layer is None: return None
+    return _convolution(call, layer, len(layer.weight))
+
+
+def transposed_convolution(call):
+    "Follow a transposed convolution: its weight alone does not say how many channels it makes."
+    layer = call.layer
+    if layer is None: return None
+    return _convolution(call, layer, None)
+
+
+def cat(call):
+    "Follow a concatenation of channels."
+    parts = tuple(map(call.node_of, call.argument(0, 'tensors')))
+    if None in parts or None in {p.ndim for p in parts}: return None
+    first, dim = parts[0], call.argument(1, 'dim', 0)
+    if {p.axis for p in parts} != {dim % first.ndim}: return None
+    lengths = [p.length for p in parts]
+    length = None if None in lengths else sum(lengths)
+    return Node('cat', parts, call.makers, first.axis, first.ndim, length)
+
+
+@follows_channels
+def batch_norm(call, x):
+    "Follow a BatchNorm: a channel that is zero is zero behind it, if its shift is zeroed too."
+    norm = call.norm
+    if norm is None or x.axis != 1: return None
+    return Node('norm', (x,), call.makers, 1, x.ndim, norm.num_features, norm=norm)
+
+
+@follows_channels
+def keeps_zeros(call, x):
+    "Follow what makes a zero of a zero, entry by entry."
+    return _same(call, x)
+
+
+@follows_channels
+def hardtanh(call, x):
+    "Follow a clamp: zero stays zero where it lies between the bounds."
+    low, high = call.argument(1, 'min_val', -1.), call.argument(2, 'max_val', 1.)
+    if not low <= 0 <= high: return None
+    return _same(call, x)
+
+
+def over_space(
+    most: int,  # over so many of the last axes at most
+) -> Callable:
+    "Return the rule for pools and the like: zero stays zero where they leave the channels' axis alone."
+    @follows_channels
+    def rule(call, x):
+        if x.axis != 1: return None
+        axes = min(most, x.ndim - 2)
+        if x.axis >= x.ndim - axes: return None
+        return _same(call, x)
+    return rule
+
+
+@follows_channels
+def reshape(call, x):
+    "Follow a view that keeps the channels, or flattens them with all axes behind."
+    before, after, axis = call.before, call.after, x.axis
+    if not after or after[:axis] != before[:axis]: return None
+    kept = _same(call, x, ndim=len(after))
+    if after[axis:axis + 1] == before[axis:axis + 1]: return kept
+    repeat = prod(before[axis + 1:])
+    length = before[axis] * repeat
+    if after[axis:] != (length,): return None
+    return replace(kept, length=length, repeat=repeat)
+
+
+@follows_channels
+def flatten(call, x):
+    "Follow a flattening: without shapes, one from the channels on is taken to keep them."
+    if call.after: return reshape(call)
+    if x.axis != 1 or call.argument(1, 'start_dim', 0) != 1: return None
+    return _same(call, x, ndim=2)  # a norm behind checks the length
+
+
+@follows_channels
+def reduction(call, x):
+    "Follow a sum, mean or maximum over axes behind the channels."
+    dims = call.argument(1, 'dim')
+    if not isinstance(dims, (tuple, list)): dims = (dims,)
+    if not all(isinstance(d, int) and d % x.ndim > x.axis for d in dims): return None
+    if call.argument(2, 'keepdim', False): return _same(call, x)
+    return _same(call, x, ndim=x.ndim - len(dims))
+
+
+@follows_channels
+def addition(call, x):
+    "Follow a sum or difference: it is zero where both are."
+    second = call.node(1, 'other')
+    if not _aligned(x, second): return None
+    return Node('both', (x, second), call.makers, x.axis, x.ndim, x.length)
+
+
+@follows_channels
+def multiplication(call, x):
+    "Follow a product: it is zero where either is, as long as the first is not broadcast."
+    second = call.node(1, 'other')
+    if not _keeps_shape(call, x): return None
+    factors = (x, second) if _aligned(x, second) else (x,)
+    return Node('either', factors, call.makers, x.axis, x.ndim, x.length)
+
+
+# Parts of rules
+
+def _unknown(call, makers):
+    ndim = len(call.after) if call.after else None
+    return Node(inputs=call.inputs, makers=makers, reads=call.reads, ndim=ndim)
+
+
+def _layer(call, layer, axis, ndim, length):
+    makers = frozenset([id(layer.weight)])
+    return Node('layer', call.inputs, makers, axis, ndim, length,
+                weight=layer.weight, bias=layer.bias, reads=call.reads)
+
+
+def _convolution(call, layer, length):
+    "The node of a convolution; `length` is what holds without shapes."
+    ndim = layer.weight.ndim
+    if not call.after: return _layer(call, layer, 1, ndim, length)
+    axis = len(call.after) - ndim + 1  # 0 where there is no axis for the batch
+    return _layer(call, layer, axis, len(call.after), call.after[axis])
+
+
+def _same(call, x, ndim=None):
+    return Node('same', (x,), call.makers, x.axis, x.ndim if ndim is None else ndim, x.length)
+
+
+def _aligned(x, second):
+    "Tell whether the channels of two nodes meet one by one."
+    return second is not None and (second.axis, second.ndim) == (x.axis, x.ndim)
+
+
+def _keeps_shape(call, x):
+    "Tell whether the first factor has the shape of the product; without shapes, whether that is likely enough."
+    if call.after: return call.after == call.before
+    return x.ndim >= 4 or isinstance(call.argument(1, 'other'), (int, float))
+
+
+# The table: names in lower case without underscores, of functions, methods and modules alike
+
+def _rows(names, rule): return dict.fromkeys(names.split(), rule)
+
+
+LAYERS = {
+    **_rows('linear', linear),
+    **_rows('conv1d conv2d conv3d', convolution),
+    **_rows('convtranspose1d convtranspose2d convtranspose3d', transposed_convolution),
+}
+
+OPERATIONS = LAYERS | {
+    **_rows('embedding embeddingbag bilinear multiheadattention multiheadattentionforward', own_weights),
+    **_rows('lstm gru rnn rnntanh rnnrelu lstmcell grucell rnncell rnntanhcell rnnrelucell', own_weights),
+    **_rows('matmul rmatmul mm bmm addmm baddbmm einsum', matrix_product),
+    **_rows('cat', cat),
+    **_rows('batchnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm', batch_norm),
+    **_rows('relu relu6 leakyrelu prelu rrelu elu selu celu gelu silu mish hardswish', keeps_zeros),
+    **_rows('tanh softsign hardshrink softshrink tanhshrink abs neg', keeps_zeros),
+    **_rows('dropout dropout1d dropout2d dropout3d featuredropout', keeps_zeros),
+    **_rows('identity contiguous clone to float half', keeps_zeros),
+    **_rows('hardtanh', hardtanh),
+    **_rows('maxpool1d avgpool1d adaptivemaxpool1d adaptiveavgpool1d', over_space(1)),
+    **_rows('maxpool2d avgpool2d adaptivemaxpool2d adaptiveavgpool2d', over_space(2)),
+    **_rows('maxpool3d avgpool3d adaptivemaxpool3d adaptiveavgpool3d', over_space(3)),
+    **_rows('interpolate upsample', over_space(3)),
+    **_rows('view reshape', reshape),
+    **_rows('flatten', flatten),
+    **_rows('mean sum amax', reduction),
+    **_rows('add iadd sub isub', addition),
+    **_rows('mul imul multiply', multiplication),
+}
+
+# Names as they are spelled in the code, of what changes its first argument without an underscore at the end
+
+IN_PLACE = frozenset({'setitem', 'iadd', 'isub', 'imul', '__setitem__', '__iadd__', '__isub__', '__imul__'})
+
+# By type of module, the attributes that its rule asks for as arguments
+
+SETTINGS = {'Flatten': ('start_dim',), 'Hardtanh': ('min_val', 'max_val')}
+
+
+# Which channels of a node are zero, from those of its inputs: bool (channels,), or None where nothing is known
+
+def quiet_channels(
+    node: Node,
+    inputs: list,  # for each of its inputs bool (channels,), None if unknown
+    dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
+    biases: set,  # ids of the biases that are zero with it
+) -> np.ndarray | None:  # bool (channels,)
+    "Which channels of `node` are zero whatever comes in; None if nothing is known."
+    if node.op == 'layer': return _quiet_filters(node, dead, biases)
+    rule = QUIET.get(node.op)
+    if rule is None: return None
+    return rule(node, inputs)
+
+
+def _quiet_filters(node, dead, biases):
+    if node.bias is not None and id(node.bias) not in biases: return None
+    return dead.get(id(node.weight))
+
+
+def _quiet_same(node, inputs):
+    [value] = inputs
+    if value is None or node.repeat == 1: return value
+    return value.repeat(node.repeat)
+
+
+def _quiet_norm(node, inputs):
+    [value] = inputs
+    if value is None or len(value) != node.length: return None
+    return value
+
+
+def _quiet_cat(node, inputs):
+    parts = []
+    for part, value in zip(node.inputs, inputs):
+        if value is None and part.length is None: return None
+        parts.append(np.zeros(part.length, bool) if value is None else value)
+    return np.concatenate(parts)
+
+
+def _quiet_both(node, inputs):
+    a, b = inputs
+    if a is None or b is None or len(a) != len(b): return None
+    return a & b
+
+
+def _quiet_either(node, inputs):
+    known = [v for v in inputs if v is not None]
+    if len({len(v) for v in known}) != 1: return None
+    return np.any(known, axis=0)
+
+
+QUIET = {
+    'same': _quiet_same,
+    'norm': _quiet_norm,
+    'cat': _quiet_cat,
+    'both': _quiet_both,
+    'either': _quiet_either,
+}
