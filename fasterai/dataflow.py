@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place, quiet_channels
+from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place, zero_channels
 
 
 class Flow:
@@ -24,9 +24,9 @@ class Flow:
         self.ran = frozenset().union(*(n.reads for n in tape))  # ids of the weights that took part
         if None in outputs or not outputs: outputs = [*outputs, *_unread(tape)]  # each may be an output
         known = [n for n in outputs if n is not None]
-        self.makers = frozenset().union(*(n.makers for n in known))  # ids of the weights that make the network's output
+        self.output_weights = frozenset().union(*(n.sources for n in known))  # ids of the weights that make the network's output
 
-    def silenced(self,
+    def zero_channels(self,
         dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
         biases: set,  # ids of the biases that are zero with it
     ) -> dict:  # BatchNorm: bool (channels,), for those with any
@@ -34,34 +34,34 @@ class Flow:
         if not self.sure: return {}
         dead = {i: d.numpy() for i, d in dead.items()}  # of few entries, with which numpy is ten times faster
         scales = {n: _scale(n.norm) for n in self.tape if n.op == 'norm'}
-        quiet = {scale: np.ones(n.length, bool) for n, scale in scales.items()}
+        zero = {scale: np.ones(n.length, bool) for n, scale in scales.items()}
         while True:  # a norm is silent only where all its uses are, on which in turn what follows it depends
-            before = quiet
-            quiet = self._still_quiet(before, scales, dead, biases)
-            if all(np.array_equal(before[k], quiet[k]) for k in quiet): break
-        return {n.norm: torch.from_numpy(quiet[scale]) for n, scale in scales.items() if quiet[scale].any()}
+            before = zero
+            zero = self._narrowed(before, scales, dead, biases)
+            if all(np.array_equal(before[k], zero[k]) for k in zero): break
+        return {n.norm: torch.from_numpy(zero[scale]) for n, scale in scales.items() if zero[scale].any()}
 
-    def _still_quiet(self, quiet, scales, dead, biases):
-        "What is silent at all uses of each norm, if no more than `quiet` is silent behind them."
+    def _narrowed(self, zero, scales, dead, biases):
+        "What is silent at all uses of each norm, if no more than `zero` is zero behind them."
         values = {}
         for node in self.tape:
-            value = quiet_channels(node, [values.get(i) for i in node.inputs], dead, biases)
-            if value is not None and node in scales: value = value & quiet[scales[node]]
+            value = zero_channels(node, [values.get(i) for i in node.inputs], dead, biases)
+            if value is not None and node in scales: value = value & zero[scales[node]]
             values[node] = value
-        quiet = dict(quiet)
+        zero = dict(zero)
         for node, scale in scales.items():
             value = values[node]
-            quiet[scale] = quiet[scale] & (False if value is None else value)
-        return quiet
+            zero[scale] = zero[scale] & (False if value is None else value)
+        return zero
 
     def tied(self) -> list:  # of sets of ids of weights
         "Layers whose n-th output channels meet: in a sum, or in a depthwise convolution, which reads each by itself."
-        sources, sets = {}, []
+        behind, sets = {}, []
         for node in self.tape:
-            before = [sources.get(i) for i in node.inputs]
-            sources[node] = _sources(node, before)
-            if node.op == 'both' and sources[node]: sets = _tie(sets, sources[node])
-            if _depthwise(node) and before[0]: sets = _tie(sets, sources[node] | before[0])
+            before = [behind.get(i) for i in node.inputs]
+            behind[node] = _layers_behind(node, before)
+            if node.op == 'addition' and behind[node]: sets = _tie(sets, behind[node])
+            if _depthwise(node) and before[0]: sets = _tie(sets, behind[node] | before[0])
         return [s for s in sets if len(s) > 1]
 
 
@@ -75,12 +75,12 @@ def _scale(norm):
     return norm if norm.weight is None else id(norm.weight)
 
 
-def _sources(node, before):
+def _layers_behind(node, before):
     "The layers whose n-th channel is in the n-th channel of a node, from those of its inputs; None if there are none."
     if node.op == 'layer': return frozenset([id(node.weight)])
-    if node.op in ('same', 'norm') and node.repeat == 1: return before[0]
-    if node.op == 'either': return before[0]
-    if node.op == 'both' and all(before) and _same_length(node): return before[0] | before[1]
+    if node.op in ('keeps_zeros', 'norm') and node.repeat == 1: return before[0]
+    if node.op == 'multiplication': return before[0]
+    if node.op == 'addition' and all(before) and _same_length(node): return before[0] | before[1]
     return None
 
 
@@ -143,12 +143,12 @@ class _Watcher(TorchFunctionMode):
         results = _results(func.__name__, args, out)
         if results:
             after = results[0].shape if len(results) == 1 else None
-            self._note(Call(func.__name__, args, kwargs, self.node_of, self.norms, shapes, after), results)
+            self._record(Call(func.__name__, args, kwargs, self.node_of, self.norms, shapes, after), results)
         return out
 
     def node_of(self, x): return self.nodes.get(x) if isinstance(x, torch.Tensor) else None
 
-    def _note(self, call, results):
+    def _record(self, call, results):
         node = follow(call)
         self.tape.append(node)
         if in_place(call.name): self._change(results[0], node)
@@ -159,7 +159,7 @@ class _Watcher(TorchFunctionMode):
         memory = _memory(tensor)
         for t in [t for t in self.nodes.keys() if _memory(t) == memory]:
             before = self.nodes[t]
-            self.nodes[t] = Node(inputs=(node, before), makers=node.makers | before.makers, ndim=t.ndim)
+            self.nodes[t] = Node(inputs=(node, before), sources=node.sources | before.sources, ndim=t.ndim)
 
 
 def _results(name, args, out):
@@ -190,7 +190,7 @@ def trace(model: nn.Module) -> Flow:
         nodes[step] = node
         if in_place(name):
             nodes[step.args[0]] = node
-            sure = sure and node.op == 'same'
+            sure = sure and node.op == 'keeps_zeros'
     return Flow(tape, outputs, sure)
 
 

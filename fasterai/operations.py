@@ -16,7 +16,7 @@ class Node:
     "A tensor on its way through the network."
     op: str = 'other'
     inputs: tuple = ()  # of `Node`
-    makers: frozenset = frozenset()  # ids of the weights whose output reaches it without passing another layer
+    sources: frozenset = frozenset()  # ids of the weights whose output reaches it without passing another layer
     axis: int | None = None  # where the channels are; None where that is not known, and then nothing is said of them
     ndim: int | None = None  # how many axes
     length: int | None = None  # how many channels, None if unknown
@@ -62,9 +62,9 @@ class Call:
         return tuple(n for n in nodes if n is not None)
 
     @property
-    def makers(self) -> frozenset:
-        "The makers of all inputs."
-        return frozenset().union(*(n.makers for n in self.inputs))
+    def sources(self) -> frozenset:
+        "The sources of all inputs."
+        return frozenset().union(*(n.sources for n in self.inputs))
 
     @property
     def reads(self) -> frozenset:
@@ -144,7 +144,7 @@ def follows_channels(rule):
 
 def other(call):
     "Follow no channels, but who made them."
-    return _unknown(call, call.makers | call.reads)
+    return _unknown(call, call.sources | call.reads)
 
 
 def own_weights(call):
@@ -154,7 +154,7 @@ def own_weights(call):
 
 def matrix_product(call):
     "Follow a matrix product: it is a layer where one of its factors is a weight."
-    return _unknown(call, call.reads or call.makers)
+    return _unknown(call, call.reads or call.sources)
 
 
 def linear(call):
@@ -189,7 +189,7 @@ def cat(call):
     if {p.axis for p in parts} != {dim % first.ndim}: return None
     lengths = [p.length for p in parts]
     length = None if None in lengths else sum(lengths)
-    return Node('cat', parts, call.makers, first.axis, first.ndim, length)
+    return Node('cat', parts, call.sources, first.axis, first.ndim, length)
 
 
 @follows_channels
@@ -197,13 +197,13 @@ def batch_norm(call, x):
     "Follow a BatchNorm: a channel that is zero is zero behind it, if its shift is zeroed too."
     norm = call.norm
     if norm is None or x.axis != 1: return None
-    return Node('norm', (x,), call.makers, 1, x.ndim, norm.num_features, norm=norm)
+    return Node('norm', (x,), call.sources, 1, x.ndim, norm.num_features, norm=norm)
 
 
 @follows_channels
 def keeps_zeros(call, x):
     "Follow what makes a zero of a zero, entry by entry."
-    return _same(call, x)
+    return _kept(call, x)
 
 
 @follows_channels
@@ -211,7 +211,7 @@ def hardtanh(call, x):
     "Follow a clamp: zero stays zero where it lies between the bounds."
     low, high = call.argument(1, 'min_val', -1.), call.argument(2, 'max_val', 1.)
     if not low <= 0 <= high: return None
-    return _same(call, x)
+    return _kept(call, x)
 
 
 def over_space(
@@ -223,7 +223,7 @@ def over_space(
         if x.axis != 1: return None
         axes = min(most, x.ndim - 2)
         if x.axis >= x.ndim - axes: return None
-        return _same(call, x)
+        return _kept(call, x)
     return rule
 
 
@@ -232,12 +232,12 @@ def reshape(call, x):
     "Follow a view that keeps the channels, or flattens them with all axes behind."
     before, after, axis = call.before, call.after, x.axis
     if not after or after[:axis] != before[:axis]: return None
-    kept = _same(call, x, ndim=len(after))
-    if after[axis:axis + 1] == before[axis:axis + 1]: return kept
+    node = _kept(call, x, ndim=len(after))
+    if after[axis:axis + 1] == before[axis:axis + 1]: return node
     repeat = prod(before[axis + 1:])
     length = before[axis] * repeat
     if after[axis:] != (length,): return None
-    return replace(kept, length=length, repeat=repeat)
+    return replace(node, length=length, repeat=repeat)
 
 
 @follows_channels
@@ -245,7 +245,7 @@ def flatten(call, x):
     "Follow a flattening: without shapes, one from the channels on is taken to keep them."
     if call.after: return reshape(call)
     if x.axis != 1 or call.argument(1, 'start_dim', 0) != 1: return None
-    return _same(call, x, ndim=2)  # a norm behind checks the length
+    return _kept(call, x, ndim=2)  # a norm behind checks the length
 
 
 @follows_channels
@@ -254,8 +254,8 @@ def reduction(call, x):
     dims = call.argument(1, 'dim')
     if not isinstance(dims, (tuple, list)): dims = (dims,)
     if not all(isinstance(d, int) and d % x.ndim > x.axis for d in dims): return None
-    if call.argument(2, 'keepdim', False): return _same(call, x)
-    return _same(call, x, ndim=x.ndim - len(dims))
+    if call.argument(2, 'keepdim', False): return _kept(call, x)
+    return _kept(call, x, ndim=x.ndim - len(dims))
 
 
 @follows_channels
@@ -263,7 +263,7 @@ def addition(call, x):
     "Follow a sum or difference: it is zero where both are."
     second = call.node(1, 'other')
     if not _aligned(x, second): return None
-    return Node('both', (x, second), call.makers, x.axis, x.ndim, x.length)
+    return Node('addition', (x, second), call.sources, x.axis, x.ndim, x.length)
 
 
 @follows_channels
@@ -272,19 +272,19 @@ def multiplication(call, x):
     second = call.node(1, 'other')
     if not _keeps_shape(call, x): return None
     factors = (x, second) if _aligned(x, second) else (x,)
-    return Node('either', factors, call.makers, x.axis, x.ndim, x.length)
+    return Node('multiplication', factors, call.sources, x.axis, x.ndim, x.length)
 
 
 # Parts of rules
 
-def _unknown(call, makers):
+def _unknown(call, sources):
     ndim = len(call.after) if call.after else None
-    return Node(inputs=call.inputs, makers=makers, reads=call.reads, ndim=ndim)
+    return Node(inputs=call.inputs, sources=sources, reads=call.reads, ndim=ndim)
 
 
 def _layer(call, layer, axis, ndim, length):
-    makers = frozenset([id(layer.weight)])
-    return Node('layer', call.inputs, makers, axis, ndim, length,
+    sources = frozenset([id(layer.weight)])
+    return Node('layer', call.inputs, sources, axis, ndim, length,
                 weight=layer.weight, bias=layer.bias, reads=call.reads)
 
 
@@ -296,8 +296,8 @@ def _convolution(call, layer, length):
     return _layer(call, layer, axis, len(call.after), call.after[axis])
 
 
-def _same(call, x, ndim=None):
-    return Node('same', (x,), call.makers, x.axis, x.ndim if ndim is None else ndim, x.length)
+def _kept(call, x, ndim=None):
+    return Node('keeps_zeros', (x,), call.sources, x.axis, x.ndim if ndim is None else ndim, x.length)
 
 
 def _aligned(x, second):
@@ -355,37 +355,37 @@ SETTINGS = {'Flatten': ('start_dim',), 'Hardtanh': ('min_val', 'max_val')}
 
 # Which channels of a node are zero, from those of its inputs: bool (channels,), or None where nothing is known
 
-def quiet_channels(
+def zero_channels(
     node: Node,
     inputs: list,  # for each of its inputs bool (channels,), None if unknown
     dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
     biases: set,  # ids of the biases that are zero with it
 ) -> np.ndarray | None:  # bool (channels,)
     "Which channels of `node` are zero whatever comes in; None if nothing is known."
-    if node.op == 'layer': return _quiet_filters(node, dead, biases)
-    rule = QUIET.get(node.op)
+    if node.op == 'layer': return _zero_layer(node, dead, biases)
+    rule = ZERO_CHANNELS.get(node.op)
     if rule is None: return None
     return rule(node, inputs)
 
 
-def _quiet_filters(node, dead, biases):
+def _zero_layer(node, dead, biases):
     if node.bias is not None and id(node.bias) not in biases: return None
     return dead.get(id(node.weight))
 
 
-def _quiet_same(node, inputs):
+def _zero_kept(node, inputs):
     [value] = inputs
     if value is None or node.repeat == 1: return value
     return value.repeat(node.repeat)
 
 
-def _quiet_norm(node, inputs):
+def _zero_norm(node, inputs):
     [value] = inputs
     if value is None or len(value) != node.length: return None
     return value
 
 
-def _quiet_cat(node, inputs):
+def _zero_cat(node, inputs):
     parts = []
     for part, value in zip(node.inputs, inputs):
         if value is None and part.length is None: return None
@@ -393,22 +393,22 @@ def _quiet_cat(node, inputs):
     return np.concatenate(parts)
 
 
-def _quiet_both(node, inputs):
+def _zero_addition(node, inputs):
     a, b = inputs
     if a is None or b is None or len(a) != len(b): return None
     return a & b
 
 
-def _quiet_either(node, inputs):
+def _zero_multiplication(node, inputs):
     known = [v for v in inputs if v is not None]
     if len({len(v) for v in known}) != 1: return None
     return np.any(known, axis=0)
 
 
-QUIET = {
-    'same': _quiet_same,
-    'norm': _quiet_norm,
-    'cat': _quiet_cat,
-    'both': _quiet_both,
-    'either': _quiet_either,
+ZERO_CHANNELS = {
+    'keeps_zeros': _zero_kept,
+    'norm': _zero_norm,
+    'cat': _zero_cat,
+    'addition': _zero_addition,
+    'multiplication': _zero_multiplication,
 }

@@ -94,7 +94,7 @@ class Selected:
         found = {}
         for name, layer in self.candidates.items():
             if not layer.grouping.whole_filters or name in self.choice.outright: continue
-            if id(layer.weight) in flow.makers:
+            if id(layer.weight) in flow.output_weights:
                 found[name] = "makes the network's output, and whole filters go: name it in layers= to include it"
             elif id(layer.weight) not in flow.ran:
                 found[name] = 'did not run, so what reads its filters is unknown: name it in layers= to include it'
@@ -127,7 +127,7 @@ class Selected:
         dead = {id(layer.weight): ~torch.from_numpy(filters) for layer, filters in zip(layers, alive)}
         found = self._biases(dead)
         biases = {id(module._parameters[name]) for module, tensors in found.items() for name in tensors}
-        norms = self.flow.silenced(dead, biases) if self.flow else {}
+        norms = self.flow.zero_channels(dead, biases) if self.flow else {}
         for norm, channels in norms.items():
             found[norm] = {n: channels for n in ('running_mean', 'weight', 'bias') if getattr(norm, n) is not None}
         return found

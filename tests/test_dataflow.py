@@ -58,7 +58,7 @@ def chain(*after): return nn.Sequential(nn.Conv2d(2, 3, 1), *after)
 def biases(model): return {id(p) for n, p in model.named_parameters() if n.endswith('bias')}
 
 
-def names(model, makers): return sorted(n for n, m in model.named_modules() if hasattr(m, 'weight') and id(m.weight) in makers)
+def names(model, weights): return sorted(n for n, m in model.named_modules() if hasattr(m, 'weight') and id(m.weight) in weights)
 
 
 def flows(model):
@@ -66,15 +66,15 @@ def flows(model):
     yield trace(model)
 
 
-@pytest.mark.parametrize('model, makers', [
+@pytest.mark.parametrize('model, weights', [
     (Residual(), ['fc']), (Dense(), ['out']), (Gate(), ['out']), (Reversed(), ['out']), (TwoHeads(), ['left', 'right']),
     (chain(), ['0']), (chain(nn.ReLU(), nn.Conv2d(3, 1, 1), nn.Sigmoid()), ['2']), (nn.Conv2d(2, 2, 1), ['']),
     (chain(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2), nn.Softmax(1)), ['3'])], ids=lambda x: type(x).__name__)
-def test_what_makes_the_output(model, makers):
-    for flow in flows(model): assert names(model, flow.makers) == makers
+def test_whose_weights_make_the_output(model, weights):
+    for flow in flows(model): assert names(model, flow.output_weights) == weights
 
 
-@pytest.mark.parametrize('model, dead, quiet', [  # dead filters by layer; the channels of each BatchNorm that are silent
+@pytest.mark.parametrize('model, dead, zero', [  # dead filters by layer; the channels of each BatchNorm that are zero
     (chain(nn.BatchNorm2d(3)), {'0': [1]}, {'1': [1]}),
     (chain(nn.ReLU(), nn.Dropout(.5), nn.BatchNorm2d(3)), {'0': [0, 2]}, {'3': [0, 2]}),
     (chain(nn.Sigmoid(), nn.BatchNorm2d(3)), {'0': [0]}, {}),  # half is not nothing
@@ -89,25 +89,25 @@ def test_what_makes_the_output(model, makers):
     (Gate(), {'a': [1]}, {'norm': [1]}),
     (Reversed(), {'a': [0], 'b': [2]}, {'norm1': [0], 'norm2': [2]}),
 ], ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else None)
-def test_what_dead_filters_silence(model, dead, quiet):
+def test_what_dead_filters_make_zero(model, dead, zero):
     modules = dict(model.named_modules())
     filters = {}
     for name, which in dead.items():
         outputs = modules[name].out_channels if hasattr(modules[name], 'out_channels') else modules[name].out_features
         filters[id(modules[name].weight)] = torch.zeros(outputs, dtype=torch.bool).index_fill_(0, torch.tensor(which), True)
     for flow in flows(model):
-        found = flow.silenced(filters, biases(model))
-        assert {n: found[m].nonzero().flatten().tolist() for n, m in modules.items() if m in found} == quiet
+        found = flow.zero_channels(filters, biases(model))
+        assert {n: found[m].nonzero().flatten().tolist() for n, m in modules.items() if m in found} == zero
 
 
 def test_flattened_maps_become_as_many_entries():
     model = chain(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 1))
     flow = watch(model, (torch.randn(3, 2, 2, 2),))
     dead = {id(model[0].weight): torch.tensor([False, True, False])}
-    assert flow.silenced(dead, biases(model))[model[2]].nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert flow.zero_channels(dead, biases(model))[model[2]].nonzero().flatten().tolist() == [4, 5, 6, 7]
 
 
-def test_a_norm_used_twice_is_silent_only_where_both_uses_are():
+def test_a_norm_used_twice_is_zero_only_where_both_uses_are():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,7 +116,7 @@ def test_a_norm_used_twice_is_silent_only_where_both_uses_are():
         def forward(self, x): return self.norm(self.a(x)), self.norm(self.b(x))
     model = Twice()
     dead = {id(model.a.weight): torch.tensor([True, True, False]), id(model.b.weight): torch.tensor([False, True, False])}
-    for flow in flows(model): assert flow.silenced(dead, biases(model))[model.norm].tolist() == [False, True, False]
+    for flow in flows(model): assert flow.zero_channels(dead, biases(model))[model.norm].tolist() == [False, True, False]
 
 
 def test_watching_leaves_no_trace():
@@ -141,10 +141,10 @@ def test_code_that_cannot_be_traced_can_be_watched():
         def forward(self, x): return self.b(self.a(x)) if x.sum() > 0 else self.a(x)
     model = Branch()
     with pytest.raises(Exception, match='control flow'): trace(model)
-    assert names(model, watch(model, (torch.ones(1, 2),)).makers) == ['b']
+    assert names(model, watch(model, (torch.ones(1, 2),)).output_weights) == ['b']
 
 
-# What must not be taken for silence. `dead` are filters of layer `a`.
+# What must not be taken for zero. `dead` are filters of layer `a`.
 
 class Net(nn.Module):
     "Layers a, b, BatchNorms n and m, and a way through them."
@@ -187,7 +187,7 @@ def shared_scale():
 
 
 IMAGE, ROWS = torch.randn(2, 2, 4, 4), torch.randn(3, 4)
-LOUD = {
+NOT_ZERO = {
     'a sum changed in place': (Net(inplace, conv(), conv(), nn.BatchNorm2d(4)), IMAGE),
     'changed through a view': (Net(through_a_view, conv(), n=nn.BatchNorm2d(4)), IMAGE),
     'an entry set': (Net(set_item, conv(), n=nn.BatchNorm2d(4)), IMAGE),
@@ -203,24 +203,24 @@ LOUD = {
 }
 
 
-@pytest.mark.parametrize('name', LOUD)
-def test_what_is_not_silent_is_left_alone(name):
-    model, x = LOUD[name]
+@pytest.mark.parametrize('name', NOT_ZERO)
+def test_what_is_not_zero_is_left_alone(name):
+    model, x = NOT_ZERO[name]
     dead = {id(model.a.weight): torch.tensor([True, False, False, True])}
     looked = 0
     for way in (lambda: trace(model), lambda: watch(model, (x,))):
         try: flow = way()
         except (TypeError, RuntimeError): continue  # fx cannot follow an entry that is set
-        assert flow.silenced(dead, {id(model.a.bias)}) == {}
+        assert flow.zero_channels(dead, {id(model.a.bias)}) == {}
         looked += 1
     assert looked
 
 
-def test_clamps_about_zero_are_silent():
+def test_clamps_about_zero_keep_it():
     for model in (Net(lambda s, x: s.n(F.relu6(s.a(x))), conv(), n=nn.BatchNorm2d(4)), nn.Sequential(conv(), nn.ReLU6(), nn.BatchNorm2d(4))):
         layer = model.a if isinstance(model, Net) else model[0]
         for flow in (watch(model, (IMAGE,)), trace(model)):
-            assert len(flow.silenced({id(layer.weight): torch.tensor([True, False, False, True])}, {id(layer.bias)})) == 1
+            assert len(flow.zero_channels({id(layer.weight): torch.tensor([True, False, False, True])}, {id(layer.bias)})) == 1
 
 
 @dataclass
@@ -230,22 +230,22 @@ class Out:
 
 def test_outputs_that_cannot_be_looked_into():
     model = Net(lambda s, x: Out(s.b(s.a(x).relu())), nn.Linear(4, 6), nn.Linear(6, 3))
-    assert names(model, watch(model, (ROWS,)).makers) == ['b']
+    assert names(model, watch(model, (ROWS,)).output_weights) == ['b']
     model = Net(lambda s, x: s.script(s.b(s.a(x).relu())), nn.Linear(4, 6), nn.Linear(6, 3))
     model.script = lambda x: torch.from_numpy(x.numpy() + 1)
-    assert names(model, watch(model, (ROWS,)).makers) == ['b']
+    assert names(model, watch(model, (ROWS,)).output_weights) == ['b']
 
 
 def test_layers_called_by_keyword_and_sums_in_place_make_the_output():
     model = Net(lambda s, x: s.b(input=s.a(x)), nn.Linear(4, 6), nn.Linear(6, 3))
-    assert names(model, trace(model).makers) == ['b']
+    assert names(model, trace(model).output_weights) == ['b']
 
     def tail(s, x):
         y = s.a(x)
         y.add_(s.b(x))
         return y
     model = Net(tail, nn.Linear(4, 3), nn.Linear(4, 3))
-    for flow in (trace(model), watch(model, (ROWS,))): assert names(model, flow.makers) == ['a', 'b']
+    for flow in (trace(model), watch(model, (ROWS,))): assert names(model, flow.output_weights) == ['a', 'b']
 
 
 def test_watching_touches_neither_overloaded_modes_nor_buffers_nor_random_numbers():
