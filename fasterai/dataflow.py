@@ -1,4 +1,4 @@
-"What reads a layer's output: found by watching one batch go through, or by tracing the model."
+"Find what reads a layer's output, by watching one batch go through the model or by tracing its code."
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,36 +13,38 @@ from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place, 
 
 
 class Flow:
-    "The way of the channels through one network."
+    """Describe how the channels go through one network.
+
+    `ran` has the ids of the weights that were read, `output_weights` of those that make the output."""
 
     def __init__(self,
-        tape: list,  # of `Node`, in the order of their making
-        outputs: list,  # of `Node` or None, where nothing is known of an output
-        sure: bool = True,  # False where tensors were changed in ways that could not be followed
+        tape: list,  # of `Node`, in the order in which the operations ran
+        outputs: list,  # the `Node` of each output of the network, None if unknown
+        sure: bool = True,  # False if tensors were changed in place in ways that could not be followed
     ):
         self.tape, self.sure = tape, sure
-        self.ran = frozenset().union(*(n.reads for n in tape))  # ids of the weights that took part
-        if None in outputs or not outputs: outputs = [*outputs, *_unread(tape)]  # each may be an output
+        self.ran = frozenset().union(*(n.reads for n in tape))  # ids
+        if None in outputs or not outputs: outputs = [*outputs, *_unread(tape)]  # any may be an output
         known = [n for n in outputs if n is not None]
-        self.output_weights = frozenset().union(*(n.sources for n in known))  # ids of the weights that make the network's output
+        self.output_weights = frozenset().union(*(n.sources for n in known))  # ids
 
     def zero_channels(self,
         dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
         biases: set,  # ids of the biases that are zero with it
-    ) -> dict:  # BatchNorm: bool (channels,), for those with any
-        "The channels of each BatchNorm that receive only zeros, wherever it is used."
+    ) -> dict:  # BatchNorm: bool (channels,), for each that has any
+        "Find the channels of each BatchNorm that receive only zeros at all its uses."
         if not self.sure: return {}
-        dead = {i: d.numpy() for i, d in dead.items()}  # of few entries, with which numpy is ten times faster
+        dead = {i: d.numpy() for i, d in dead.items()}  # for few entries numpy is ten times faster
         scales = {n: _scale(n.norm) for n in self.tape if n.op == 'norm'}
         zero = {scale: np.ones(n.length, bool) for n, scale in scales.items()}
-        while True:  # a norm is silent only where all its uses are, on which in turn what follows it depends
+        while True:  # what one use rules out changes what follows the others: repeat until nothing changes
             before = zero
             zero = self._narrowed(before, scales, dead, biases)
             if all(np.array_equal(before[k], zero[k]) for k in zero): break
         return {n.norm: torch.from_numpy(zero[scale]) for n, scale in scales.items() if zero[scale].any()}
 
     def _narrowed(self, zero, scales, dead, biases):
-        "What is silent at all uses of each norm, if no more than `zero` is zero behind them."
+        "Return the channels that are zero at all uses of each norm, if those in `zero` are zero after it."
         values = {}
         for node in self.tape:
             value = zero_channels(node, [values.get(i) for i in node.inputs], dead, biases)
@@ -55,7 +57,9 @@ class Flow:
         return zero
 
     def tied(self) -> list:  # of sets of ids of weights
-        "Layers whose n-th output channels meet: in a sum, or in a depthwise convolution, which reads each by itself."
+        """Find the layers whose n-th output channels meet.
+
+        They meet in a sum, or in a depthwise convolution, which reads each channel by itself."""
         behind, sets = {}, []
         for node in self.tape:
             before = [behind.get(i) for i in node.inputs]
@@ -66,17 +70,18 @@ class Flow:
 
 
 def _unread(tape):
+    "Find the nodes that no other node reads."
     read = {i for n in tape for i in n.inputs}
     return [n for n in tape if n not in read]
 
 
 def _scale(norm):
-    "What tells a norm's scale from others: two that share it count as one."
+    "Return what identifies a norm: two that share their scale count as one."
     return norm if norm.weight is None else id(norm.weight)
 
 
 def _layers_behind(node, before):
-    "The layers whose n-th channel is in the n-th channel of a node, from those of its inputs; None if there are none."
+    "Find the layers whose n-th channel is part of a node's n-th, from those of its inputs; None if unknown."
     if node.op == 'layer': return frozenset([id(node.weight)])
     if node.op in ('keeps_zeros', 'norm') and node.repeat == 1: return before[0]
     if node.op == 'multiplication': return before[0]
@@ -84,17 +89,20 @@ def _layers_behind(node, before):
     return None
 
 
-def _same_length(node): return {i.length for i in node.inputs} == {node.length}
+def _same_length(node):
+    "Tell whether a node has as many channels as each of its inputs."
+    return {i.length for i in node.inputs} == {node.length}
 
 
 def _depthwise(node):
+    "Tell whether a node is a convolution that makes its n-th channel of the n-th of its input."
     if node.op != 'layer' or node.weight.ndim <= 2: return False
     if not node.weight.shape[1] == 1 < node.length: return False
     return bool(node.inputs) and node.inputs[0].length == node.length
 
 
 def _tie(sets, ids):
-    "One set of `ids` and of all sets that share any with it."
+    "Merge `ids` and all sets that share an id with it into one set."
     met = [s for s in sets if s & ids]
     apart = [s for s in sets if not s & ids]
     return [*apart, ids.union(*met)]
@@ -106,7 +114,7 @@ def watch(
     model: nn.Module,
     example: tuple,  # inputs of one batch, as `model(*example)` takes them
 ) -> Flow:
-    """Run the model once, in eval mode and without gradients, and note what happens.
+    """Find the data flow by running the model once, in eval mode and without gradients.
 
     Modes, buffers and random numbers are put back."""
     watcher = _Watcher(_norms(model))
@@ -116,7 +124,7 @@ def watch(
 
 @contextmanager
 def _evaluating(model):
-    "The model in eval mode; modes, buffers and random numbers are put back."
+    "Set the model to eval mode; afterwards put modes, buffers and random numbers back."
     modes = {m: m.training for m in model.modules()}
     buffers = {b: b.clone() for b in model.buffers()}
     devices = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
@@ -130,7 +138,7 @@ def _evaluating(model):
 
 
 class _Watcher(TorchFunctionMode):
-    "Notes each operation that makes or changes a tensor."
+    "Record each operation that makes or changes a tensor."
 
     def __init__(self, norms):
         super().__init__()
@@ -138,7 +146,7 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        shapes = {id(t): t.shape for t in _tensors((args, kwargs))}  # now, as the call may change them
+        shapes = {id(t): t.shape for t in _tensors((args, kwargs))}  # before the call, which may change them
         out = func(*args, **kwargs)
         results = _results(func.__name__, args, out)
         if results:
@@ -155,7 +163,7 @@ class _Watcher(TorchFunctionMode):
         for t in results: self.nodes[t] = node
 
     def _change(self, tensor, node):
-        "What shares the memory has changed too."
+        "Replace the nodes of all tensors that share memory with one that was changed in place."
         memory = _memory(tensor)
         for t in [t for t in self.nodes.keys() if _memory(t) == memory]:
             before = self.nodes[t]
@@ -163,7 +171,7 @@ class _Watcher(TorchFunctionMode):
 
 
 def _results(name, args, out):
-    "The tensors that a call made or changed."
+    "Return the tensors that a call made or changed."
     if name == '__setitem__': return [args[0]]
     return [t for t in _tensors(out) if not isinstance(t, nn.Parameter)]
 
@@ -177,7 +185,7 @@ def _memory(tensor): return tensor.untyped_storage().data_ptr()
 # Tracing the code
 
 def trace(model: nn.Module) -> Flow:
-    "The same from the model's code, by torch.fx; raises whatever fx raises for code that it cannot follow."
+    "Find the data flow in the model's code with torch.fx; raise what fx raises where it cannot trace."
     graph, norms = fx.Tracer().trace(model), _norms(model)
     nodes, tape, outputs, sure = {}, [], [], True
     def node_of(x): return nodes.get(x) if isinstance(x, fx.Node) else None
@@ -195,15 +203,20 @@ def trace(model: nn.Module) -> Flow:
 
 
 def _function_call(model, step):
+    "Return the name, args and kwargs of the call of a function."
     return getattr(step.target, '__name__', ''), *_arguments(model, step)
 
 
 def _method_call(model, step):
+    "Return the name, args and kwargs of the call of a method."
     return step.target, *_arguments(model, step)
 
 
 def _module_call(model, step):
-    "The call of a module as one of its function: the input, then what the rule asks for, or all its tensors."
+    """Return the name, args and kwargs of the call of a module.
+
+    The args are its input, and after it what the rule reads: for a layer its weight and bias, else the
+    attributes in `SETTINGS`, else all tensors of the module."""
     args, kwargs = _arguments(model, step)
     args = args[:1] or tuple(kwargs.values())[:1]
     module = model.get_submodule(step.target)
@@ -219,17 +232,18 @@ STEPS = {'call_function': _function_call, 'call_method': _method_call, 'call_mod
 
 
 def _arguments(model, step):
-    "The arguments of a step, with the model's tensors in place of the nodes that stand for them."
+    "Return the args and kwargs of a step, with the model's own tensors where fx has a node for them."
     def real(x): return _attribute(model, x.target) if x.op == 'get_attr' else x
     return fx.node.map_arg((step.args, step.kwargs), real)
 
 
 def _attribute(model, path):
+    "Return the tensor at a dotted path."
     for part in path.split('.'): model = getattr(model, part)
     return model
 
 
 def _norms(model):
-    "The BatchNorm that each of its tensors belongs to, by the tensor's id."
+    "Return {id of a tensor: the BatchNorm that owns it}."
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     return {id(t): m for m in norms for t in (*m.parameters(False), *m.buffers(False))}

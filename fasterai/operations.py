@@ -1,4 +1,8 @@
-"What does an operation make of a channel that is all zero? One row of `OPERATIONS` for each operation."
+"""Say what an operation makes of a channel that is all zero.
+
+`OPERATIONS` has a row for each operation: its name, and the rule that turns a call of it into a `Node`.
+After an operation that is not in the table nothing is known of the channels. A rule may say less than
+is true, never more."""
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
@@ -13,93 +17,95 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    "A tensor on its way through the network."
-    op: str = 'other'
-    inputs: tuple = ()  # of `Node`
-    sources: frozenset = frozenset()  # ids of the weights whose output reaches it without passing another layer
-    axis: int | None = None  # where the channels are; None where that is not known, and then nothing is said of them
-    ndim: int | None = None  # how many axes
-    length: int | None = None  # how many channels, None if unknown
-    repeat: int = 1  # entries a channel becomes when it is flattened
-    weight: nn.Parameter | None = None  # of the layer
-    bias: object = None  # what the layer adds: None, a parameter, or some tensor
-    norm: nn.Module | None = None  # the BatchNorm
-    reads: frozenset = frozenset()  # ids of the weights that are read here
+    "Describe the result of one operation: where its channels are, and which layers they come from."
+    op: str = 'other'  # 'layer', 'norm', 'other', or a key of `ZERO_CHANNELS`
+    inputs: tuple = ()  # the nodes it is computed from
+    sources: frozenset = frozenset()  # ids of the weights of the layers that it comes from, with no other layer between
+    axis: int | None = None  # of the channels; None if unknown, and then nothing is said of them
+    ndim: int | None = None  # number of axes, None if unknown
+    length: int | None = None  # number of channels, None if unknown
+    repeat: int = 1  # number of entries that a channel of the input becomes when it is flattened
+    weight: nn.Parameter | None = None  # of a layer
+    bias: object = None  # of a layer: None, a parameter, or a tensor that was computed
+    norm: nn.Module | None = None  # the BatchNorm of a 'norm'
+    reads: frozenset = frozenset()  # ids of the weights among the arguments
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    "One call of an operation: all that a rule may look at."
-    name: str  # of the function, method or module, as it is spelled there
+    "Describe one call of an operation: all that a rule may look at."
+    name: str  # of the function, method or type of module, as the code spells it: 'add_', 'Conv2d'
     args: tuple
     kwargs: dict
-    node_of: Callable  # from an argument to its `Node`, or None
+    node_of: Callable  # gives the `Node` of an argument, None if it has none
     norms: dict  # id of a tensor: the BatchNorm that owns it
-    shapes: dict = field(default_factory=dict)  # id of an argument: its shape before the call, where that is known
-    after: tuple | None = None  # shape of the result, None where it is unknown or the result is a scalar
+    shapes: dict = field(default_factory=dict)  # id of a tensor: its shape before the call; empty if unknown
+    after: tuple | None = None  # shape of the result; None if unknown, or if there are several results
 
     def argument(self,
         i: int,  # its position
         key: str,  # its name
-        default=None,  # what it is where it is not given
+        default=None,  # its value where it is not given
     ):
         "Return an argument that is given by position or by name."
         return argument(self.args, self.kwargs, i, key, default)
 
     def node(self, i, key):
-        "Return the node of an argument, or None."
+        "Return the node of an argument, None if it has none."
         return self.node_of(self.argument(i, key))
 
     @cached_property
     def leaves(self) -> list:
-        "All arguments, those in lists too."
+        "Return all arguments, with those inside lists, tuples and dicts."
         return tree_leaves((self.args, self.kwargs))
 
     @cached_property
     def inputs(self) -> tuple:  # of `Node`
-        "The nodes of all arguments that have one."
+        "Return the nodes of all arguments that have one."
         nodes = [self.node_of(leaf) for leaf in self.leaves]
         return tuple(n for n in nodes if n is not None)
 
     @property
     def sources(self) -> frozenset:
-        "The sources of all inputs."
+        "Return the sources of all inputs."
         return frozenset().union(*(n.sources for n in self.inputs))
 
     @property
     def reads(self) -> frozenset:
-        "The ids of the weights among the arguments."
+        "Return the ids of the weights among the arguments: parameters of more than one axis."
         return frozenset(id(p) for p in self.leaves if isinstance(p, nn.Parameter) and p.ndim > 1)
 
     @property
     def layer(self):
-        "The arguments of a layer, None if none is called."
+        "Return the `LayerCall`, None if no layer is called."
         return layer_call(self.name, self.args, self.kwargs)
 
     @property
     def norm(self) -> nn.Module | None:
-        "The BatchNorm that owns one of the arguments."
+        "Return the BatchNorm that owns one of the arguments, None if there is none."
         return next((self.norms[id(leaf)] for leaf in self.leaves if id(leaf) in self.norms), None)
 
     @property
     def before(self) -> tuple | None:
-        "The shape of the first argument before the call, None if unknown."
+        "Return the shape of the first argument before the call, None if unknown."
         return self.shapes.get(id(self.argument(0, 'input')))
 
 
 class LayerCall(NamedTuple):
-    "The arguments of a call of a layer."
-    input: object
+    "Hold the arguments of a call of a layer."
+    input: object  # a tensor; a node of fx where the code is traced
     weight: nn.Parameter
-    bias: object  # None, a parameter, or some tensor
+    bias: object  # None, a parameter, or a tensor that was computed
 
 
 def layer_call(
-    name: str,  # of what is called, as 'conv2d' or 'Conv2d'
-    args: tuple,
+    name: str,  # of the function or type of module: 'conv2d', 'Conv2d'
+    args: tuple,  # of the function: input, weight, bias
     kwargs: dict,
 ) -> LayerCall | None:
-    "Return the arguments of a layer that has its weight as a parameter; None for other calls."
+    """Return the input, weight and bias of a call of a layer.
+
+    Return None for other calls, and where the weight is not a parameter."""
     if plain(name) not in LAYERS: return None
     weight = argument(args, kwargs, 1, 'weight')
     if not isinstance(weight, nn.Parameter): return None
@@ -112,12 +118,12 @@ def argument(args, kwargs, i, key, default=None):
 
 
 def plain(name):
-    "Return the name of an operation in lower case without underscores."
+    "Return a name in lower case without underscores, as the tables have it."
     return name.lower().replace('_', '')
 
 
 def in_place(
-    name: str,  # as it is spelled in the code
+    name: str,  # as the code spells it
 ) -> bool:
     "Tell whether an operation changes its first argument."
     method = name.endswith('_') and not name.endswith('__')
@@ -125,40 +131,40 @@ def in_place(
 
 
 def follow(call: Call) -> Node:
-    "Return the node of a call's result."
+    "Return the node of a call's result, by the rule for the operation."
     rule = OPERATIONS.get(plain(call.name), other)
     return rule(call) or other(call)
 
 
-# Rules: from a call to its node, or None where nothing can be said of the channels
+# Rules: each returns the node of a call, or None where nothing is known of the channels
 
 def follows_channels(rule):
-    "Make a rule of a function of the call and its first argument's node, where the channels of that are known."
+    "Return a rule that calls `rule(call, x)` with the first argument's node x, if its channels are known."
     @wraps(rule)
-    def asked(call):
+    def with_first(call):
         x = call.node(0, 'input')
         if x is None or x.axis is None: return None
         return rule(call, x)
-    return asked
+    return with_first
 
 
 def other(call):
-    "Follow no channels, but who made them."
+    "Lose the channels, and keep which layers they come from."
     return _unknown(call, call.sources | call.reads)
 
 
 def own_weights(call):
-    "Follow a layer whose channels are not followed: it makes its output of its own weights."
+    "Lose the channels, and name the layer's own weights as the source, as for an embedding or an LSTM."
     return _unknown(call, call.reads)
 
 
 def matrix_product(call):
-    "Follow a matrix product: it is a layer where one of its factors is a weight."
+    "Lose the channels, and name a factor that is a weight as the source: then the product is a layer."
     return _unknown(call, call.reads or call.sources)
 
 
 def linear(call):
-    "Follow a linear layer: its channels are on the last axis."
+    "Follow a linear layer, which has its channels on the last axis."
     layer = call.layer
     if layer is None: return None
     if call.after: return _layer(call, layer, len(call.after) - 1, len(call.after), call.after[-1])
@@ -168,21 +174,21 @@ def linear(call):
 
 
 def convolution(call):
-    "Follow a convolution: its channels are before the axes of space."
+    "Follow a convolution, which has its channels before the axes of space."
     layer = call.layer
     if layer is None: return None
     return _convolution(call, layer, len(layer.weight))
 
 
 def transposed_convolution(call):
-    "Follow a transposed convolution: its weight alone does not say how many channels it makes."
+    "Follow a transposed convolution."
     layer = call.layer
     if layer is None: return None
-    return _convolution(call, layer, None)
+    return _convolution(call, layer, None)  # its weight has the channels of one group, not of all
 
 
 def cat(call):
-    "Follow a concatenation of channels."
+    "Follow a concatenation along the channels."
     parts = tuple(map(call.node_of, call.argument(0, 'tensors')))
     if None in parts or None in {p.ndim for p in parts}: return None
     first, dim = parts[0], call.argument(1, 'dim', 0)
@@ -194,7 +200,7 @@ def cat(call):
 
 @follows_channels
 def batch_norm(call, x):
-    "Follow a BatchNorm: a channel that is zero is zero behind it, if its shift is zeroed too."
+    "Follow a BatchNorm: a zero channel stays zero once the running mean and the bias are zeroed with it."
     norm = call.norm
     if norm is None or x.axis != 1: return None
     return Node('norm', (x,), call.sources, 1, x.ndim, norm.num_features, norm=norm)
@@ -202,22 +208,22 @@ def batch_norm(call, x):
 
 @follows_channels
 def keeps_zeros(call, x):
-    "Follow what makes a zero of a zero, entry by entry."
+    "Follow a function of single entries that maps zero to zero."
     return _kept(call, x)
 
 
 @follows_channels
 def hardtanh(call, x):
-    "Follow a clamp: zero stays zero where it lies between the bounds."
+    "Follow a clamp, where zero lies between its bounds."
     low, high = call.argument(1, 'min_val', -1.), call.argument(2, 'max_val', 1.)
     if not low <= 0 <= high: return None
     return _kept(call, x)
 
 
 def over_space(
-    most: int,  # over so many of the last axes at most
-) -> Callable:
-    "Return the rule for pools and the like: zero stays zero where they leave the channels' axis alone."
+    most: int,  # number of the last axes that it works over; fewer where the input has fewer behind batch and channels
+) -> Callable:  # the rule
+    "Return the rule for pooling and resizing over the axes of space."
     @follows_channels
     def rule(call, x):
         if x.axis != 1: return None
@@ -229,9 +235,9 @@ def over_space(
 
 @follows_channels
 def reshape(call, x):
-    "Follow a view that keeps the channels, or flattens them with all axes behind."
+    "Follow a view that keeps the axis of the channels, or flattens it with all axes behind."
     before, after, axis = call.before, call.after, x.axis
-    if not after or after[:axis] != before[:axis]: return None
+    if not after or after[:axis] != before[:axis]: return None  # the axis has moved, or may have
     node = _kept(call, x, ndim=len(after))
     if after[axis:axis + 1] == before[axis:axis + 1]: return node
     repeat = prod(before[axis + 1:])
@@ -242,15 +248,15 @@ def reshape(call, x):
 
 @follows_channels
 def flatten(call, x):
-    "Follow a flattening: without shapes, one from the channels on is taken to keep them."
+    "Follow a flattening; without shapes, only one from axis 1, if that has the channels."
     if call.after: return reshape(call)
     if x.axis != 1 or call.argument(1, 'start_dim', 0) != 1: return None
-    return _kept(call, x, ndim=2)  # a norm behind checks the length
+    return _kept(call, x, ndim=2)  # as if a channel became one entry; a norm that follows compares the length
 
 
 @follows_channels
 def reduction(call, x):
-    "Follow a sum, mean or maximum over axes behind the channels."
+    "Follow a sum, mean or maximum over axes that come after the channels."
     dims = call.argument(1, 'dim')
     if not isinstance(dims, (tuple, list)): dims = (dims,)
     if not all(isinstance(d, int) and d % x.ndim > x.axis for d in dims): return None
@@ -260,7 +266,7 @@ def reduction(call, x):
 
 @follows_channels
 def addition(call, x):
-    "Follow a sum or difference: it is zero where both are."
+    "Follow a sum or difference of two tensors, which is zero where both are."
     second = call.node(1, 'other')
     if not _aligned(x, second): return None
     return Node('addition', (x, second), call.sources, x.axis, x.ndim, x.length)
@@ -268,7 +274,7 @@ def addition(call, x):
 
 @follows_channels
 def multiplication(call, x):
-    "Follow a product: it is zero where either is, as long as the first is not broadcast."
+    "Follow a product, which is zero where a factor is; the first must not be broadcast."
     second = call.node(1, 'other')
     if not _keeps_shape(call, x): return None
     factors = (x, second) if _aligned(x, second) else (x,)
@@ -278,18 +284,20 @@ def multiplication(call, x):
 # Parts of rules
 
 def _unknown(call, sources):
+    "Return a node without channels."
     ndim = len(call.after) if call.after else None
     return Node(inputs=call.inputs, sources=sources, reads=call.reads, ndim=ndim)
 
 
 def _layer(call, layer, axis, ndim, length):
+    "Return the node of a layer."
     sources = frozenset([id(layer.weight)])
     return Node('layer', call.inputs, sources, axis, ndim, length,
                 weight=layer.weight, bias=layer.bias, reads=call.reads)
 
 
 def _convolution(call, layer, length):
-    "The node of a convolution; `length` is what holds without shapes."
+    "Return the node of a convolution; `length` is its number of channels if shapes are unknown."
     ndim = layer.weight.ndim
     if not call.after: return _layer(call, layer, 1, ndim, length)
     axis = len(call.after) - ndim + 1  # 0 where there is no axis for the batch
@@ -297,17 +305,20 @@ def _convolution(call, layer, length):
 
 
 def _kept(call, x, ndim=None):
-    return Node('keeps_zeros', (x,), call.sources, x.axis, x.ndim if ndim is None else ndim, x.length)
+    "Return a node with the channels of `x`, and with `ndim` axes if that is given."
+    if ndim is None: ndim = x.ndim
+    return Node('keeps_zeros', (x,), call.sources, x.axis, ndim, x.length)
 
 
 def _aligned(x, second):
-    "Tell whether the channels of two nodes meet one by one."
+    "Tell whether the n-th channel of one node meets the n-th of the other."
     return second is not None and (second.axis, second.ndim) == (x.axis, x.ndim)
 
 
 def _keeps_shape(call, x):
-    "Tell whether the first factor has the shape of the product; without shapes, whether that is likely enough."
+    "Tell whether the first argument has the shape of the result."
     if call.after: return call.after == call.before
+    # Without shapes: images are broadcast so rarely that it is taken not to happen.
     return x.ndim >= 4 or isinstance(call.argument(1, 'other'), (int, float))
 
 
@@ -353,15 +364,16 @@ IN_PLACE = frozenset({'setitem', 'iadd', 'isub', 'imul', '__setitem__', '__iadd_
 SETTINGS = {'Flatten': ('start_dim',), 'Hardtanh': ('min_val', 'max_val')}
 
 
-# Which channels of a node are zero, from those of its inputs: bool (channels,), or None where nothing is known
+# Which channels of a node are zero: `ZERO_CHANNELS` has a function for each kind of node. It takes the node
+# and the zero channels of its inputs, and returns bool (channels,), or None where nothing is known.
 
 def zero_channels(
     node: Node,
-    inputs: list,  # for each of its inputs bool (channels,), None if unknown
+    inputs: list,  # the zero channels of each input: bool (channels,), None if unknown
     dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
     biases: set,  # ids of the biases that are zero with it
 ) -> np.ndarray | None:  # bool (channels,)
-    "Which channels of `node` are zero whatever comes in; None if nothing is known."
+    "Find the channels of a node that are zero for every input of the network; None if nothing is known."
     if node.op == 'layer': return _zero_layer(node, dead, biases)
     rule = ZERO_CHANNELS.get(node.op)
     if rule is None: return None
