@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from fasterai.dataflow import trace, watch
 
+IMAGE, ROWS = torch.randn(2, 2, 4, 4), torch.randn(3, 4)
+
 
 class Residual(nn.Module):
     def __init__(self):
@@ -119,6 +121,33 @@ def test_a_norm_used_twice_is_zero_only_where_both_uses_are():
     for flow in flows(model): assert flow.zero_channels(dead, biases(model))[model.norm].tolist() == [False, True, False]
 
 
+class Net(nn.Module):
+    "Layers a, b, BatchNorms n and m, and a way through them."
+    def __init__(self, way, a=None, b=None, n=None, m=None):
+        super().__init__()
+        self.a, self.b, self.n, self.m, self.way = a, b, n, m, way
+
+    def forward(self, x): return self.way(self, x)
+
+
+def conv(): return nn.Conv2d(2, 4, 1)
+
+
+def sides(way, **layers): return Net(way, **(dict(a=conv(), b=conv()) | layers))
+
+
+@pytest.mark.parametrize('model, tied', [
+    (sides(lambda s, x: s.a(x) + s.b(x).relu()), ['a', 'b']),
+    (sides(lambda s, x: s.n(s.a(x)) * 2 - s.b(x).mean((2, 3), True), n=nn.BatchNorm2d(4)), ['a', 'b']),
+    (sides(lambda s, x: s.b(s.a(x)), b=nn.Conv2d(4, 4, 1, groups=4)), ['a', 'b']),
+    (sides(lambda s, x: s.b(s.a(x)), b=nn.Conv2d(4, 4, 1, groups=2)), []),
+    (sides(lambda s, x: s.a(x).flatten(1) + s.b(x).flatten(1)), []),  # a channel is several entries
+    (sides(lambda s, x: s.a(x).sigmoid() + s.b(x)), []),
+])
+def test_layers_whose_channels_meet(model, tied):
+    assert [names(model, ids) for ids in watch(model, (IMAGE,)).tied()] == ([tied] if tied else [])
+
+
 def test_watching_leaves_no_trace():
     model = chain(nn.BatchNorm2d(3), nn.Dropout(.5), nn.Conv2d(3, 1, 1))
     model.train()
@@ -146,15 +175,6 @@ def test_code_that_cannot_be_traced_can_be_watched():
 
 # What must not be taken for zero. `dead` are filters of layer `a`.
 
-class Net(nn.Module):
-    "Layers a, b, BatchNorms n and m, and a way through them."
-    def __init__(self, way, a=None, b=None, n=None, m=None):
-        super().__init__()
-        self.a, self.b, self.n, self.m, self.way = a, b, n, m, way
-
-    def forward(self, x): return self.way(self, x)
-
-
 def inplace(s, x):
     y = s.a(x)
     y.add_(s.b(x))
@@ -173,9 +193,6 @@ def set_item(s, x):
     return s.n(y)
 
 
-def conv(): return nn.Conv2d(2, 4, 1)
-
-
 class Shifted(nn.Linear):
     def forward(self, x): return F.linear(x, self.weight, self.bias + 1)
 
@@ -186,7 +203,6 @@ def shared_scale():
     return dict(n=n, m=m)
 
 
-IMAGE, ROWS = torch.randn(2, 2, 4, 4), torch.randn(3, 4)
 NOT_ZERO = {
     'a sum changed in place': (Net(inplace, conv(), conv(), nn.BatchNorm2d(4)), IMAGE),
     'changed through a view': (Net(through_a_view, conv(), n=nn.BatchNorm2d(4)), IMAGE),
