@@ -5,7 +5,7 @@ from math import floor, prod
 
 import numpy as np
 
-from fasterai.layers import Named, matching, means_outright
+from fasterai.layers import Named, matching, means_by_name
 
 CAP = Fraction(4, 5)  # of zeros, in the last layer, by uniform_plus
 
@@ -28,10 +28,10 @@ def erk_densities(
     return [1.] * len(shapes)
 
 
-def erk(parts, fraction):
+def erk(layers, fraction):
     "The zeros of each layer by `erk_densities`, as fractions of a weight."
-    densities = erk_densities([p.shape for p in parts], float(1 - fraction))
-    return [p.weights * (1 - density) for p, density in zip(parts, densities)]
+    densities = erk_densities([p.shape for p in layers], float(1 - fraction))
+    return [p.n_weights * (1 - density) for p, density in zip(layers, densities)]
 
 
 def uniform_plus_shares(
@@ -68,10 +68,10 @@ def _uniform_plus_share(budget, free, capped):
     return ((budget - CAP * capped) / free if free else impossible), CAP
 
 
-def uniform_plus(parts, fraction):
+def uniform_plus(layers, fraction):
     "The zeros of each layer by `uniform_plus_shares`."
-    shares = uniform_plus_shares([p.weights for p in parts], [p.axes or () for p in parts], fraction)
-    return [p.weights * share for p, share in zip(parts, shares)]
+    shares = uniform_plus_shares([p.n_weights for p in layers], [p.axes or () for p in layers], fraction)
+    return [p.n_weights * share for p, share in zip(layers, shares)]
 
 
 def check_uniform_plus(
@@ -83,7 +83,7 @@ def check_uniform_plus(
     uniform_plus_shares([prod(shape) for shape in shapes], axes, fraction)
 
 
-def whole_numbers(
+def rounded(
     zeros: list,  # of each layer, fractions of a weight
     total: int,  # of all together
 ) -> list:  # ints
@@ -100,28 +100,28 @@ def fractions(
     selected,  # `Selected`
     argument: str = 'sparsity',  # how errors call the keys
 ) -> dict:  # name of a selected layer: share of zeros, 0 to 1
-    "The share of zeros of each layer. What means a layer outright goes before what means several; of those the first counts."
+    "The share of zeros of each layer. What means a layer by_name goes before what means several; of those the first counts."
     if not isinstance(sparsity, Mapping):
         fraction = rules.fraction(sparsity)
         groupings = [layer.grouping for layer in selected.candidates.values()]
         check = rules.context_info.check
         if check is not None: check([g.shape for g in groupings], [g.axes for g in groupings], fraction)
         return dict.fromkeys(selected.candidates, fraction)
-    if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-    named, outright, several = Named(selected.model), {}, {}
+    if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at floors one entry')
+    named, by_name, several = Named(selected.model), {}, {}
     for choice, value in sparsity.items():
         fraction = rules.fraction(value, f'sparsity[{choice!r}]' if isinstance(choice, str) else 'sparsity')
         names = matching(choice, named, named.weights, argument)
         _check_selected(choice, names, selected, argument)
         for name in names:
-            kind = outright if means_outright(choice, name, named.every[name]) else several
+            kind = by_name if means_by_name(choice, name, named.every[name]) else several
             kind.setdefault(name, fraction)
-    found = several | outright
+    found = several | by_name
     return {name: found[name] for name in selected.candidates if name in found}
 
 
 def _check_selected(choice, names, selected, argument):
-    "`ValueError` where none of the layers that are meant takes part."
+    "`ValueError` where none of the layers that are meant takes layer."
     if any(name in selected.candidates for name in names): return
     reason = selected.choice.skipped.get(names[0], 'not chosen').replace('not chosen', 'is not chosen by layers=')
     raise ValueError(f'{argument}: got {choice!r}, which means only {names[0]!r}, and that {reason}')

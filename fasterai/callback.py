@@ -39,7 +39,7 @@ class KeepSparse(FastaiCallback):
         return self._sparsifier
 
     def before_fit(self):
-        if self._looking(): return
+        if self._validating(): return
         layers = self._layers_to_keep()
         self.active = bool(layers) and not hasattr(self.learn, 'lr_finder')
         if self.active: self._build(replace(self.rules, layers=layers))
@@ -47,8 +47,8 @@ class KeepSparse(FastaiCallback):
     def before_step(self):
         if not self.active: return
         self.sparsifier.evidence.step()
-        if not self.cleared: self._forget()
-        self.sparsifier.quiet_gradients()
+        if not self.optimizer_masked: self._mask_optimizer()
+        self.sparsifier.mask_gradients()
 
     def after_step(self):
         if self.active: self.sparsifier.apply_masks()
@@ -57,7 +57,7 @@ class KeepSparse(FastaiCallback):
         "Whoever else has moved weights, they are validated and saved sparse."
         if self.active: self.sparsifier.apply_masks()
 
-    def _looking(self):
+    def _validating(self):
         "Is this `validate` or `get_preds`, perhaps in the middle of a fit? They hold the lock."
         return self.learn.lock.locked()
 
@@ -77,7 +77,7 @@ class KeepSparse(FastaiCallback):
 
     def _build(self, rules):
         "The zeros that are there are the masks; a tensor that is all zero is one only where it was emptied on purpose."
-        self._sparsifier, self.cleared = Sparsifier(self._model(), **rules.given, example=self._batch), False
+        self._sparsifier, self.optimizer_masked = Sparsifier(self._model(), **rules.given, example=self._batch), False
         emptied = {w for cb in self.learn.cbs if isinstance(cb, KeepSparse) for w in cb.emptied}
         for name, layer in self.sparsifier.selected.candidates.items():
             if layer.at in emptied and not layer.weight.any(): self.sparsifier.masks.empty(name)
@@ -87,12 +87,12 @@ class KeepSparse(FastaiCallback):
         batch = getattr(self.learn, 'xb', (None,))
         return None if batch[0] is None else batch
 
-    def _forget(self):
+    def _mask_optimizer(self):
         "Clear the optimizer's memory of dead weights; fastai's Lookahead and OptimWrapper hold another optimizer inside."
-        opt, self.cleared = self.learn.opt, True
-        self.sparsifier.quiet_state(getattr(opt, 'opt', opt).state)
+        opt, self.optimizer_masked = self.learn.opt, True
+        self.sparsifier.mask_optimizer_state(getattr(opt, 'opt', opt).state)
         for slow, fast in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):
-            self.sparsifier.quiet_state({p: {'slow': s} for p, s in zip(fast, slow)})
+            self.sparsifier.mask_optimizer_state({p: {'slow': s} for p, s in zip(fast, slow)})
 
 
 class SparsifyCallback(KeepSparse):
@@ -119,7 +119,7 @@ class SparsifyCallback(KeepSparse):
     # When
 
     def before_fit(self):
-        if self._looking(): return
+        if self._validating(): return
         self.trackers.resume()
         self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
@@ -134,7 +134,7 @@ class SparsifyCallback(KeepSparse):
         self.column.add(self.learn)
 
     def before_epoch(self):
-        if not self.active or self._looking(): return
+        if not self.active or self._validating(): return
         self.trackers.resume()
         self.column.remove(self.learn)
         self.trained = False
@@ -143,7 +143,7 @@ class SparsifyCallback(KeepSparse):
 
     def before_batch(self):
         "With the first batch the data flow can be found, and with it what is left alone; nothing has been zeroed yet."
-        if not self.active or not self.training or self.cleared: return
+        if not self.active or not self.training or self.optimizer_masked: return
         self.sparsifier.selected.resolve()
         self._check_chosen()
 
@@ -162,7 +162,7 @@ class SparsifyCallback(KeepSparse):
 
     def after_epoch(self):
         "Only epochs at the final sparsity compete for the best one or are a reason to stop; one that was skipped is not saved again."
-        if not self.active or self._looking(): return
+        if not self.active or self._validating(): return
         if not self.trained: return self.trackers.pause(self.learn)
         report = self.sparsifier.report()
         self.history.append({'epoch': self.epoch} | {r.layer: r.sparsity for r in report.rows})
@@ -171,7 +171,7 @@ class SparsifyCallback(KeepSparse):
         else: self.trackers.pause(self.learn, lambda cb: saves_every_epoch(cb) or self._waits_with_us(cb))
 
     def after_fit(self):
-        if not self.active or self._looking(): return
+        if not self.active or self._validating(): return
         self.trackers.resume()
         if not self.compared:  # there is no best epoch to load
             self.trackers.pause(self.learn, lambda cb: saves_every_epoch(cb) or saves_at_end(cb) or self._waits_with_us(cb))
@@ -187,7 +187,7 @@ class SparsifyCallback(KeepSparse):
         self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
         self.share = share
         self.keeper.emptied = [layer.at for name, layer in self.sparsifier.layers.items() if not self.sparsifier.masks.left(name)]
-        self._forget()
+        self._mask_optimizer()
 
     def _frozen(self): return [name for name, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
 

@@ -61,7 +61,7 @@ def digits(
     return tuple(TensorDataset(images[part], classes[part]) for part in parts)
 
 
-def block(inputs: int, outputs: int, stride: int) -> nn.Module:
+def conv_block(inputs: int, outputs: int, stride: int) -> nn.Module:
     "Convolution, BatchNorm, ReLU."
     conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), relu=nn.ReLU()))
@@ -69,7 +69,7 @@ def block(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 def network() -> nn.Module:
     "A small convolutional network: 56,224 weights in three convolutions and a Linear."
-    return nn.Sequential(OrderedDict(block1=block(1, 32, 1), block2=block(32, 64, 2), block3=block(64, 64, 2),
+    return nn.Sequential(OrderedDict(block1=conv_block(1, 32, 1), block2=conv_block(32, 64, 2), block3=conv_block(64, 64, 2),
                                      pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), output=nn.Linear(64, 10)))
 
 

@@ -11,7 +11,7 @@ from fasterai.peers import ALONE
 from fasterai.regrowth import Regrowth
 from fasterai.rules import Rules
 from fasterai.scoring import Scores
-from fasterai.selection import Part
+from fasterai.selection import LayerGroups
 
 
 @dataclass
@@ -93,19 +93,19 @@ def decide(
     before = {layer.name: masks[layer.name] for budget in budgets for layer in budget.layers}
     after = {}
     for budget in budgets:
-        parts = [_joined([_part(layer, masks[layer.name], rules, scores, regrow) for layer in tied]) for tied in budget.tied]
-        for tied, part, keep in zip(budget.tied, parts, rules.context_info(parts, budget.fraction)):
+        groups = [_joined([_groups(layer, masks[layer.name], rules, scores, regrow) for layer in tied]) for tied in budget.tied]
+        for tied, group, keep in zip(budget.tied, groups, rules.context_info(groups, budget.fraction)):
             counted = rules.context_info.counted and len(tied) == 1
-            kept = part.kept if counted else None
+            kept = group.remaining_after if counted else None
             for layer in tied: after[layer.name] = _decided(layer.grouping, masks[layer.name], keep, kept, len(tied) > 1, regrow)
     return Change(before, after)
 
 
-def _part(layer, mask, rules, scores, regrow):
+def _groups(layer, mask, rules, scores, regrow):
     "What the context sees of a layer."
     grouping, weights = layer.grouping, mask.size
-    seen = Part(layer.name, weights, grouping.size, mask.alive(grouping), partial(scores, layer), mask.costs, rules.floor_of(weights),
-                grouping.whole_layer, grouping.shape, grouping.axes, _known_alive(grouping, mask))
+    seen = LayerGroups(layer.name, weights, grouping.size, mask.alive(grouping), partial(scores, layer), mask.costs, rules.floor_of(weights),
+                grouping.one_layer, grouping.shape, grouping.axes, _known_alive(grouping, mask))
     return _competing_again(seen, grouping, regrow) if regrow else seen
 
 
@@ -114,25 +114,25 @@ def _known_alive(grouping, mask):
     return mask.left // grouping.size if mask.costs is None else None
 
 
-def _competing_again(part, grouping, regrow):
+def _competing_again(group, grouping, regrow):
     "A layer of which all groups compete, those that are gone with the score that the regrowth gives."
-    gone = ~part.alive
+    gone = ~group.alive
 
-    def scores(where): return regrow(part.scores(where), gone[where])
-    return replace(part, alive=torch.ones_like(gone), scores=scores, costs=_full_groups(grouping, gone.device), known=grouping.groups)
+    def scores(where): return regrow(group.scores(where), gone[where])
+    return replace(group, alive=torch.ones_like(gone), scores=scores, costs=_full_groups(grouping, gone.device), known_alive=grouping.groups)
 
 
-def _joined(parts):
+def _joined(groups):
     "Several layers whose n-th groups are pruned together, as one."
-    if len(parts) == 1: return parts[0]
-    size = sum(p.size for p in parts)
+    if len(groups) == 1: return groups[0]
+    size = sum(p.group_size for p in groups)
 
-    def scores(where): return sum(torch.as_tensor(p.scores(where)) * (p.size / size) for p in parts)
-    alike = all(p.costs is None and torch.equal(p.alive, parts[0].alive) for p in parts)
-    costs = None if alike else sum(p.size * p.alive if p.costs is None else p.costs for p in parts)
-    floor = None if parts[0].floor is None else sum(p.floor for p in parts)
-    alive = torch.stack([p.alive for p in parts]).any(0)
-    return Part(' + '.join(p.name for p in parts), sum(p.weights for p in parts), size, alive, scores, costs, floor)
+    def scores(where): return sum(torch.as_tensor(p.scores(where)) * (p.group_size / size) for p in groups)
+    alike = all(p.costs is None and torch.equal(p.alive, groups[0].alive) for p in groups)
+    costs = None if alike else sum(p.group_size * p.alive if p.costs is None else p.costs for p in groups)
+    floor = None if groups[0].floor is None else sum(p.floor for p in groups)
+    alive = torch.stack([p.alive for p in groups]).any(0)
+    return LayerGroups(' + '.join(p.name for p in groups), sum(p.n_weights for p in groups), size, alive, scores, costs, floor)
 
 
 def _decided(grouping, mask, keep, left, tied, regrow):

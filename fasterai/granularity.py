@@ -155,7 +155,7 @@ class Grouping:
         self.order = sorted(range(len(inner)), key=inner.__getitem__)
         self.in_order = not self.pad and self.order == sorted(self.order)  # do the groups lie one behind the other?
         self.sizes = self.count(torch.ones(self.shape, dtype=torch.bool)) if self.pad else self.size  # one number, or (groups,)
-        self.whole_layer = read_granularity(granularity).one_layer
+        self.one_layer = read_granularity(granularity).one_layer
         # a group is one filter, or several
         self.whole_filters = 'O' in self.axes and all(spanned.get(a) == n for a, n in self.axes.items() if a not in OUTPUTS)
 

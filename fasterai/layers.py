@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 class Choice(NamedTuple):
     "Weights by name, in the model's order: a layer's that has one are called as the layer."
     chosen: dict  # name: `Weight`; one that several layers share stands once, under the first
-    outright: set  # the names of those that were asked for one by one
+    by_name: set  # the names of those that were asked for one by one
     skipped: dict  # name: reason, for every other weight of a layer
 
 
@@ -50,11 +50,11 @@ def choose(
     "The weights that are meant; `ValueError` where something means none or cannot take part."
     named = Named(model)
     usual = {n for n, w in named.weights.items() if not isinstance(w.module, LOOKUPS)}
-    wanted, outright = usual if layers is None else set(), set()
+    wanted, by_name = usual if layers is None else set(), set()
     for choice in [] if layers is None else _listed(layers):
         found = matching(choice, named, named.weights)
         wanted.update(found)
-        if not isinstance(choice, type): outright.update(n for n in found if means_outright(choice, n, named.every[n]))
+        if not isinstance(choice, type): by_name.update(n for n in found if means_by_name(choice, n, named.every[n]))
 
     chosen, skipped, first = {}, {}, {}
     for name, weight in named.every.items():
@@ -74,16 +74,16 @@ def choose(
     if not chosen:
         hint = f'; name a parameter, as layers={next(iter(named.bare))!r}' if named.bare else ''
         raise ValueError(f'layers: no layer selected: {type(model).__name__} has none of {_kinds()}{hint}')
-    return Choice(chosen, outright, skipped)
+    return Choice(chosen, by_name, skipped)
 
 
 def _called(module, attr): return module if attr == 'weight' else f'{module}.{attr}'.lstrip('.')
-def means_outright(
+def means_by_name(
     choice,  # one entry of `layers`
     name: str,
     weight: Weight,
 ) -> bool:
-    "Does the choice mean this weight, or its module, outright?"
+    "Does the choice mean this weight, or its module, by_name?"
     if isinstance(choice, str): return choice in (name, f'{name}.weight') or name == f'{choice}.{weight.attr}'
     return choice is weight.module or choice is weight.tensor or isinstance(choice, Weight) and choice == weight
 

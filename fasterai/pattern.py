@@ -25,22 +25,22 @@ class pattern:
     @property
     def sparsity(self) -> Fraction: return 1 - Fraction(self.n, self.m)
 
-    def __call__(self, parts, fraction): return [self._one(part, fraction / self.sparsity) for part in parts]
+    def __call__(self, layers, fraction): return [self._one(layer, fraction / self.sparsity) for layer in layers]
 
-    def _one(self, part, share):
+    def _one(self, layer, share):
         "The keep mask of one layer, where a share of the pattern is due."
-        scores = np.where(part.alive.cpu().numpy(), part.all_scores(), -np.inf)
-        keep = torch.from_numpy(self._lines(scores, part)).to(part.alive.device) & part.alive
+        scores = np.where(layer.alive.cpu().numpy(), layer.all_scores(), -np.inf)
+        keep = torch.from_numpy(self._lines(scores, layer)).to(layer.alive.device) & layer.alive
         if share >= 1: return keep
-        due = round(share * (part.weights - ALONE.count(keep))) - part.gone
-        if due <= 0: return part.alive
-        order = Lowest([replace(part, alive=part.alive & ~keep)])
+        due = round(share * (layer.n_weights - ALONE.count(keep))) - layer.zeros
+        if due <= 0: return layer.alive
+        order = Lowest([replace(layer, alive=layer.alive & ~keep)])
         (rest, _), = order.remove(order.cut(due))
         return keep | rest
 
-    def _lines(self, scores, part):
+    def _lines(self, scores, layer):
         "The pattern over a whole layer: each is ranked among its m; ties fall by position."
-        sizes, at = tuple(part.axes.values()), list(part.axes).index('I')
+        sizes, at = tuple(layer.axes.values()), list(layer.axes).index('I')
         lines = np.moveaxis(scores.reshape(sizes), at, 0)  # (I, …)
         keep = np.empty(lines.shape, bool)
         for start in range(0, len(lines), self.m):

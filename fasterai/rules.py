@@ -74,7 +74,7 @@ class Rules:
         groupings: dict,  # layer's name: `Grouping`
     ):
         "`ValueError` where the context cannot work on such groups."
-        if self.context_info.within_layers and any(g.whole_layer for g in groupings.values()):
+        if self.context_info.within_layers and any(g.one_layer for g in groupings.values()):
             raise ValueError(f'granularity: got {self.granularity!r}, allowed with this context are those with several groups a layer: '
                              'it compares within layers')
         if not self.context_info.single_weights: return

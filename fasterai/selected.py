@@ -93,7 +93,7 @@ class Selected:
         "The layers that whole filters cannot be taken from, unless they were asked for by name: {name: reason}."
         found = {}
         for name, layer in self.candidates.items():
-            if not layer.grouping.whole_filters or name in self.choice.outright: continue
+            if not layer.grouping.whole_filters or name in self.choice.by_name: continue
             if id(layer.weight) in flow.output_weights:
                 found[name] = "makes the network's output, and whole filters go: name it in layers= to include it"
             elif id(layer.weight) not in flow.ran:

@@ -15,40 +15,40 @@ SAMPLE = 1 << 16  # groups that are all ranked; of more, a sample is, and what l
 
 
 @dataclass(eq=False)
-class Part:
+class LayerGroups:
     "One layer, as those see it who select: groups with a score and a cost each, in the order of their position."
     name: str
-    weights: int  # how many in all
-    size: int  # weights a group
+    n_weights: int  # how many in all
+    group_size: int  # weights a group
     alive: torch.Tensor  # (groups,) bool, False = gone already
     scores: Callable[[slice | torch.Tensor], torch.Tensor | np.ndarray]  # gives (n,) float32 of the groups in a slice, or at positions
-    costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `size`
+    costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `group_size`
     floor: int | None = None  # weights that stay at least; None: one, unless all shall go
-    whole: bool = False  # is its one group the layer, which goes where there are others?
+    one_layer: bool = False  # is its one group the layer, which goes where there are others?
     shape: tuple = ()  # of the layer's weight
     axes: dict | None = None  # name: size, whose product are the groups, where each is a weight
-    known: InitVar[int | None] = None  # groups that are alive, where somebody has counted them; what `replace` makes counts anew
+    known_alive: InitVar[int | None] = None  # groups that are alive, where somebody has counted them; what `replace` makes counts anew
     peers: Alone = ALONE  # who has the numbers
-    kept: int | None = field(default=None, init=False)  # weights that stay, where who decided has counted them
+    remaining_after: int | None = field(default=None, init=False)  # weights that stay, where who decided has counted them
 
-    def __post_init__(self, known):
-        if known is not None: self.living = known
+    def __post_init__(self, known_alive):
+        if known_alive is not None: self.n_alive = known_alive
 
     @cached_property
-    def living(self) -> int:
+    def n_alive(self) -> int:
         "Groups that are alive."
         return self.peers.total(self.peers.count(self.alive))
 
     @cached_property
-    def standing(self) -> int:
+    def remaining(self) -> int:
         "The weights that are left."
-        if self.costs is None: return self.size * self.living
+        if self.costs is None: return self.group_size * self.n_alive
         return self.peers.total(int((self.costs * self.alive).sum()))
 
     @property
-    def gone(self) -> int:
+    def zeros(self) -> int:
         "Zeros that are there, in groups that are gone and in others: they count whatever is decided."
-        return self.weights - self.standing
+        return self.n_weights - self.remaining
 
     def all_scores(self) -> np.ndarray:  # (groups,) float32, not to be changed
         "The whole layer's scores."
@@ -78,10 +78,10 @@ class Part:
         return best
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
-        "The part in pieces of `CHUNK` weights; as a whole where it is not on the host."
+        "The layer in pieces of `CHUNK` weights; as a whole where it is not on the host."
         groups = len(self.alive)
         step = self._groups_a_chunk() if self.peers.on_host(self.alive) else groups or 1
-        alive = None if self.living == groups else self.peers.array(self.alive)
+        alive = None if self.n_alive == groups else self.peers.array(self.alive)
         for start in range(0, groups, step):
             where = slice(start, start + step)
             here = None if alive is None else alive[where]
@@ -89,7 +89,7 @@ class Part:
 
     def _groups_a_chunk(self):
         "A multiple of 8 where there are as many, so that masks can be compared by words."
-        groups = CHUNK // self.size
+        groups = CHUNK // self.group_size
         return max(1, groups // 8 * 8 or groups)
 
 
@@ -104,7 +104,7 @@ EVERYTHING = Cut(np.inf, 0, 0)
 
 
 class Found(NamedTuple):
-    "What a sweep has seen of one part."
+    "What a sweep has seen of one layer."
     keep: torch.Tensor  # (groups,) bool, True for the living groups above the bracket
     at: torch.Tensor | np.ndarray | slice  # positions of the living groups inside the bracket
     scores: np.ndarray  # and their scores
@@ -119,18 +119,18 @@ class Lowest:
     collects what lies inside. A bracket that misses is given up for everything; one that hits serves again."""
 
     def __init__(self,
-        parts: list,  # of `Part`
+        layers: list,  # of `LayerGroups`
     ):
-        self.parts, self.found, self.ranks = parts, [], None
-        self.peers = parts[0].peers if parts else ALONE
+        self.layers, self.found, self.ranks = layers, [], None
+        self.peers = layers[0].peers if layers else ALONE
 
     def cut(self,
         budget: int,  # how many weights shall go, at least 1
     ) -> Cut:
         if self._brackets(budget): return self._inside(budget)
-        few = self.peers.total(sum(len(part.alive) for part in self.parts)) <= SAMPLE
+        few = self.peers.total(sum(len(layer.alive) for layer in self.layers)) <= SAMPLE
         for find in (_everything,) if few else (_bracketed, _everything):
-            self.found = find(self.parts, budget)
+            self.found = find(self.layers, budget)
             self._rank()
             if self._brackets(budget): return self._inside(budget)
         return EVERYTHING  # all there is does not fill the budget
@@ -158,11 +158,11 @@ class Lowest:
         return Cut(score, reaching + (over <= under), len(gone))
 
     def leave(self,
-        parts: list,  # of `Part`
+        layers: list,  # of `LayerGroups`
     ):
         "These no longer compete."
-        stay = [i for i, part in enumerate(self.parts) if not any(part is other for other in parts)]
-        self.parts = [self.parts[i] for i in stay]
+        stay = [i for i, layer in enumerate(self.layers) if not any(layer is other for other in layers)]
+        self.layers = [self.layers[i] for i in stay]
         self.found = [self.found[i] for i in stay if self.found]
         self._rank()
 
@@ -171,19 +171,19 @@ class Lowest:
 
     def remove(self,
         cut: Cut,  # the last one
-    ) -> list:  # (keep mask (groups,), how many weights go), one a part
+    ) -> list:  # (keep mask (groups,), how many weights go), one a layer
         "Keep masks: what is gone stays gone, what lies below the cut goes."
-        if cut == EVERYTHING: return [(torch.zeros_like(part.alive), part.standing) for part in self.parts]
+        if cut == EVERYTHING: return [(torch.zeros_like(layer.alive), layer.remaining) for layer in self.layers]
         stay = self._above(cut)
         costs = [found.cost + cost_of(found.costs, ~stays) for found, stays in zip(self.found, stay)]
         placed = self.peers.sent(stay, [found.keep.device for found in self.found])
         for found, stays in zip(self.found, placed):
             self.peers.array(found.keep)[found.at] = self.peers.array(stays)
-        keeps = self.peers.sent([found.keep for found in self.found], [part.alive.device for part in self.parts])
+        keeps = self.peers.sent([found.keep for found in self.found], [layer.alive.device for layer in self.layers])
         return list(zip(keeps, costs))
 
     def _above(self, cut):
-        "Which of the groups inside the bracket stay: bool arrays, one a part. Ties fall by position, over all parts."
+        "Which of the groups inside the bracket stay: bool arrays, one a layer. Ties fall by position, over all layers."
         stay, left = [], cut.ties
         for found in self.found:
             stays = found.scores > cut.score
@@ -201,32 +201,32 @@ def _costs_at(found, at):
     return found.costs[at]
 
 
-def _everything(parts, budget):
+def _everything(layers, budget):
     "All living groups, to be ranked."
-    scores = _ordered(parts, [part.joined_scores() for part in parts])
+    scores = _ordered(layers, [layer.joined_scores() for layer in layers])
     found = []
-    for part, scored, (at, costs) in zip(parts, scores, _living(parts, [slice(None)] * len(parts))):
+    for layer, scored, (at, costs) in zip(layers, scores, _living(layers, [slice(None)] * len(layers))):
         where = at if isinstance(at, slice) else np.flatnonzero(at)
-        found.append(Found(torch.zeros(len(part.alive), dtype=torch.bool), where, scored[at], costs, 0))
+        found.append(Found(torch.zeros(len(layer.alive), dtype=torch.bool), where, scored[at], costs, 0))
     return found
 
 
-def _bracketed(parts, budget):
+def _bracketed(layers, budget):
     "What lies most likely about the cut."
-    lo, hi = _bracket(parts, budget)
-    apart = iter(_sweep_apart([part for part in parts if not part.peers.on_host(part.alive)], lo, hi))
-    return [_sweep(part, lo, hi) if part.peers.on_host(part.alive) else next(apart) for part in parts]
+    lo, hi = _bracket(layers, budget)
+    apart = iter(_sweep_apart([layer for layer in layers if not layer.peers.on_host(layer.alive)], lo, hi))
+    return [_sweep(layer, lo, hi) if layer.peers.on_host(layer.alive) else next(apart) for layer in layers]
 
 
-def _bracket(parts, budget):
+def _bracket(layers, budget):
     "Two scores, three standard errors about the estimated place of the cut: it most likely lies between them, or at one of them."
-    step = round(sum(len(part.alive) for part in parts) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
+    step = round(sum(len(layer.alive) for layer in layers) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
     wheres, at = [], 0
-    for part in parts:
+    for layer in layers:
         wheres.append(slice(-at % step, None, step))
-        at += len(part.alive)
-    scores = _ordered(parts, [part.scores(where) for part, where in zip(parts, wheres)])
-    sample = [(scored[living], costs) for scored, (living, costs) in zip(scores, _living(parts, wheres))]
+        at += len(layer.alive)
+    scores = _ordered(layers, [layer.scores(where) for layer, where in zip(layers, wheres)])
+    sample = [(scored[living], costs) for scored, (living, costs) in zip(scores, _living(layers, wheres))]
     ranks = Ranks(sample, step)
     share = min(budget / ranks.total, 1) if ranks.total else 1
     error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
@@ -234,69 +234,69 @@ def _bracket(parts, budget):
     return lo, ranks.reaching(budget + error)
 
 
-def _ordered(parts, scores):
+def _ordered(layers, scores):
     "Arrays of scores without NaN, which a context of one's own may make: it is the lowest."
-    return [_nan_lowest(scored) for scored in _peers(parts).fetched(scores)]
+    return [_nan_lowest(scored) for scored in _peers(layers).fetched(scores)]
 
 
 def _nan_lowest(scores):
     return np.where(np.isnan(scores), -np.inf, scores) if np.isnan(scores.max(initial=-np.inf)) else scores
 
 
-def _peers(parts): return parts[0].peers if parts else ALONE
+def _peers(layers): return layers[0].peers if layers else ALONE
 
 
-def _living(parts, wheres):
-    "Of each part's groups in a slice, which are alive, as an index, and what these cost: arrays, slices and ints."
-    peers = _peers(parts)
-    alive = iter(peers.fetched([part.alive[where] for part, where in zip(parts, wheres) if part.living < len(part.alive)]))
-    costs = iter(peers.fetched([part.costs[where] for part, where in zip(parts, wheres) if part.costs is not None]))
-    for part in parts:
-        living = next(alive) if part.living < len(part.alive) else slice(None)
-        yield living, part.size if part.costs is None else next(costs)[living]
+def _living(layers, wheres):
+    "Of each layer's groups in a slice, which are alive, as an index, and what these cost: arrays, slices and ints."
+    peers = _peers(layers)
+    alive = iter(peers.fetched([layer.alive[where] for layer, where in zip(layers, wheres) if layer.n_alive < len(layer.alive)]))
+    costs = iter(peers.fetched([layer.costs[where] for layer, where in zip(layers, wheres) if layer.costs is not None]))
+    for layer in layers:
+        living = next(alive) if layer.n_alive < len(layer.alive) else slice(None)
+        yield living, layer.group_size if layer.costs is None else next(costs)[living]
 
 
-def _sweep(part, lo, hi):
+def _sweep(layer, lo, hi):
     "Decides about what lies above and below a bracket, and collects what lies inside."
-    keep, at, inside, stay = torch.empty_like(part.alive), [], [], 0
-    kept = part.peers.array(keep)
-    for where, scores, alive in part.chunks():
+    keep, at, inside, stay = torch.empty_like(layer.alive), [], [], 0
+    kept = layer.peers.array(keep)
+    for where, scores, alive in layer.chunks():
         above, reached = kept[where], scores >= lo
         np.greater(scores, hi, out=above)
         if alive is not None:
             above &= alive
             reached &= alive
         here = differing(above, reached)
-        stay += part.peers.count(above)
+        stay += layer.peers.count(above)
         inside.append(scores[here])
         at.append(here + where.start if where.start else here)
     at, inside = joined(at), joined(inside)
-    if part.costs is None:
-        return Found(keep, at, inside, part.size, part.size * (part.living - stay - len(at)))
-    costs = part.costs.numpy()[at]
-    return Found(keep, at, inside, costs, part.standing - int((part.costs * keep).sum()) - int(costs.sum()))
+    if layer.costs is None:
+        return Found(keep, at, inside, layer.group_size, layer.group_size * (layer.n_alive - stay - len(at)))
+    costs = layer.costs.numpy()[at]
+    return Found(keep, at, inside, costs, layer.remaining - int((layer.costs * keep).sum()) - int(costs.sum()))
 
 
-def _sweep_apart(parts, lo, hi):
-    "The same where a GPU has the scores: each part at once, and the host waits for all of them together, not for each."
+def _sweep_apart(layers, lo, hi):
+    "The same where a GPU has the scores: each layer at once, and the host waits for all of them together, not for each."
     keeps, reached, counts = [], [], []
-    for part in parts:
-        scores = part.scores(slice(None))
+    for layer in layers:
+        scores = layer.scores(slice(None))
         keep, reach = torch.as_tensor(scores > hi), torch.as_tensor(scores >= lo)
-        if part.living < len(part.alive): keep, reach = keep & part.alive, reach & part.alive
-        cost = part.size * keep.sum() if part.costs is None else (part.costs * keep).sum()
+        if layer.n_alive < len(layer.alive): keep, reach = keep & layer.alive, reach & layer.alive
+        cost = layer.group_size * keep.sum() if layer.costs is None else (layer.costs * keep).sum()
         keeps.append(keep)
         reached.append(reach)
         counts.append(torch.stack([reach.sum() - keep.sum(), cost]))
-    peers = _peers(parts)
+    peers = _peers(layers)
     counts = [count.tolist() for count in peers.fetched(counts)]
     ats = [_places(keep ^ reach, n) for keep, reach, (n, _) in zip(keeps, reached, counts)]
-    scores = peers.fetched([part.scores(at) for part, at in zip(parts, ats)])
-    costs = iter(peers.fetched([part.costs[at] for part, at in zip(parts, ats) if part.costs is not None]))
+    scores = peers.fetched([layer.scores(at) for layer, at in zip(layers, ats)])
+    costs = iter(peers.fetched([layer.costs[at] for layer, at in zip(layers, ats) if layer.costs is not None]))
     found = []
-    for part, keep, at, inside, (n, above) in zip(parts, keeps, ats, scores, counts):
-        each = part.size if part.costs is None else next(costs)
-        found.append(Found(keep, at, inside, each, part.standing - above - cost_of_all(each, n)))
+    for layer, keep, at, inside, (n, above) in zip(layers, keeps, ats, scores, counts):
+        each = layer.group_size if layer.costs is None else next(costs)
+        found.append(Found(keep, at, inside, each, layer.remaining - above - cost_of_all(each, n)))
     return found
 
 

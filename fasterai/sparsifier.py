@@ -103,11 +103,11 @@ class Sparsifier:
         "Zero again what an optimiser has moved."
         self.masks.apply_to_weights()
 
-    def quiet_gradients(self):
+    def mask_gradients(self):
         "Zero the gradients of dead weights, so that neither a clipping norm nor an optimiser's memory knows of them."
         self.masks.apply_to_gradients()
 
-    def quiet_state(self,
+    def mask_optimizer_state(self,
         state: Mapping,  # parameter: {name: tensor or anything}, as the `state` of an optimiser
     ):
         "Zero what an optimiser remembers of dead weights: momentum, second moments, all that has the weight's shape."
@@ -126,11 +126,11 @@ class Sparsifier:
 
         def before(*_):
             self.evidence.step()
-            self.quiet_gradients()
+            self.mask_gradients()
 
         def after(*_):
             self.apply_masks()
-            self.quiet_state(optimizer.state)
+            self.mask_optimizer_state(optimizer.state)
         self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def detach(self):

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from fasterai.allocation import erk_densities
 from fasterai.context import CONTEXTS, read_context
 from fasterai.pattern import pattern
-from fasterai.selection import Part
+from fasterai.selection import LayerGroups
 
 INF = torch.inf
 
 
 def layer(name, scores, size=1, cost=None, **more):
     scores = torch.tensor(scores, dtype=torch.float32)
-    return Part(name, len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.),
+    return LayerGroups(name, len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.),
                 None if cost is None else torch.tensor(cost), **more)
 
 
@@ -75,7 +75,7 @@ def test_what_is_gone_stays_gone_and_is_counted():
 
 
 def test_a_criterion_that_changes_its_mind_is_counted_exactly():
-    parts = [Part('a', 40_000, 1, torch.ones(40_000, dtype=torch.bool), lambda where: torch.rand(40_000)[where]) for _ in range(2)]
+    parts = [LayerGroups('a', 40_000, 1, torch.ones(40_000, dtype=torch.bool), lambda where: torch.rand(40_000)[where]) for _ in range(2)]
     keeps = CONTEXTS['global'](parts, Fraction(1, 2))
     assert sum(int(k.sum()) for k in keeps) == 40_000
 

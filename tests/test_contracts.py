@@ -47,7 +47,7 @@ def apart(layers): return [[layer] for layer in layers]
 COMPETE = {'global': together, 'local': apart, 'lamp': together, 'normalized': together, 'erk': together}  # who reaches the share together
 SHAPES = [*GRANULARITIES, block(2, 3)]
 WAYS = [*product(SHAPES, ['magnitude'], ['global', 'local']), *product(['weight', 'filter'], CRITERIA, COMPETE), ('vector', 'gradient', 'global')]
-thin = pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')
+may_be_nearly_empty = pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')
 ways = pytest.mark.parametrize('granularity, criteria, context', list(dict.fromkeys(WAYS)))
 
 
@@ -62,7 +62,7 @@ def pair(make):
     return model
 
 
-def goes_whole(layer, job): return layer.grouping.whole_layer and len(job) > 1
+def goes_whole(layer, job): return layer.grouping.one_layer and len(job) > 1
 def zeros(layer): return int((layer.weight == 0).sum())
 
 
@@ -89,7 +89,7 @@ def check(sparsifier, sparsity, context):
         if share < 1: assert mask.any() or goes_whole(layer, layers) and context not in ('local', 'erk')
 
 
-@thin
+@may_be_nearly_empty
 @pytest.mark.parametrize('kind', LAYERS)
 @ways
 def test_counts_and_what_is_left_alone(kind, granularity, criteria, context):
@@ -114,7 +114,7 @@ def test_counts_and_what_is_left_alone(kind, granularity, criteria, context):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
 
 
-@thin
+@may_be_nearly_empty
 @pytest.mark.parametrize('weights', [1, 2, 3, 1000])
 @pytest.mark.parametrize('equal', [False, True], ids=['random', 'equal'])
 @ways
@@ -128,7 +128,7 @@ def test_small_and_equal_tensors(weights, equal, granularity, criteria, context)
         check(sparsifier, sparsity, context)
 
 
-@thin
+@may_be_nearly_empty
 @ways
 @settings(max_examples=20, deadline=None)
 @given(shape=st.tuples(*[st.integers(1, 5)] * 4), sparsity=st.one_of(st.just(0), st.floats(1, 100)), seed=st.integers(0, 99))

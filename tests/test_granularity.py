@@ -85,7 +85,7 @@ def test_how_many_groups_of_other_shapes(layer, attr, groups):
     found = [Grouping(layer, g, '', attr) for g in names]
     assert tuple(g.groups for g in found) == groups
     for g in found: assert g.groups * g.size == getattr(layer, attr).numel()
-    assert found[-1].whole_layer and not any(g.whole_layer for g in found[:-1])
+    assert found[-1].one_layer and not any(g.one_layer for g in found[:-1])
 
 
 @pytest.mark.parametrize('granularity', [*GRANULARITIES, ('O',), ('I',), block(4, 4), block(1, 16), block(3, 2), block(64, 64), head(1), head(2)], ids=str)

@@ -57,8 +57,8 @@ def test_what_was_left_out_has_a_reason():
 
 def test_outright_is_by_name_or_module_of_the_layer_itself():
     net = Net()
-    for layers in ('head', net.head, ['body', 'head']): assert choose(net, layers).outright == {'head'}
-    for layers in (None, nn.Linear, 'he*', net): assert choose(net, layers).outright == set()
+    for layers in ('head', net.head, ['body', 'head']): assert choose(net, layers).by_name == {'head'}
+    for layers in (None, nn.Linear, 'he*', net): assert choose(net, layers).by_name == set()
 
 
 @pytest.mark.parametrize('layers, error, says', [
@@ -92,7 +92,7 @@ def test_layers_with_several_weights():
     assert list(choose(net, 'attn').chosen) == ['attn.in_proj_weight', 'attn.out_proj']
     assert list(choose(net, ['lstm.*_hh_*', net['attn'].out_proj]).chosen) == ['lstm.weight_hh_l0', 'lstm.weight_hh_l0_reverse', 'attn.out_proj']
     assert list(choose(net, net['lstm'].weight_ih_l0).chosen) == ['lstm.weight_ih_l0']
-    assert choose(net, ['lstm', 'apart.q_proj_weight']).outright == {f'lstm.{n}' for n, _ in net['lstm'].named_parameters() if 'weight' in n} | {
+    assert choose(net, ['lstm', 'apart.q_proj_weight']).by_name == {f'lstm.{n}' for n, _ in net['lstm'].named_parameters() if 'weight' in n} | {
         'apart.q_proj_weight'}
     with pytest.raises(ValueError, match='got a parameter that is not a part of the model'): choose(net, torch.ones(2))
     with pytest.raises(ValueError, match="weight of 'lstm.weight_hh_l0' is not a parameter of its own"):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fasterai import ranking, selection
 from fasterai.peers import ALONE
-from fasterai.selection import Lowest, Part
+from fasterai.selection import Lowest, LayerGroups
 
 INF = torch.inf
 
@@ -14,7 +14,7 @@ def part(scores, cost=1, **more):
     "Groups with a score each; -inf is gone already; one cost for all or one each."
     scores = torch.as_tensor(scores, dtype=torch.float32)
     size, costs = (cost, None) if isinstance(cost, int) else (max(cost), torch.tensor(cost))
-    return Part('', len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.), costs, **more)
+    return LayerGroups('', len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.), costs, **more)
 
 
 def removed(chunks, budget):
@@ -24,7 +24,7 @@ def removed(chunks, budget):
     order = Lowest(parts)
     cut = order.cut(budget)
     kept = order.remove(cut)
-    costs = [p.costs if p.costs is not None else torch.full((len(p.alive),), p.size) for p in parts]
+    costs = [p.costs if p.costs is not None else torch.full((len(p.alive),), p.group_size) for p in parts]
     assert [n for _, n in kept] == [int(c[p.alive & ~keep].sum()) for p, c, (keep, _) in zip(parts, costs, kept)]
     return [(~keep).int().tolist() for keep, _ in kept]
 
@@ -105,7 +105,7 @@ def test_the_best_group_is_the_one_that_would_go_last(scores, best, chunk, monke
     one = part(scores)
     assert one.best() == best
     order = Lowest([one])
-    (keep, _), = order.remove(order.cut(one.living - 1))
+    (keep, _), = order.remove(order.cut(one.n_alive - 1))
     assert keep.nonzero().flatten().tolist() == [best]
 
 
@@ -131,7 +131,7 @@ def test_a_bracket_that_hits_serves_again():
 
 def test_scores_may_be_minus_infinity():
     scores = torch.cat([torch.full((30,), -INF), torch.rand(70)])[torch.randperm(100)]
-    one = Part('', 100, 1, torch.ones(100, dtype=torch.bool), lambda where: scores[where])
+    one = LayerGroups('', 100, 1, torch.ones(100, dtype=torch.bool), lambda where: scores[where])
     order = Lowest([one])
     (keep, n), = order.remove(order.cut(20))
     assert n == 20 and (scores[~keep] == -INF).all()
@@ -142,7 +142,7 @@ def test_nan_is_the_lowest_however_it_is_found(monkeypatch):
     scores = torch.cat([torch.full((50,), torch.nan), torch.rand(4000)])[torch.randperm(4050)]
     for sample in (1 << 16, 100):
         monkeypatch.setattr(selection, 'SAMPLE', sample)
-        one = Part('', 4050, 1, torch.ones(4050, dtype=torch.bool), lambda where: scores[where])
+        one = LayerGroups('', 4050, 1, torch.ones(4050, dtype=torch.bool), lambda where: scores[where])
         order = Lowest([one])
         (keep, n), = order.remove(order.cut(1000))
         assert n == 1000 == int((~keep).sum()) and not keep[scores.isnan()].any()
@@ -153,7 +153,7 @@ def test_parts_on_the_host_beside_parts_that_are_not(monkeypatch):
     for seed in range(30):
         torch.manual_seed(seed)
         values = torch.rand(8).numpy(), torch.rand(9000)
-        here, apart = (Part('', len(v), 1, torch.ones(len(v), dtype=torch.bool), lambda where, v=v: v[where]) for v in values)
+        here, apart = (LayerGroups('', len(v), 1, torch.ones(len(v), dtype=torch.bool), lambda where, v=v: v[where]) for v in values)
         monkeypatch.setattr(ALONE, 'on_host', lambda tensor: tensor is not apart.alive)
         order = Lowest([here, apart])
         found = torch.cat([keep for keep, _ in order.remove(order.cut(5000))])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasterai import scoring, selection
 from fasterai.allocation import fractions
-from fasterai.context import CONTEXTS, ContextInfo, compete
+from fasterai.context import CONTEXTS, ContextInfo, global_
 from fasterai.criteria import elementwise
 from fasterai.granularity import AXES, Grouping, add_layer_type, block
 from fasterai.peers import ALONE
@@ -585,7 +585,7 @@ def test_a_layer_that_is_gone_beside_one_with_scattered_zeros():
 
 def test_what_a_context_of_ones_own_changes_is_counted(monkeypatch):
     def mine(parts, fraction):
-        keeps = [keep.clone() for keep in compete(parts, fraction)]
+        keeps = [keep.clone() for keep in global_(parts, fraction)]
         keeps[0][:] = True
         return keeps
     monkeypatch.setitem(CONTEXTS, 'mine', ContextInfo(mine))
