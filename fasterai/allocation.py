@@ -1,4 +1,4 @@
-"How much does each layer get: shares of zeros by shape, or by a dict."
+"Allocate a sparsity to layers: by the shape of their weights, or by a dict of the user's."
 from collections.abc import Mapping
 from fractions import Fraction
 from math import floor, prod
@@ -7,18 +7,21 @@ import numpy as np
 
 from fasterai.layers import Named, matching, means_by_name
 
-CAP = Fraction(4, 5)  # of zeros, in the last layer, by uniform_plus
+CAP = Fraction(4, 5)  # highest share of zeros of the last layer, by uniform_plus
 
 
 def erk_densities(
-    shapes: list,  # of the weights, as tuples
-    density: float,  # of all together, 0 to 1
-) -> list:  # of each, 0 to 1
-    "Erdős–Rényi-kernel: in proportion to the sum of a weight's sides over their product (Mocanu et al. 2018, Evci et al. 2020)."
-    sizes = [np.prod(s, dtype=float) for s in shapes]
-    raw = [sum(s) / np.prod(s, dtype=float) for s in shapes]
+    shapes: list,  # of the layers' weights, as tuples
+    density: float,  # of all layers together, 0 to 1
+) -> list:  # density of each layer, 0 to 1
+    """Allocate densities by Erdős–Rényi-kernel (Mocanu et al. 2018, Evci et al. 2020).
+
+    They are in proportion to the sum of a weight's sides over their product. A layer that would be more
+    than dense is dense, and the others share the rest."""
+    sizes = [np.prod(shape, dtype=float) for shape in shapes]
+    raw = [sum(shape) / size for shape, size in zip(shapes, sizes)]
     dense = set()
-    while len(dense) < len(shapes):  # what would be more than dense is dense, and the others share the rest
+    while len(dense) < len(shapes):
         rest = [i for i in range(len(shapes)) if i not in dense]
         free = density * sum(sizes) - sum(sizes[i] for i in dense)
         scale = free / sum(raw[i] * sizes[i] for i in rest)
@@ -29,26 +32,30 @@ def erk_densities(
 
 
 def erk(layers, fraction):
-    "The zeros of each layer by `erk_densities`, as fractions of a weight."
-    densities = erk_densities([p.shape for p in layers], float(1 - fraction))
-    return [p.n_weights * (1 - density) for p, density in zip(layers, densities)]
+    "Return the number of zeros of each layer by `erk_densities`, as fractions of a weight."
+    densities = erk_densities([layer.shape for layer in layers], float(1 - fraction))
+    return [layer.n_weights * (1 - density) for layer, density in zip(layers, densities)]
 
 
-def uniform_plus_shares(
-    sizes: list,  # weights of each layer
-    axes: list,  # names of its weight's axes
-    fraction: Fraction,  # of zeros, of all together
-) -> list:  # of zeros, of each
-    "The same everywhere, but for the first convolution, which stays dense, and the last layer, at most 80 % (Gale et al. 2019)."
+def uniform_plus_fractions(
+    sizes: list,  # number of weights of each layer
+    axes: list,  # names of the axes of each layer's weight
+    fraction: Fraction,  # of zeros, of all layers together
+) -> list:  # fraction of zeros of each layer
+    """Allocate the same sparsity to all layers but two (Gale et al. 2019).
+
+    The first convolution stays dense, and the last layer is pruned to 80 % at most. `ValueError` where so
+    many zeros cannot be."""
     if len(sizes) == 1: return [fraction]  # it is neither the first nor the last of a network
-    first = next((i for i, a in enumerate(axes) if _has_kernel(a)), None)
+    first = next((i for i, names in enumerate(axes) if _has_kernel(names)), None)
     last = next((i for i in reversed(range(len(axes))) if 'O' in axes[i] and i != first), None)
     free = sum(n for i, n in enumerate(sizes) if i not in (first, last))
     capped = 0 if last is None else sizes[last]
-    share, at_last = _uniform_plus_share(fraction * sum(sizes), free, capped)
+    share, at_last = _uniform_plus_fraction(fraction * sum(sizes), free, capped)
     if share > 1:
         most = float(100 * (free + CAP * capped) / sum(sizes))
-        raise ValueError(f'sparsity: got {float(100 * fraction):.4g} %, allowed with uniform_plus is {most:.4g} % at most here: '
+        raise ValueError(f'sparsity: got {float(100 * fraction):.4g} %, '
+                         f'expected {most:.4g} % at most with uniform_plus here: '
                          'the first convolution stays dense and the last layer keeps 20 %')
     shares = [share] * len(sizes)
     if last is not None: shares[last] = at_last
@@ -59,35 +66,38 @@ def uniform_plus_shares(
 def _has_kernel(axes): return any(name.startswith('k') for name in axes)
 
 
-def _uniform_plus_share(budget, free, capped):
-    "The share of zeros of a layer and of the last one; more than 1 where so many zeros cannot be."
+def _uniform_plus_fraction(zeros, free, capped):
+    """Return the fraction of zeros of a free layer and of the capped one; more than 1 where so many zeros
+    cannot be."""
     impossible = Fraction(2)
-    if not free + capped: return (impossible if budget else Fraction(0)), Fraction(0)
-    share = budget / (free + capped)
+    if not free + capped: return (impossible if zeros else Fraction(0)), Fraction(0)
+    share = zeros / (free + capped)
     if share <= CAP: return share, share
-    return ((budget - CAP * capped) / free if free else impossible), CAP
+    if not free: return impossible, CAP
+    return (zeros - CAP * capped) / free, CAP
 
 
 def uniform_plus(layers, fraction):
-    "The zeros of each layer by `uniform_plus_shares`."
-    shares = uniform_plus_shares([p.n_weights for p in layers], [p.axes or () for p in layers], fraction)
-    return [p.n_weights * share for p, share in zip(layers, shares)]
+    "Return the number of zeros of each layer by `uniform_plus_fractions`, as fractions of a weight."
+    sizes = [layer.n_weights for layer in layers]
+    shares = uniform_plus_fractions(sizes, [layer.axes or () for layer in layers], fraction)
+    return [n * share for n, share in zip(sizes, shares)]
 
 
 def check_uniform_plus(
-    shapes: list,  # of the weights
-    axes: list,  # names of each weight's axes
-    fraction: Fraction,  # of zeros, of all together
+    shapes: list,  # of the layers' weights
+    axes: list,  # names of the axes of each weight
+    fraction: Fraction,  # of zeros, of all layers together
 ):
-    "`ValueError` where so many zeros cannot be."
-    uniform_plus_shares([prod(shape) for shape in shapes], axes, fraction)
+    "Raise `ValueError` where uniform_plus cannot make so many zeros."
+    uniform_plus_fractions([prod(shape) for shape in shapes], axes, fraction)
 
 
 def rounded(
     zeros: list,  # of each layer, fractions of a weight
-    total: int,  # of all together
+    total: int,  # of all layers together
 ) -> list:  # ints
-    "Round down, then up where most was lost, until the total is made up."
+    "Round each number down, then up where most was lost, until the total is reached."
     found = [floor(z) for z in zeros]
     by_loss = sorted(range(len(zeros)), key=lambda i: found[i] - zeros[i])
     for i in by_loss[:max(total - sum(found), 0)]: found[i] += 1
@@ -96,32 +106,39 @@ def rounded(
 
 def fractions(
     sparsity,  # percent, or {name, glob, type, module or parameter: percent}
-    rules,  # `Rules`, which say what a number means
+    rules,  # `Rules`
     selected,  # `Selected`
-    argument: str = 'sparsity',  # how errors call the keys
-) -> dict:  # name of a selected layer: share of zeros, 0 to 1
-    "The share of zeros of each layer. What means a layer by_name goes before what means several; of those the first counts."
-    if not isinstance(sparsity, Mapping):
-        fraction = rules.fraction(sparsity)
-        groupings = [layer.grouping for layer in selected.candidates.values()]
-        check = rules.context_info.check
-        if check is not None: check([g.shape for g in groupings], [g.axes for g in groupings], fraction)
-        return dict.fromkeys(selected.candidates, fraction)
-    if not sparsity: raise ValueError('sparsity: got an empty dict, allowed is at floors one entry')
+    argument: str = 'sparsity',  # how errors call a key of the dict
+) -> dict:  # name of a selected layer: fraction of zeros, 0 to 1
+    """Return the sparsity of each selected layer as a fraction.
+
+    In a dict an entry that names a layer wins over a glob, type or module that means several; among those
+    the first wins."""
+    if not isinstance(sparsity, Mapping): return _same_for_all(rules.fraction(sparsity), rules, selected)
+    if not sparsity: raise ValueError('sparsity: got an empty dict, expected at least one entry')
     named, by_name, several = Named(selected.model), {}, {}
     for choice, value in sparsity.items():
         fraction = rules.fraction(value, f'sparsity[{choice!r}]' if isinstance(choice, str) else 'sparsity')
         names = matching(choice, named, named.weights, argument)
         _check_selected(choice, names, selected, argument)
         for name in names:
-            kind = by_name if means_by_name(choice, name, named.every[name]) else several
-            kind.setdefault(name, fraction)
+            found = by_name if means_by_name(choice, name, named.every[name]) else several
+            found.setdefault(name, fraction)
     found = several | by_name
     return {name: found[name] for name in selected.candidates if name in found}
 
 
+def _same_for_all(fraction, rules, selected):
+    check = rules.context_info.check
+    if check is not None:
+        groupings = [layer.grouping for layer in selected.candidates.values()]
+        check([g.shape for g in groupings], [g.axes for g in groupings], fraction)
+    return dict.fromkeys(selected.candidates, fraction)
+
+
 def _check_selected(choice, names, selected, argument):
-    "`ValueError` where none of the layers that are meant takes layer."
+    "Raise `ValueError` where none of the layers that are meant is selected."
     if any(name in selected.candidates for name in names): return
-    reason = selected.choice.skipped.get(names[0], 'not chosen').replace('not chosen', 'is not chosen by layers=')
+    reason = selected.choice.skipped.get(names[0], 'not chosen')
+    if reason == 'not chosen': reason = 'is not chosen by layers='
     raise ValueError(f'{argument}: got {choice!r}, which means only {names[0]!r}, and that {reason}')

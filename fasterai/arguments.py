@@ -1,48 +1,94 @@
-"What comes in at the door: one clear error for what cannot be meant."
+"Check what the user gives: one clear error for what cannot be meant."
+from collections.abc import Callable
 from difflib import get_close_matches
 from fractions import Fraction
+from functools import wraps
+from inspect import signature
 from math import isnan
 from numbers import Real
+
+from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
 
 
 def percent(
     value,  # what the user wrote, 0 to 100
-    argument: str = 'sparsity',  # how the error calls it
-) -> Fraction:  # the share, 0 to 1, exactly as written: 33.3 is 333/1000
+    argument: str = 'sparsity',  # its name, for the error
+) -> Fraction:  # 0 to 1, exactly as written: 33.3 is 333/1000
     "Read a sparsity in percent; `TypeError` or `ValueError` if it cannot be one."
+    expected = 'expected a number from 0 to 100, the percentage of zeros'
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{argument}: got {value!r}, allowed is a number from 0 to 100, the percentage of zeros')
+        raise TypeError(f'{argument}: got {value!r}, {expected}{_as_number(value)}')
     number = float(value)
-    if isnan(number) or not 0 <= number <= 100:
-        raise ValueError(f'{argument}: got {value!r}, allowed is 0 to 100, the percentage of zeros')
+    if isnan(number) or not 0 <= number <= 100: raise ValueError(f'{argument}: got {value!r}, {expected}')
     if 0 < number < 1:
-        raise ValueError(f'{argument}: got {value!r}, allowed is 0, or 1 to 100 percent: write {number * 100:g} for {number * 100:g} %')
+        raise ValueError(f'{argument}: got {value!r}, expected 0, or 1 to 100 percent: '
+                         f'write {number * 100:g} for {number * 100:g} %')
     return Fraction(str(number)) / 100
+
+
+def _as_number(value):
+    "Offer the number that is in a text as '50%'."
+    text = value.strip(' %') if isinstance(value, str) else ''
+    return f'; did you mean {text}?' if text.replace('.', '', 1).isdigit() else ''
 
 
 def nearest(
     name: str,  # what was written
     names,  # what there is
 ) -> str:  # "; did you mean 'x'?", or nothing where no name is near
-    "The end of an error message that offers the closest name."
+    "Return the end of an error message that offers the closest name."
     close = get_close_matches(str(name), [str(n) for n in names], n=1)
     return f'; did you mean {close[0]!r}?' if close else ''
 
 
 def one_of(
-    argument: str,  # the argument's name, for the error
-    value,  # a name, or an object that serves itself
+    argument: str,  # its name, for the error
+    value,  # a name, or a function
     table: dict,  # what there is by name
-    otherwise: str = 'or a function',  # what else is allowed, in words
+    otherwise: str = 'or a function',  # what else is expected, in words
 ):
-    "Look a name up in `table`; what is callable serves as it is."
+    "Return what `table` has by that name, or a function as it is."
+    expected = f'expected one of {", ".join(table)}, {otherwise}'
     if isinstance(value, str):
         if value in table: return table[value]
-        raise ValueError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, {otherwise}{nearest(value, table)}')
-    if callable(value) and (not isinstance(value, type) or value in table.values()): return value
-    raise TypeError(f'{argument}: got {value!r}, allowed is one of {", ".join(table)}, {otherwise}')
+        hint = _synonym(VALUES.get(argument, {}), value) or nearest(value, table)
+        raise ValueError(f'{argument}: got {value!r}, {expected}{hint}')
+    usable = callable(value) and not isinstance(value, type)
+    if usable or value in table.values(): return value
+    raise TypeError(f'{argument}: got {value!r}, {expected}')
+
+
+def known_arguments(function: Callable) -> Callable:
+    "Have a function answer an argument that it does not have with the one that is meant."
+    names = [name for name in signature(function).parameters if name != 'self']
+
+    @wraps(function)
+    def checked(*args, **kwargs):
+        for name in kwargs:
+            if name in names: continue
+            hint = _synonym(ARGUMENTS, name, names) or nearest(name, names)
+            raise TypeError(f'{name}: got an argument of this name, expected one of {", ".join(names)}{hint}')
+        return function(*args, **kwargs)
+    return checked
+
+
+def _synonym(table, word, names=None):
+    "Offer what a word is called here; not an argument that there is not, where `names` says which there are."
+    meant = table.get(word.lower().replace('-', '_').replace(' ', '_'))
+    if meant is None: return ''
+    if names is not None and meant.split('=')[0] not in names: return ''
+    return f'; did you mean {meant}?'
+
+
+def method_hint(
+    name: str,  # an attribute that there is not
+    names,  # what there is
+) -> str:  # "; did you mean …?", or nothing
+    "Return the end of an error message that offers a method of the Sparsifier."
+    public = [n for n in names if not n.startswith('_')]
+    return _synonym(METHODS, name) or nearest(name, public)
 
 
 def name_of(thing) -> str:
-    "What to call a criterion, context or schedule in a message."
+    "Return what to call a criterion, context or schedule in a message."
     return getattr(thing, '__name__', None) or repr(thing)

@@ -1,4 +1,4 @@
-"Who competes with whom: how a sparsity becomes a keep mask for each layer."
+"Decide who competes with whom (the scope of pruning): turn a sparsity into a keep mask for each layer."
 import inspect
 import warnings
 from collections.abc import Callable
@@ -12,81 +12,91 @@ import torch
 from fasterai import allocation
 from fasterai.arguments import name_of, one_of
 from fasterai.pattern import pattern, read_pattern
-from fasterai.selection import Lowest
+from fasterai.selection import LayerGroups, Lowest
 
-Context = Callable[[list, Fraction], list]
-"A function of layers, one a layer, and the share of zeros, to a keep mask for each layer: bool (groups,)."
+Context = Callable[[list[LayerGroups], Fraction], list[torch.Tensor]]
+"""A function of layers and the fraction of zeros that returns a keep mask for each layer: bool (groups,),
+False = pruned."""
 
 
 @dataclass(frozen=True)
 class ContextInfo:
-    "A context, and what others must know of it."
+    "A row of `CONTEXTS`: a context, and what others must know of it."
     prune: Context
-    within_layers: bool = False  # does it compare groups within a layer, so that there must be several?
-    by_shape: bool = False  # does it go by the shape of single layers, so that several cannot be pruned as one?
-    single_weights: bool = False  # is a group always one weight, with an input axis?
-    sparsity: Fraction | None = None  # the only one that it reaches, if there is only one
-    counted: bool = False  # does it say in `layer.remaining_after` how many weights stay?
-    check: Callable | None = None  # (shapes, axes, fraction): `ValueError` where the fraction cannot be reached
+    within_layers: bool = False  # it compares groups within a layer, so a layer must have several
+    by_shape: bool = False  # it goes by the shape of single layers, so several layers cannot be pruned as one
+    single_weights: bool = False  # it prunes single weights only, along an input axis
+    sparsity: Fraction | None = None  # the one sparsity that it can reach; None: any
+    counted: bool = False  # it says in `layer.remaining_after` how many weights stay
+    check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
 
     def __call__(self, layers, fraction): return self.prune(layers, fraction)
 
 
+# Contexts
+
 def global_(
-    layers: list,  # of `selection.LayerGroups`, one a layer
-    fraction: Fraction,  # of the weights of all layers together
+    layers: list,  # of `selection.LayerGroups`
+    fraction: Fraction,  # of zeros, of all layers together
 ) -> list:  # keep masks (groups,), one a layer
-    "Remove the lowest groups of all layers together."
-    return prune_together(layers, round(fraction * sum(p.n_weights for p in layers)), fraction == 1)
+    "Prune the lowest groups of all layers together."
+    zeros = round(fraction * sum(layer.n_weights for layer in layers))
+    return prune_together(layers, zeros, fraction == 1)
 
 
 def local(layers, fraction):
-    "Each layer for itself reaches the sparsity."
+    "Prune each layer to the sparsity (layer-wise, or uniform)."
     return [global_([layer], fraction)[0] for layer in layers]
 
 
 def allotted(
-    allocate: Callable,  # layers, fraction -> zeros of each layer, which may be fractions
+    allocate: Callable,  # (layers, fraction) -> number of zeros of each layer, which may be fractions
 ) -> Context:
-    "Each layer for itself, with as many zeros as an allocation gives it; together they make up what was asked."
+    "Return the context in which each layer has as many zeros as `allocate` gives it."
     def prune(layers, fraction):
-        total = round(fraction * sum(p.n_weights for p in layers))
+        total = round(fraction * sum(layer.n_weights for layer in layers))
         zeros = allocation.rounded(allocate(layers, fraction), total)
         return [prune_together([layer], n, fraction == 1)[0] for layer, n in zip(layers, zeros)]
     return prune
 
 
 def lamp(layers, fraction):
-    "All together, by the square of a score over the sum of the squares not below it in the layer (Lee et al. 2021)."
-    at_hand = {}
+    """Prune all layers together by LAMP (Lee et al. 2021).
+
+    The score is the square of a group's score over the sum of those squares in the layer that are not
+    lower."""
+    latest = {}  # scores of one layer at a time, by its name
 
     def scores(layer, where):
-        if layer.name not in at_hand:
-            at_hand.clear()  # one layer at a time
-            at_hand[layer.name] = torch.from_numpy(_lamp(layer)).to(layer.alive.device)
-        return at_hand[layer.name][where]
-    return global_([replace(p, scores=partial(scores, p)) for p in layers], fraction)
+        if layer.name not in latest:
+            latest.clear()
+            latest[layer.name] = torch.from_numpy(_lamp(layer)).to(layer.alive.device)
+        return latest[layer.name][where]
+    return global_([replace(layer, scores=partial(scores, layer)) for layer in layers], fraction)
 
 
 def _lamp(layer):
     scores = layer.all_scores()
     squares = np.where(layer.alive.cpu().numpy() & (scores > 0), scores, 0).astype(float) ** 2
     order = scores.argsort(kind='stable')
-    above = squares[order][::-1].cumsum()[::-1]
+    not_lower = squares[order][::-1].cumsum()[::-1]
     found = np.empty_like(scores)
-    found[order] = np.divide(squares[order], above, out=np.zeros(len(order)), where=above > 0)
+    found[order] = np.divide(squares[order], not_lower, out=np.zeros(len(order)), where=not_lower > 0)
     return np.where(scores < 0, scores, found)
 
 
 def normalized(layers, fraction):
-    "All together, each layer's scores over their L2 norm."
-    def over(layer):
-        squares = sum(float(np.square(s[s > 0], dtype=float).sum()) for s in layer.living_scores())
-        norm = np.float32(squares ** .5 or 1)
-        return replace(layer, scores=lambda where: layer.scores(where) / norm)
-    return global_([over(p) for p in layers], fraction)
+    "Prune all layers together, by scores divided by their L2 norm in the layer."
+    return global_([_normalized(layer) for layer in layers], fraction)
 
 
+def _normalized(layer):
+    squares = sum(float(np.square(s[s > 0], dtype=float).sum()) for s in layer.living_scores())
+    norm = np.float32(squares ** .5 or 1)
+    return replace(layer, scores=lambda where: layer.scores(where) / norm)
+
+
+# To add a context, write a function of layers and fraction, and a row.
 CONTEXTS = {
     'local': ContextInfo(local, counted=True),
     'global': ContextInfo(global_, counted=True),
@@ -99,90 +109,108 @@ CONTEXTS = {
 
 
 def read_context(
-    context: str | Callable,  # a name in `CONTEXTS`, a pattern as '2:4', or a function of layers and fraction
+    context: str | Context,  # a name in `CONTEXTS`, an N:M pattern as '2:4', or a function of layers and fraction
 ) -> ContextInfo:
-    "The context that is meant."
+    "Find the context that is meant; `ValueError` or `TypeError` where there is none."
     found = read_pattern(context) if isinstance(context, str) else context
     if isinstance(found, pattern): return ContextInfo(found, single_weights=True, sparsity=found.sparsity)
     found = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
     for row in CONTEXTS.values():
         if found in (row, row.prune): return row
     try: inspect.signature(found).bind([], 0)
-    except ValueError: pass  # one whose arguments cannot be read
-    except TypeError: raise TypeError(f'context: got {name_of(found)}, allowed is a function of layers and fraction') from None
+    except ValueError: pass  # its arguments cannot be read
+    except TypeError:
+        raise TypeError(f'context: got {name_of(found)}, '
+                        'expected a function of layers and fraction') from None
     return ContextInfo(partial(_checked, found))
 
 
 def _checked(context, layers, fraction):
-    "Ask a context of the user's: it gets masks of its own, and what it gives is looked at."
-    keeps = context([replace(p, alive=p.alive.clone()) for p in layers], fraction)
-    shapes = [p.alive.shape for p in layers]
-    if [getattr(k, 'shape', None) for k in keeps] != shapes or any(k.dtype != torch.bool for k in keeps):
-        raise ValueError(f'context: {name_of(context)} gave {[tuple(getattr(k, "shape", ())) for k in keeps]}, '
-                         f'allowed is a bool keep mask for each layer: {[tuple(s) for s in shapes]}')
+    "Call a user's context on copies of the masks, and check what it returns."
+    keeps = context([replace(layer, alive=layer.alive.clone()) for layer in layers], fraction)
+    shapes = [tuple(layer.alive.shape) for layer in layers]
+    came = [tuple(getattr(keep, 'shape', ())) for keep in keeps]
+    if came != shapes or any(keep.dtype != torch.bool for keep in keeps):
+        raise ValueError(f'context: {name_of(context)} returned {came}, '
+                         f'expected a bool keep mask for each layer: {shapes}')
     return [keep & layer.alive for keep, layer in zip(keeps, layers)]
 
 
+# The common part
+
 def prune_together(
     layers: list,  # of `selection.LayerGroups`
-    zeros: int,  # weights of all of them that shall be zero in the end
-    everything: bool = False,  # was it asked that all go?
-) -> list:  # keep masks (groups,)
-    "Remove the lowest groups. A layer that would fall below its floor keeps the best that make it up, and the others give for it."
+    zeros: int,  # number of weights of all layers that shall be zero in the end
+    everything: bool = False,  # all of them are asked for, so that a layer may be emptied
+) -> list:  # keep masks (groups,), one a layer
+    """Prune the lowest groups of layers that compete.
+
+    A layer that would fall below its floor keeps its best groups, and the other layers are pruned more."""
     order, at_floor, warned = Lowest(layers), {}, []
-    floors = {p: _least(p, everything, len(layers) > 1) for p in layers}
+    floors = {layer: _floor(layer, everything, len(layers) > 1) for layer in layers}
     while True:
-        gone = sum(p.zeros for p in layers) + sum(cost for _, cost in at_floor.values())
-        removed = _removed(order, zeros - gone)
-        below = [p for p, (_, cost) in zip(order.layers, removed) if cost and p.remaining - cost < floors[p]]
+        there = sum(layer.zeros for layer in layers) + sum(cost for _, cost in at_floor.values())
+        removed = _removed(order, zeros - there)
+        below = [layer for layer, (_, cost) in zip(order.layers, removed)
+                 if cost and layer.remaining - cost < floors[layer]]
         if not below and not at_floor and not everything:
             below = _best_of_all(order.layers, removed)
-            floors |= {p: 1 for p in below}
+            floors |= {layer: 1 for layer in below}
         if not below: break
-        at_floor |= {p: _keep_floor(p, floors[p]) for p in below}
-        warned += [p.name for p in below if p.floor is None]
+        at_floor |= {layer: _keep_floor(layer, floors[layer]) for layer in below}
+        warned += [layer.name for layer in below if layer.floor is None]
         order.leave(below)
-    if warned:
-        warnings.warn(f'sparsity: {", ".join(map(repr, warned))} would have been left without weights and kept the best group; '
-                      'ask for less, or leave it out by layers=', stacklevel=2)
+    if warned: _warn_best_kept(warned)
     decided = dict(zip(order.layers, removed)) | at_floor
-    for p in layers: p.remaining_after = p.remaining - decided[p][1]
-    return [decided[p][0] for p in layers]
+    for layer in layers: layer.remaining_after = layer.remaining - decided[layer][1]
+    return [decided[layer][0] for layer in layers]
 
 
-def _least(layer, everything, several):
-    "The weights that stay in a layer at floors."
+def _floor(layer, everything, several):
+    "Return the number of weights that stay in a layer at least."
     if layer.floor is not None: return layer.floor
-    goes_whole = layer.one_layer and several
-    return 0 if everything or goes_whole else 1
+    may_be_emptied = everything or layer.one_layer and several
+    return 0 if may_be_emptied else 1
 
 
 def _removed(order, budget):
-    "Keep mask and cost for each layer that still competes."
+    "Return keep mask and number of pruned weights of each layer that still competes."
     if budget > 0 and order.layers: return order.remove(order.cut(budget))
-    return [(p.alive, 0) for p in order.layers]
+    return [(layer.alive, 0) for layer in order.layers]
 
 
 def _best_of_all(layers, removed):
-    "The layer that stays where layers go whole and none would be left."
-    if any(p.remaining > cost or p.floor is not None for p, (_, cost) in zip(layers, removed)): return []
+    "Return the layer that stays, in a list, where all layers would be emptied."
+    if any(layer.floor is not None for layer in layers): return []
+    if any(layer.remaining > cost for layer, (_, cost) in zip(layers, removed)): return []
 
-    def best(layer): return max(float(s.max()) for s in layer.living_scores() if len(s))
-    return sorted((p for p in layers if p.remaining), key=best)[-1:]
+    def best(layer): return max(float(scores.max()) for scores in layer.living_scores() if len(scores))
+    return sorted((layer for layer in layers if layer.remaining), key=best)[-1:]
 
 
-def _keep_floor(layer, floors):
-    "Keep only the best groups that make up so many weights: the keep mask, and how many weights go."
-    if layer.remaining <= floors: return layer.alive, 0
-    one_will_do = floors <= (1 if layer.costs is not None else layer.group_size)
-    if one_will_do:
-        best = layer.best()
-        keep = torch.zeros_like(layer.alive)
-        keep[best] = True
-        return keep, layer.remaining - (layer.group_size if layer.costs is None else int(layer.costs[best]))
+def _keep_floor(layer, floor):
+    """Keep only the best groups that have so many weights: return the keep mask, and how many weights are
+    pruned."""
+    if layer.remaining <= floor: return layer.alive, 0
+    one_group = 1 if layer.costs is not None else layer.group_size
+    if floor <= one_group: return _keep_best(layer)
     order = Lowest([layer])
-    cut = order.cut(layer.remaining - floors)
+    cut = order.cut(layer.remaining - floor)
     (keep, cost), = order.remove(cut)
-    if layer.remaining - cost < floors:  # the nearest was one too many
+    if layer.remaining - cost < floor:  # the nearest group was one too many
         (keep, cost), = order.remove(cut._replace(ties=cut.ties - 1))
     return keep, cost
+
+
+def _keep_best(layer):
+    best = layer.best()
+    keep = torch.zeros_like(layer.alive)
+    keep[best] = True
+    kept = layer.group_size if layer.costs is None else int(layer.costs[best])
+    return keep, layer.remaining - kept
+
+
+def _warn_best_kept(names):
+    names = ', '.join(map(repr, names))
+    warnings.warn(f'sparsity: {names} would have been left without weights and kept the best group; '
+                  'ask for less, or leave it out by layers=', stacklevel=3)

@@ -1,4 +1,4 @@
-"How much each weight matters: pure functions from the evidence about one layer to scores."
+"Score weights by their importance (saliency): pure functions from the evidence about one layer to scores."
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,92 +12,114 @@ from fasterai.arguments import name_of, nearest, one_of
 from fasterai.evidence import EVIDENCE
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
-"A function of evidence about one layer, which it names by its arguments, to scores of the weight's shape; larger means keep."
+"""A function of evidence about one layer, named by its arguments, that returns scores of the weight's
+shape; larger = keep."""
 
 
 def elementwise(criterion: Callable) -> Callable:
-    """Mark a criterion that scores each weight by that weight's own evidence alone, in operators that torch and numpy share.
+    """Mark a criterion that scores each weight by that weight's own evidence, with operators that torch and
+    numpy share.
 
-    It is asked in chunks, and on a CPU its evidence comes as arrays: that is fast and small."""
+    It is called on chunks of a layer, and on a CPU with numpy arrays: that is fast and needs little
+    memory."""
     criterion.elementwise = True
     return criterion
 
 
+# Criteria
+
 @elementwise
-def magnitude(weight: torch.Tensor) -> torch.Tensor:
-    "|w|: what is small is not missed (Han et al. 2015)."
+def magnitude(
+    weight: torch.Tensor,  # any shape
+) -> torch.Tensor:  # of the same shape
+    "Score each weight by its absolute value, |w| (Han et al. 2015)."
     return abs(weight)
 
 
 @elementwise
-def gradient(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    "|w · ∂L/∂w|: the first-order change of the loss when the weight goes (Mozer & Smolensky 1989, Molchanov et al. 2017)."
+def gradient(
+    weight: torch.Tensor,  # any shape
+    grad: torch.Tensor,  # of the same shape
+) -> torch.Tensor:  # of the same shape
+    """Score each weight by |w · ∂L/∂w|, the first-order change of the loss where it is pruned.
+
+    Known as saliency, Taylor or SNIP criterion (Mozer & Smolensky 1989, Molchanov et al. 2017, Lee et al.
+    2019)."""
     return abs(weight * grad)
 
 
 @dataclass(frozen=True)
 class CriterionInfo:
-    "A criterion, and what others must know of it."
+    "A row of `CRITERIA`: a criterion, and what others must know of it."
     score: Criterion
     evidence: tuple = ()  # names in `EVIDENCE`: what it asks for
-    elementwise: bool = False  # can it be asked for a part of a layer?
-    pure: bool = False  # does it leave its evidence as it is, and take tensors as well as arrays?
-
-
-def _row(criterion):
-    "One of the table: it leaves its evidence as it is."
-    return CriterionInfo(criterion, evidence_of(criterion), getattr(criterion, 'elementwise', False), pure=True)
+    elementwise: bool = False  # it can be called on a chunk of a layer
+    pure: bool = False  # it does not write into its evidence, and takes tensors as well as arrays
 
 
 def evidence_of(
-    criterion: Callable,
+    criterion: Criterion,
 ) -> tuple:  # names in `EVIDENCE`
-    "What a criterion asks for: its arguments without a default."
+    "Return what a criterion asks for: the names of its arguments without a default."
     several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     arguments = signature(criterion).parameters.items()
     return tuple(n for n, p in arguments if p.default is p.empty and p.kind not in several)
 
 
-CRITERIA = {'magnitude': _row(magnitude), 'gradient': _row(gradient)}
+def _row(criterion):
+    return CriterionInfo(criterion, evidence_of(criterion), hasattr(criterion, 'elementwise'), pure=True)
+
+
+# To add a criterion, write a function whose arguments name its evidence, and a row.
+CRITERIA = {
+    'magnitude': _row(magnitude),
+    'gradient': _row(gradient),
+}
 
 
 def read_criterion(
-    criterion: str | Callable,  # a name in `CRITERIA`, or a function of evidence
+    criterion: str | Criterion,  # a name in `CRITERIA`, or a function of evidence
 ) -> CriterionInfo:
-    "The criterion that is meant; refused if it asks for what there is not, or for nothing."
-    criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {" and ".join(EVIDENCE)}')
+    """Find the criterion that is meant; `ValueError` or `TypeError` where there is none, or where it asks
+    for no evidence."""
+    known = ' and '.join(EVIDENCE)
+    criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {known}')
     for row in CRITERIA.values():
         if criterion in (row, row.score): return row
     try: asked = evidence_of(criterion)
     except (ValueError, TypeError):
-        raise TypeError(f'criteria: got {criterion!r}, whose arguments cannot be read; allowed is a function of {" and ".join(EVIDENCE)}, '
-                        'as lambda weight: weight.abs()') from None
+        raise TypeError(f'criteria: got {criterion!r}, whose arguments cannot be read; '
+                        f'expected a function of {known}, as lambda weight: weight.abs()') from None
+    _check_evidence(criterion, asked)
+    return CriterionInfo(criterion, asked, hasattr(criterion, 'elementwise'))
+
+
+def _check_evidence(criterion, asked):
     for name in asked or ['nothing']:
         if name in EVIDENCE: continue
-        raise ValueError(f'criteria: {name_of(criterion)} asks for {name!r}, allowed are arguments named {", ".join(EVIDENCE)}'
-                         f'{nearest(name, EVIDENCE)}')
-    return CriterionInfo(criterion, asked, getattr(criterion, 'elementwise', False))
+        raise ValueError(f'criteria: {name_of(criterion)} asks for {name!r}, '
+                         f'expected arguments named {", ".join(EVIDENCE)}{nearest(name, EVIDENCE)}')
 
+
+# Scores
 
 def score(
     criterion: CriterionInfo,
-    evidence: dict,  # of one layer, or the same part of each of its tensors; all tensors, or all arrays
+    evidence: dict,  # name: a tensor of one layer, or the same chunk of each; all tensors, or all arrays
     name: str,  # the layer's name, for errors
-    shape: tuple,  # of the weight, or of the part
-) -> torch.Tensor | np.ndarray:  # as the evidence came: float32, of that shape, larger = keep
-    "The scores of one layer or a part of it; half-precision evidence is widened first, so that products do not underflow."
+    shape: tuple,  # of the weight, or of the chunk
+) -> torch.Tensor | np.ndarray:  # float32, of that shape, larger = keep
+    """Score a layer or a chunk of it.
+
+    Half-precision evidence is widened first, so that products do not underflow."""
     kind = type(next(iter(evidence.values())))
     given = {n: _widened(e) for n, e in evidence.items()}
-    if not criterion.pure: given = {n: copy.deepcopy(e) for n, e in given.items()}  # one of the user's may work in place
-    with np.errstate(all='ignore'):  # `check_finite` looks at what came of it
+    if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
+    with np.errstate(all='ignore'):  # `check_finite` looks at the result
         scores = criterion.score(**given)
         if not isinstance(scores, kind) or scores.shape != shape:
-            came = repr(scores)
-            if isinstance(scores, (torch.Tensor, np.ndarray)): came = f'a tensor of shape {tuple(scores.shape)}'
-            raise ValueError(f"criteria: {name_of(criterion.score)} gave {came} for layer {name!r}, "
-                             f"allowed is a tensor of the weight's shape {tuple(shape)}")
-        if kind is torch.Tensor: return scores.float()
-        return scores.astype(np.float32, copy=False)
+            raise _wrong_scores(criterion, scores, name, shape)
+        return scores.float() if kind is torch.Tensor else scores.astype(np.float32, copy=False)
 
 
 def _widened(values):
@@ -105,20 +127,29 @@ def _widened(values):
     return values.float() if half else values
 
 
+def _wrong_scores(criterion, scores, name, shape):
+    came = repr(scores)
+    if isinstance(scores, (torch.Tensor, np.ndarray)): came = f'a tensor of shape {tuple(scores.shape)}'
+    return ValueError(f"criteria: {name_of(criterion.score)} gave {came} for layer {name!r}, "
+                      f"expected a tensor of the weight's shape {tuple(shape)}")
+
+
 def check_finite(
     scores: torch.Tensor | np.ndarray,  # of `score`
     criterion: CriterionInfo,
-    evidence: dict,  # that they come from
+    evidence: dict,  # name: tensor or array that they were computed from
     name: str,  # the layer's name
 ):
-    "`ValueError` if there is a NaN or an infinity, which says where it comes from."
+    "Raise `ValueError` if there is a NaN or an infinity, and say where it comes from."
     if finite(scores): return
-    blame = next((f'{n} of' for n, e in evidence.items() if not finite(abs(e))), f'scores by {name_of(criterion.score)} for')
+    bad = [f'{n} of' for n, e in evidence.items() if not finite(abs(e))]
+    blame = bad[0] if bad else f'scores by {name_of(criterion.score)} for'
     raise ValueError(f'criteria: the {blame} layer {name!r} has NaN or infinite entries; nothing was changed')
 
 
 def finite(
     values: torch.Tensor | np.ndarray,
 ) -> bool:
-    "Is there no NaN and no infinity? -inf passes: it is lower than all, and does no harm."
+    """Tell whether there is no NaN and no infinity. -inf passes: it is lower than all scores, and does no
+    harm."""
     return 0 in values.shape or float(values.max()) < inf

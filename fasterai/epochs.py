@@ -1,20 +1,23 @@
-"Which epochs may be the best, and the column of their sparsity in fastai's table."
+"Let only epochs at the final sparsity be the best, and show the sparsity of each epoch in fastai's table."
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import ValueMetric, noop
 
 
 class Column:
-    """The sparsity in the table of the Recorder, which takes its names from the metrics in before_fit.
+    """Add a column with the sparsity to fastai's table.
 
-    The metric is there only until then, for later it would be in the way of other validations."""
+    The Recorder reads the names of its columns from the metrics in before_fit. The metric that makes ours
+    is taken away after that, for later validations would call it."""
 
-    def __init__(self, owner):
-        self.owner, self.name = owner, None  # whose column it is, a callback
+    def __init__(self,
+        owner,  # the callback that it belongs to
+    ):
+        self.owner, self.name = owner, None
 
     def add(self, learn):
-        "Add the metric, under a name that is free."
-        others = [m for m in learn.metrics if self._stays(m, learn)]
-        taken = [m.name for m in others]
+        "Add the metric, under a name that no other has."
+        others = [metric for metric in learn.metrics if self._stays(metric, learn)]
+        taken = [metric.name for metric in others]
         names = ['sparsity', *(f'sparsity_{i}' for i in range(2, len(taken) + 3))]
         self.name = next(name for name in names if name not in taken)
         column = ValueMetric(noop, self.name)
@@ -22,36 +25,42 @@ class Column:
         learn.metrics = others + [column]
 
     def _stays(self, metric, learn):
-        "Whether a metric is not one of ours, or of another callback of this Learner."
+        "Tell whether a metric is none of ours, nor left over from a callback that is gone."
         owner = _owner(metric)
-        return owner is not self.owner and (owner is None or any(owner is cb for cb in learn.cbs))
+        if owner is None: return True
+        return owner is not self.owner and any(owner is cb for cb in learn.cbs)
 
     def remove(self, learn):
-        "Take the metric away; the column stays."
-        learn.metrics = [m for m in learn.metrics if _owner(m) is not self.owner]
+        "Take the metric away. The column stays."
+        learn.metrics = [metric for metric in learn.metrics if _owner(metric) is not self.owner]
 
     def fill(self, learn, value):
-        "Write an epoch's value."
+        "Write the value of an epoch."
         recorder = getattr(learn, 'recorder', None)
         if recorder is None: return
         for i, name in enumerate(recorder.metric_names):
             if name not in (self.name, f'train_{self.name}', f'valid_{self.name}'): continue
-            recorder.log += [None] * (i - len(recorder.log))  # where an epoch was broken off
+            recorder.log += [None] * (i - len(recorder.log))  # an epoch that was cancelled has no other values
             recorder.log.insert(i, value)
 
 
 class Trackers:
-    "The callbacks that compare epochs, save them or stop by them: SaveModelCallback, EarlyStoppingCallback and their like."
+    "Pause the callbacks that compare epochs: SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau."
 
     def __init__(self): self.paused = []
 
-    def pause(self, learn, spare=lambda tracker: False):
-        "Have them skip an epoch, but those that are spared."
-        self.paused = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback) and cb.run and not spare(cb)]
-        for cb in self.paused: cb.run = False
+    def pause(self,
+        learn,
+        spare=lambda tracker: False,  # tracker -> bool: it goes on
+    ):
+        "Switch them off until `resume`."
+        trackers = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback) and cb.run]
+        self.paused = [tracker for tracker in trackers if not spare(tracker)]
+        for tracker in self.paused: tracker.run = False
 
     def resume(self):
-        for cb in self.paused: cb.run = True
+        "Switch on those that were paused."
+        for tracker in self.paused: tracker.run = True
         self.paused = []
 
 

@@ -1,4 +1,4 @@
-"What changes: `decide` gives the masks that an event would set. It touches no weight."
+"Decide what an event changes. `decide` is pure: it returns the new masks as a value, and touches no weight."
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, partial
@@ -14,38 +14,41 @@ from fasterai.scoring import Scores
 from fasterai.selection import LayerGroups
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mask:
-    "What stays of one layer's weight."
+    "Say which weights of one layer stay."
     keep: torch.Tensor  # bool, of the weight's shape, True = keep
-    costs: torch.Tensor | None  # (groups,), the weights left in each; None where a living one has all of its weights
-    left: int  # how many are kept
+    costs: torch.Tensor | None  # (groups,), weights left in each group; None where each group is full or empty
+    left: int  # number of weights that stay
 
     @classmethod
     def counted(cls, keep, grouping):
-        "A mask of which only the bools are known."
-        return cls(keep, _left_in_groups(grouping, keep), ALONE.count(keep))
+        "Make a mask from its bools."
+        return cls(keep, _costs(grouping, keep), ALONE.count(keep))
 
     @property
-    def size(self): return self.keep.numel()
+    def size(self) -> int: return self.keep.numel()
 
     @property
-    def nearly_empty(self): return 100 * self.left < self.size
+    def nearly_empty(self) -> bool:
+        "Tell whether less than 1 % of the weights are left."
+        return 100 * self.left < self.size
 
     def alive(self, grouping) -> torch.Tensor:  # (groups,), bool
-        "The groups that have any weight left."
+        "Return which groups have any weight left."
         if self.costs is not None: return self.costs > 0
         rows = grouping.rows(self.keep)
         return rows if grouping.size == 1 else rows[:, 0]
 
     def to(self, device):
+        "Return the mask on a device."
         if self.keep.device == device: return self
         costs = None if self.costs is None else self.costs.to(device)
         return Mask(self.keep.to(device), costs, self.left)
 
 
 class Budget(NamedTuple):
-    "Layers that compete with each other, and the share of their weights that shall be zero."
+    "Say which layers compete with each other, and which fraction of their weights shall be zero."
     tied: list  # of lists of layers; the n-th groups of the layers in one list are pruned together
     fraction: Fraction
 
@@ -55,109 +58,130 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    "A change of the masks, as decided: a value."
+    "Hold a change of the masks, as an event decided it."
     before: dict  # layer's name: `Mask`
     after: dict  # layer's name: `Mask`
-    weights: dict = field(default_factory=dict)  # layer's name: tensor, what the weights that stay become; none for most
+    weights: dict = field(default_factory=dict)  # layer's name: tensor; new values of weights that stay, for most events none
 
     @cached_property
     def masks(self) -> dict:  # layer's name: bool, of the weight's shape, True = keep
-        "The masks after it."
+        "Return the masks after the event."
         return {name: mask.keep for name, mask in self.after.items()}
 
     @cached_property
     def died(self) -> dict:  # layer's name: bool, of the weight's shape
-        "The weights that were kept and no longer are."
+        "Return which weights the event prunes."
         return {name: self.before[name].keep & ~keep for name, keep in self.masks.items()}
 
     @cached_property
     def born(self) -> dict:  # layer's name: bool, of the weight's shape
-        "The weights that are kept and were not; they start from zero."
+        "Return which weights the event brings back. They start from zero."
         return {name: keep & ~self.before[name].keep for name, keep in self.masks.items()}
 
     def __repr__(self):
-        left, weights = sum(m.left for m in self.after.values()), sum(m.size for m in self.after.values())
-        return f'Change({len(self.after)} layers, {weights - left:,} of {weights:,} weights are zero)'
+        size = sum(mask.size for mask in self.after.values())
+        zeros = size - sum(mask.left for mask in self.after.values())
+        return f'Change({len(self.after)} layers: {zeros:,} of {size:,} weights are masked)'
 
 
 def decide(
     rules: Rules,
     budgets: list,  # of `Budget`
-    masks: dict,  # layer's name: `Mask`, as they are
+    masks: dict,  # layer's name: `Mask`, before the event
     evidence: Evidence,
-    regrow: Regrowth | None = None,  # a score for what is gone; None where nothing comes back
+    regrow: Regrowth | None = None,  # scores the pruned groups, so that they may come back; None: nothing comes back
 ) -> Change:
-    "Decide which weights stay. Nothing is changed, so that whatever fails here has done nothing."
-    evidence.check([layer for budget in budgets for layer in budget.layers])
-    scores = Scores(rules.criterion, evidence, [layer for budget in budgets if budget.fraction for layer in budget.layers])
-    before = {layer.name: masks[layer.name] for budget in budgets for layer in budget.layers}
+    "Decide which weights stay. Nothing is changed, so an error leaves all as it was."
+    layers = [layer for budget in budgets for layer in budget.layers]
+    evidence.check(layers)
+    asked = [layer for budget in budgets if budget.fraction for layer in budget.layers]
+    scores = Scores(rules.criterion, evidence, asked)
     after = {}
-    for budget in budgets:
-        groups = [_joined([_groups(layer, masks[layer.name], rules, scores, regrow) for layer in tied]) for tied in budget.tied]
-        for tied, group, keep in zip(budget.tied, groups, rules.context_info(groups, budget.fraction)):
-            counted = rules.context_info.counted and len(tied) == 1
-            kept = group.remaining_after if counted else None
-            for layer in tied: after[layer.name] = _decided(layer.grouping, masks[layer.name], keep, kept, len(tied) > 1, regrow)
-    return Change(before, after)
+    for budget in budgets: after |= _prune(rules, budget, masks, scores, regrow)
+    return Change({layer.name: masks[layer.name] for layer in layers}, after)
+
+
+def _prune(rules, budget, masks, scores, regrow):
+    "Return the new masks of the layers of one budget."
+    competing = []
+    for tied in budget.tied:
+        groups = [_groups(layer, masks[layer.name], rules, scores, regrow) for layer in tied]
+        competing.append(_as_one(groups))
+    after = {}
+    for tied, groups, keep in zip(budget.tied, competing, rules.context_info(competing, budget.fraction)):
+        alone = len(tied) == 1
+        left = groups.remaining_after if alone and rules.context_info.counted else None
+        for layer in tied:
+            after[layer.name] = _new_mask(layer.grouping, masks[layer.name], keep, left, alone, regrow)
+    return after
 
 
 def _groups(layer, mask, rules, scores, regrow):
-    "What the context sees of a layer."
-    grouping, weights = layer.grouping, mask.size
-    seen = LayerGroups(layer.name, weights, grouping.size, mask.alive(grouping), partial(scores, layer), mask.costs, rules.floor_of(weights),
-                grouping.one_layer, grouping.shape, grouping.axes, _known_alive(grouping, mask))
-    return _competing_again(seen, grouping, regrow) if regrow else seen
+    "Return the groups of a layer as the context sees them."
+    grouping = layer.grouping
+    known = mask.left // grouping.size if mask.costs is None else None
+    groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
+                         mask.costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
+                         grouping.axes, known)
+    return _all_competing(groups, grouping, regrow) if regrow else groups
 
 
-def _known_alive(grouping, mask):
-    "How many groups live, where that follows from how many weights do."
-    return mask.left // grouping.size if mask.costs is None else None
+def _all_competing(groups, grouping, regrow):
+    "Return the groups of a layer with the pruned ones among them, which have the scores of the regrowth."
+    pruned = ~groups.alive
+
+    def scores(where): return regrow(groups.scores(where), pruned[where])
+    return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=grouping.groups,
+                   costs=_full_costs(grouping, pruned.device))
 
 
-def _competing_again(group, grouping, regrow):
-    "A layer of which all groups compete, those that are gone with the score that the regrowth gives."
-    gone = ~group.alive
+def _as_one(tied):
+    "Join the groups of several layers whose n-th groups are pruned together."
+    first = tied[0]
+    if len(tied) == 1: return first
+    size = sum(groups.group_size for groups in tied)
 
-    def scores(where): return regrow(group.scores(where), gone[where])
-    return replace(group, alive=torch.ones_like(gone), scores=scores, costs=_full_groups(grouping, gone.device), known_alive=grouping.groups)
+    def scores(where):
+        parts = [torch.as_tensor(groups.scores(where)) * (groups.group_size / size) for groups in tied]
+        return sum(parts)
 
-
-def _joined(groups):
-    "Several layers whose n-th groups are pruned together, as one."
-    if len(groups) == 1: return groups[0]
-    size = sum(p.group_size for p in groups)
-
-    def scores(where): return sum(torch.as_tensor(p.scores(where)) * (p.group_size / size) for p in groups)
-    alike = all(p.costs is None and torch.equal(p.alive, groups[0].alive) for p in groups)
-    costs = None if alike else sum(p.group_size * p.alive if p.costs is None else p.costs for p in groups)
-    floor = None if groups[0].floor is None else sum(p.floor for p in groups)
-    alive = torch.stack([p.alive for p in groups]).any(0)
-    return LayerGroups(' + '.join(p.name for p in groups), sum(p.n_weights for p in groups), size, alive, scores, costs, floor)
+    alike = all(groups.costs is None and torch.equal(groups.alive, first.alive) for groups in tied)
+    costs = None if alike else sum(_costs_of(groups) for groups in tied)
+    floor = None if first.floor is None else sum(groups.floor for groups in tied)
+    alive = torch.stack([groups.alive for groups in tied]).any(0)
+    name = ' + '.join(groups.name for groups in tied)
+    n_weights = sum(groups.n_weights for groups in tied)
+    return LayerGroups(name, n_weights, size, alive, scores, costs, floor)
 
 
-def _decided(grouping, mask, keep, left, tied, regrow):
-    "The mask of one layer after a decision about its groups; `left` is None where it must be counted."
+def _costs_of(groups):
+    return groups.group_size * groups.alive if groups.costs is None else groups.costs
+
+
+def _new_mask(grouping, mask, keep, left, alone, regrow):
+    "Return the mask of one layer after a decision about its groups; `left` is None where it must be counted."
     kept = grouping.expand(keep)
-    costs = _full_groups(grouping, keep.device) if regrow else mask.costs
-    scattered = tied or costs is not None  # zeros in groups that live
-    if scattered and not regrow: kept = _both(kept, mask.keep)
+    costs = _full_costs(grouping, keep.device) if regrow else mask.costs
+    has_zeros_in_groups = costs is not None or not alone
+    if has_zeros_in_groups and not regrow: kept = _both(kept, mask.keep)
     if costs is not None: costs = costs * keep
     if left is None: left = ALONE.count(kept)
     return Mask(kept, costs, left)
 
 
-def _left_in_groups(grouping, keep):
-    "What is left of each group, where they are not all full or gone."
+def _costs(grouping, keep):
+    "Count the weights left in each group; None where each group is full or empty."
     if grouping.size == 1: return None
     left = grouping.count(keep)
-    return None if bool(((left == 0) | (left == grouping.size)).all()) else left
+    full_or_empty = (left == 0) | (left == grouping.size)
+    return None if bool(full_or_empty.all()) else left
 
 
-def _full_groups(grouping, device):
-    "The weights in each group of a layer with all its weights, where they are not all alike."
+def _full_costs(grouping, device):
+    "Return the number of weights in each full group; None where all groups have the same."
     return grouping.sizes.to(device) if isinstance(grouping.sizes, torch.Tensor) else None
 
 
 def _both(mask, other):
-    "What both keep. Bytes are multiplied: where one of the masks repeats, that is far faster than `&`."
+    "Return `mask & other`. Bytes are multiplied: where one of the masks repeats, that is far faster."
     return (mask.view(torch.uint8) * other.view(torch.uint8)).view(torch.bool)

@@ -1,4 +1,4 @@
-"n:m: of every m weights that follow each other along the input axis n stay."
+"Prune by an N:M pattern: of every m weights that follow each other along the input axis, n stay."
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -12,52 +12,59 @@ from fasterai.selection import Lowest
 
 @dataclass(frozen=True)
 class pattern:
-    """n of every m weights that follow each other along the input axis stay; of the r at the end that do not fill up m, r·n/m rounded up.
+    """Keep the n best of every m weights that follow each other along the input axis, in each layer.
 
-    Each layer for itself. While less than the pattern is due, the lowest of those that it will take are gone."""
-    n: int
-    m: int
+    Of the r weights at the end that do not fill up m, r·n/m stay, rounded up. While a schedule asks for
+    less than the whole pattern, the lowest of those weights are pruned that the whole pattern will prune."""
+    n: int  # weights that stay
+    m: int  # of so many
 
     def __post_init__(self):
-        if not 1 <= self.n < self.m:
-            raise ValueError(f"context: got '{self.n}:{self.m}', allowed is 'n:m' with n from 1 and smaller than m, as '2:4'")
+        if 1 <= self.n < self.m: return
+        raise ValueError(f"context: got '{self.n}:{self.m}', "
+                         "expected 'n:m' with n from 1 and smaller than m, as '2:4'")
 
     @property
-    def sparsity(self) -> Fraction: return 1 - Fraction(self.n, self.m)
+    def sparsity(self) -> Fraction:
+        "Return the share of zeros that the whole pattern makes."
+        return 1 - Fraction(self.n, self.m)
 
-    def __call__(self, layers, fraction): return [self._one(layer, fraction / self.sparsity) for layer in layers]
+    def __call__(self, layers, fraction):
+        return [self._prune(layer, fraction / self.sparsity) for layer in layers]
 
-    def _one(self, layer, share):
-        "The keep mask of one layer, where a share of the pattern is due."
+    def _prune(self, layer, share):
+        "Return the keep mask of one layer, where this share of the pattern is wanted."
         scores = np.where(layer.alive.cpu().numpy(), layer.all_scores(), -np.inf)
-        keep = torch.from_numpy(self._lines(scores, layer)).to(layer.alive.device) & layer.alive
+        keep = torch.from_numpy(self._whole_pattern(scores, layer)).to(layer.alive.device) & layer.alive
         if share >= 1: return keep
-        due = round(share * (layer.n_weights - ALONE.count(keep))) - layer.zeros
-        if due <= 0: return layer.alive
+        to_prune = round(share * (layer.n_weights - ALONE.count(keep))) - layer.zeros
+        if to_prune <= 0: return layer.alive
         order = Lowest([replace(layer, alive=layer.alive & ~keep)])
-        (rest, _), = order.remove(order.cut(due))
+        (rest, _), = order.remove(order.cut(to_prune))
         return keep | rest
 
-    def _lines(self, scores, layer):
-        "The pattern over a whole layer: each is ranked among its m; ties fall by position."
+    def _whole_pattern(self, scores, layer):
+        "Return the keep mask of the whole pattern, as an array; of equal weights the first ones are pruned."
         sizes, at = tuple(layer.axes.values()), list(layer.axes).index('I')
         lines = np.moveaxis(scores.reshape(sizes), at, 0)  # (I, …)
         keep = np.empty(lines.shape, bool)
         for start in range(0, len(lines), self.m):
-            group = lines[start:start + self.m]
-            stay = -(-len(group) * self.n // self.m)
-            keep[start:start + self.m] = _ranks(group) >= len(group) - stay
+            line = lines[start:start + self.m]
+            stay = -(-len(line) * self.n // self.m)
+            keep[start:start + self.m] = _ranks(line) >= len(line) - stay
         return np.ascontiguousarray(np.moveaxis(keep, 0, at)).reshape(-1)
 
     def __repr__(self): return f"'{self.n}:{self.m}'"
 
 
-def _ranks(group):
-    "How many of a line go before each entry: compared two by two, which is faster than a sort of so few."
-    before = np.zeros(group.shape, np.int16)
-    for i in range(len(group)):
+def _ranks(line):
+    """Rank the entries along the first axis.
+
+    They are compared two by two, which for so few is faster than a sort."""
+    before = np.zeros(line.shape, np.int16)
+    for i in range(len(line)):
         for j in range(i):
-            first = group[j] <= group[i]
+            first = line[j] <= line[i]
             before[i] += first
             before[j] += ~first
     return before
@@ -65,7 +72,8 @@ def _ranks(group):
 
 def read_pattern(
     text: str,  # as '2:4'
-) -> pattern | None:  # None where it is none
-    "The pattern that is meant."
+) -> pattern | None:  # None where it is no pattern
+    "Read an N:M pattern."
     if not re.fullmatch(r'\d+:\d+', text): return None
-    return pattern(*map(int, text.split(':')))
+    n, m = map(int, text.split(':'))
+    return pattern(n, m)

@@ -1,26 +1,33 @@
-"Where the numbers lie: on the host, on GPUs, later in other processes too. What selection reads and sums goes through here."
+"Read and sum numbers wherever they lie: on the host, on GPUs, and later in other processes."
 import numpy as np
 import torch
 
 
 class Alone:
-    "One process: all numbers are here. On a CPU numpy compares and picks many times faster than torch; elsewhere tensors stay where they are."
+    """Read and sum the numbers of one process.
 
-    def on_host(self, tensor): return tensor.is_cpu
+    On a CPU numpy compares and picks many times faster than torch; on a GPU tensors stay where they are,
+    and what the host must see comes over in one piece. A class with the same methods can do so for several
+    processes."""
+
+    def on_host(self, tensor) -> bool:
+        "Tell whether the CPU can read a tensor at once."
+        return tensor.is_cpu
 
     def array(self,
         values,  # a tensor or an array
     ):  # an array where the values are on the host, else as they came
+        "Return values in the form that is fastest where they are."
         if isinstance(values, torch.Tensor) and self.on_host(values): return values.numpy()
         return values
 
     def fetched(self,
         pieces: list,  # tensors, or arrays
     ) -> list:  # arrays
-        "What the host wants to see, brought over in one piece from each device: it waits once, not for each."
+        "Bring tensors to the host, in one piece from each device, so that it waits once."
         found = [self.array(piece) for piece in pieces]
         for device in {piece.device for piece in found if isinstance(piece, torch.Tensor)}:
-            here = [i for i, piece in enumerate(found) if isinstance(piece, torch.Tensor) and piece.device == device]
+            here = [i for i, piece in enumerate(found) if _is_on(device, piece)]
             joined = torch.cat([found[i] for i in here]).cpu()
             for i, piece in zip(here, joined.split([len(found[i]) for i in here])): found[i] = piece.numpy()
         return found
@@ -29,7 +36,7 @@ class Alone:
         pieces: list,  # arrays, or tensors that may be there already
         devices: list,  # where each shall be
     ) -> list:  # tensors
-        "The way back, in one piece to each device."
+        "Send arrays to devices, in one piece to each."
         found = [torch.as_tensor(piece) for piece in pieces]
         for device in {device for piece, device in zip(found, devices) if piece.device != device}:
             here = [i for i, piece in enumerate(found) if devices[i] == device != piece.device]
@@ -40,7 +47,7 @@ class Alone:
     def count(self,
         mask,  # bool, tensor or array
     ) -> int:
-        "How many are True."
+        "Count what is True."
         mask = self.array(mask)
         if isinstance(mask, np.ndarray): return int(np.count_nonzero(mask))
         return int(torch.count_nonzero(mask))
@@ -48,7 +55,11 @@ class Alone:
     def total(self,
         number: int,  # of what is here
     ) -> int:  # of all processes
+        "Return the sum over all processes."
         return number
+
+
+def _is_on(device, piece): return isinstance(piece, torch.Tensor) and piece.device == device
 
 
 ALONE = Alone()

@@ -1,17 +1,22 @@
-"What comes back where the sparsity falls: a score for what is gone."
+"Decide what comes back where the sparsity falls: score the pruned groups."
 from collections.abc import Callable
 
 import torch
 
 Regrowth = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"A function of the scores of some groups (n,) and of which are gone, bool (n,), to scores that put what is gone below all that lives."
+"""A function of scores (n,) and pruned, bool (n,), that returns the scores with those of pruned groups
+below all others."""
 
 LOWEST = torch.finfo(torch.float32).min
 
 
-def by_position(scores, gone):
-    "Score all that is gone alike: ties fall by position, so the last of them come back first."
-    return torch.as_tensor(scores).masked_fill(gone, LOWEST)
+def by_position(
+    scores,  # (n,), tensor or array
+    pruned,  # bool (n,)
+) -> torch.Tensor:  # (n,)
+    "Score all pruned groups alike. Ties are pruned by position, so the last groups come back first."
+    return torch.as_tensor(scores).masked_fill(pruned, LOWEST)
 
 
+# To add a way to regrow, write a function of scores and pruned, and a row.
 REGROWTHS = {'position': by_position}

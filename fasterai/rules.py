@@ -1,4 +1,4 @@
-"What the user has chosen: one frozen value, read and checked once, printed as one types it."
+"Hold what the user has chosen: one frozen value, read and checked once, printed as one types it."
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -9,23 +9,27 @@ from numbers import Integral, Real
 from fasterai.arguments import percent
 from fasterai.context import CONTEXTS, Context, ContextInfo, read_context
 from fasterai.criteria import Criterion, CriterionInfo, read_criterion
-from fasterai.granularity import GRANULARITIES, read_granularity
+from fasterai.granularity import GRANULARITIES, GranularityInfo, read_granularity
 
 
 @dataclass(frozen=True, repr=False)
 class Rules:
-    "Which weights take part, and by which rules they are pruned."
-    granularity: str | tuple | Callable = 'weight'
-    context: str | Context = 'global'
-    criteria: str | Criterion = 'magnitude'
+    """Say which weights take part and how they are pruned. The Sparsifier and the callback share it.
+
+    Errors come when it is made: `TypeError` or `ValueError`, naming the argument."""
+    granularity: str | tuple | Callable = 'weight'  # a name in `GRANULARITIES`, axes, or a function of axes
+    context: str | Context = 'global'  # a name in `CONTEXTS`, an N:M pattern, or a function
+    criteria: str | Criterion = 'magnitude'  # a name in `CRITERIA`, or a function of evidence
     layers: object = None  # as `layers.choose` takes it
-    min_keep: int | float | None = None
-    coupled: bool = False
+    min_keep: int | float | None = None  # number or share of a layer's weights that stay at least
+    coupled: bool = False  # prune filters together whose outputs are added
 
     def __post_init__(self):
-        read_granularity(self.granularity)
-        self.context_info, self.criterion, self.floor  # read once, and refused where they cannot be meant
+        for read in ('granularity_info', 'context_info', 'criterion', 'floor'): getattr(self, read)
         if self.coupled: self._check_coupled()
+
+    @cached_property
+    def granularity_info(self) -> GranularityInfo: return read_granularity(self.granularity)
 
     @cached_property
     def context_info(self) -> ContextInfo: return read_context(self.context)
@@ -34,85 +38,99 @@ class Rules:
     def criterion(self) -> CriterionInfo: return read_criterion(self.criteria)
 
     @cached_property
-    def floor(self) -> int | Fraction | None:  # weights, or a share of a layer's
-        "The weights that stay in each layer at least."
-        value = self.min_keep
-        if value is None: return None
-        if not _is_floor(value):
-            raise ValueError(f'min_keep: got {value!r}, allowed is a whole number of weights, or a share between 0 and 1, as .05')
+    def floor(self) -> int | Fraction | None:  # number of weights, or share of a layer's
+        "Return how many weights of each layer stay at least."
+        given = self.min_keep
+        if given is None: return None
+        if not _is_floor(given):
+            raise ValueError(f'min_keep: got {given!r}, '
+                             'expected a whole number of weights, or a share between 0 and 1, as .05')
         if self.context_info.sparsity is not None:
-            raise ValueError(f'min_keep: got {value!r}, allowed with context={self.context!r} is None: the pattern says what stays')
-        return int(value) if isinstance(value, Integral) else Fraction(str(float(value)))
+            raise ValueError(f'min_keep: got {given!r}, expected None with context={self.context!r}: '
+                             'the pattern says how many stay')
+        return int(given) if isinstance(given, Integral) else Fraction(str(float(given)))
 
     def floor_of(self,
-        weights: int,  # of a layer
-    ) -> int | None:
-        "The weights of a layer that stay at least; None for one group, unless all shall go."
+        n_weights: int,  # of a layer
+    ) -> int | None:  # None: one group, unless 100 % is asked
+        "Return how many weights of a layer stay at least."
         if not self.floor: return self.floor
-        floor = ceil(self.floor * weights) if isinstance(self.floor, Fraction) else self.floor
-        return min(floor, weights)
+        floor = ceil(self.floor * n_weights) if isinstance(self.floor, Fraction) else self.floor
+        return min(floor, n_weights)
 
     def fraction(self,
         sparsity,  # percent
-        argument: str = 'sparsity',  # how the error calls it
+        argument: str = 'sparsity',  # its name, for the error
     ) -> Fraction:  # of zeros
-        "The sparsity that is meant; `ValueError` where it is not the one that a pattern implies, which may be rounded: 66.7 for 1:3."
+        """Read a sparsity.
+
+        A pattern implies its sparsity, which may be given rounded: 66.7 for 1:3. `ValueError` where it is
+        another."""
         asked, implied = percent(sparsity, argument), self.context_info.sparsity
         if implied is None: return asked
         if abs(asked - implied) > Fraction(1, 2000):
-            raise ValueError(f'{argument}: got {sparsity!r}, allowed with context={self.context!r} is {float(100 * implied):.4g}, which it implies')
+            raise ValueError(f'{argument}: got {sparsity!r}, '
+                             f'expected {float(100 * implied):.4g}, which context={self.context!r} implies')
         return implied
 
     def check_sparsity(self,
         sparsity,  # percent, or {…: percent}
     ):
-        "`TypeError` or `ValueError` where it cannot be meant."
-        if sparsity == {}: raise ValueError('sparsity: got an empty dict, allowed is at least one entry')
-        for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: self.fraction(value)
+        "Raise `TypeError` or `ValueError` where a sparsity cannot be meant, whatever the model."
+        if not isinstance(sparsity, Mapping):
+            self.fraction(sparsity)
+            return
+        if not sparsity: raise ValueError('sparsity: got an empty dict, expected at least one entry')
+        for value in sparsity.values(): self.fraction(value)
 
     def check_groupings(self,
         groupings: dict,  # layer's name: `Grouping`
     ):
-        "`ValueError` where the context cannot work on such groups."
-        if self.context_info.within_layers and any(g.one_layer for g in groupings.values()):
-            raise ValueError(f'granularity: got {self.granularity!r}, allowed with this context are those with several groups a layer: '
-                             'it compares within layers')
-        if not self.context_info.single_weights: return
+        "Raise `ValueError` where the context cannot prune such groups."
+        context, given = self.context_info, f'granularity: got {self.granularity!r}, expected'
+        if context.within_layers and any(g.one_layer for g in groupings.values()):
+            raise ValueError(f'{given} one with several groups a layer: '
+                             f'context={self.context!r} compares within layers')
+        if not context.single_weights: return
         if any(g.size > 1 for g in groupings.values()):
-            raise ValueError(f"granularity: got {self.granularity!r}, allowed with context={self.context!r} is 'weight': "
+            raise ValueError(f"{given} 'weight' with context={self.context!r}: "
                              'a pattern is one of single weights')
         for name, grouping in groupings.items():
             if 'I' in grouping.axes: continue
-            raise ValueError(f'context: got {self.context!r}, and {name!r} has no input axis I along which it could run; leave it out by layers=')
+            raise ValueError(f'context: got {self.context!r}, but {name!r} has no input axis I along which '
+                             'the pattern could run; leave it out by layers=')
 
     def _check_coupled(self):
-        if not read_granularity(self.granularity).one_filter:
+        if not self.granularity_info.one_filter:
             names = [repr(name) for name, row in GRANULARITIES.items() if row.one_filter]
-            raise ValueError(f'coupled: got True with granularity={self.granularity!r}, allowed is {" or ".join(names)}')
+            raise ValueError(f'coupled: got True with granularity={self.granularity!r}, '
+                             f'expected {" or ".join(names)}, which prunes output channels')
         if not self.context_info.by_shape: return
         others = [name for name, row in CONTEXTS.items() if not row.by_shape]
-        raise ValueError(f'coupled: got True with context={self.context!r}, which goes by the shape of single layers; '
-                         f'allowed is {", ".join(others)}, or a function')
+        raise ValueError(f'coupled: got True with context={self.context!r}, which goes by the shape of '
+                         f'single layers; expected {", ".join(others)}, or a function')
 
     @property
     def given(self) -> dict:  # argument: value
-        "What differs from the defaults."
-        return {f.name: getattr(self, f.name) for f in fields(self) if not _same(getattr(self, f.name), f.default)}
+        "Return what differs from the defaults."
+        values = {field: getattr(self, field.name) for field in fields(self)}
+        return {field.name: value for field, value in values.items() if not _same(value, field.default)}
 
     def __repr__(self): return f'Rules({as_arguments(self.given)})'
 
-    def __reduce__(self): return type(self), tuple(getattr(self, f.name) for f in fields(self))  # what was read is read anew
+    def __reduce__(self):  # a copy reads anew what it was given
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
 def as_arguments(
     given: dict,  # name: value
 ) -> str:
-    "Arguments as one types them."
+    "Write arguments as one types them."
     return ', '.join(f'{name}={value!r}' for name, value in given.items())
 
 
 def _same(value, default):
-    "Whether a value is the default; tensors are not compared."
+    "Tell whether a value is the default. Tensors are not compared."
     return value is default or isinstance(value, str) and value == default
 
 

@@ -1,6 +1,5 @@
-"Which weights take part, and what is masked along with a filter."
+"Hold which weights take part, which are pruned together, and which tensors are masked along with a filter."
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,125 +14,145 @@ from fasterai.rules import Rules
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    "A selected weight: where it is, and how it falls into groups."
+    """Describe a selected weight: where it is, and how it falls into groups.
+
+    `Sparsifier.layers` has them by name."""
     name: str  # of the module, or of the parameter where a module has several weights
     at: Weight  # the module, and the name of the parameter in it
-    grouping: Grouping  # the groups that the granularity makes of it
-    filters: Grouping | None  # its filters, where a group is one or several of them; else None
+    grouping: Grouping  # `.groups`: how many groups; `.size`: number of weights in each; `.axes`: {name: size}
+    filters: Grouping | None  # the same by filters, where a group is one or several filters; else None
 
     @property
-    def module(self) -> nn.Module: return self.at.module
+    def module(self) -> nn.Module:
+        "Return the module that has the weight."
+        return self.at.module
 
     @property
-    def weight(self) -> nn.Parameter: return self.at.tensor
+    def weight(self) -> nn.Parameter:
+        "Return the weight."
+        return self.at.tensor
 
     def filters_alive(self,
         mask,  # `event.Mask` of this layer
     ) -> torch.Tensor:  # bool (output channels,)
-        "Which filters have any weight left."
+        "Return which filters have any weight left."
         if self.filters.groups == self.grouping.groups: return mask.alive(self.grouping)
         return self.filters.count(mask.keep) > 0
 
 
 class Selected:
-    "The weights that take part, those that are pruned as one, and what was left out and why."
+    """Hold the structure: the selected layers, those that are pruned together, and those left out and why.
+
+    Where whole filters are pruned, the data flow must be known. `resolve` finds it, at the latest when
+    `layers` is asked for."""
 
     def __init__(self,
         model: nn.Module,
         rules: Rules,
-        example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that gives one when needed
+        example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that returns one when needed
     ):
         self.model, self.rules, self.example = model, rules, example
         self.choice = choose(model, rules.layers)
-        self.candidates = {name: _layer(name, at, rules.granularity) for name, at in self.choice.chosen.items()}
-        rules.check_groupings({name: layer.grouping for name, layer in self.candidates.items()})
-        self.flow, self.ties = None, []  # how data goes through the model; lists of names whose n-th filters are pruned together
+        self.candidates = {n: _layer(n, at, rules.granularity) for n, at in self.choice.chosen.items()}  # name: `Layer`
+        rules.check_groupings({n: layer.grouping for n, layer in self.candidates.items()})
+        self.flow = None  # `Flow`, where it is needed and could be found
+        self.ties = []  # lists of names of layers whose n-th filters are pruned together
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
-        if not _gives_later(example): self.resolve()
+        if not _is_function(example): self.resolve()
 
     @property
     def layers(self) -> dict:  # name: `Layer`
-        "The layers that take part. Where whole filters go, the data flow is found first."
+        "Return the selected layers."
         self.resolve()
         return self.candidates
 
     @property
     def skipped(self) -> dict:  # name: reason
-        "The layers that were left out."
+        "Return the layers that were left out, and why."
         self.resolve()
         return self.choice.skipped
 
     def tied(self,
         names: list,  # of layers
     ) -> list:  # of lists of `Layer`
-        "Put those together that are pruned as one."
+        "Put the layers together that are pruned as one."
         sets = {}
-        for name in names: sets.setdefault(self._tie(name)[0], []).append(self.layers[name])
+        for name in names:
+            first = self.tied_to(name)[0]
+            sets.setdefault(first, []).append(self.layers[name])
         return list(sets.values())
 
     def tied_to(self,
-        name: str,
-    ) -> list:  # of names, this one too
-        "The layers that are pruned as one with this."
-        self.resolve()
-        return self._tie(name)
-
-    def _tie(self, name): return next((names for names in self.ties if name in names), [name])
+        name: str,  # of a layer
+    ) -> list:  # of names, with this one
+        "Return the layers that are pruned as one with this layer."
+        return next((names for names in self.ties if name in names), [name])
 
     def resolve(self):
-        "Find the data flow, once, where whole filters go: it says what makes the network's output, and what is tied."
+        "Find the data flow, once, where whole filters are pruned, and leave out what cannot be pruned so."
         if self.resolved: return
-        example = self.example() if _gives_later(self.example) else self.example
+        example = self.example() if _is_function(self.example) else self.example
         flow = _flow(self.model, example)
-        self._leave(self._unprunable(flow) if flow else {})
+        if flow is not None: self._leave_out(self._without_filters(flow))
         self.flow, self.resolved, self.example = flow, True, None
         if self.rules.coupled: self._couple()
 
-    def _unprunable(self, flow):
-        "The layers that whole filters cannot be taken from, unless they were asked for by name: {name: reason}."
+    def _without_filters(self, flow):
+        "Find the layers whose filters cannot be pruned, unless they were named: {name: reason}."
         found = {}
         for name, layer in self.candidates.items():
             if not layer.grouping.whole_filters or name in self.choice.by_name: continue
             if id(layer.weight) in flow.output_weights:
-                found[name] = "makes the network's output, and whole filters go: name it in layers= to include it"
+                found[name] = ("makes the network's output, and whole filters go: "
+                               'name it in layers= to include it')
             elif id(layer.weight) not in flow.ran:
-                found[name] = 'did not run, so what reads its filters is unknown: name it in layers= to include it'
+                found[name] = ('did not run, so what reads its filters is unknown: '
+                               'name it in layers= to include it')
         return found
 
-    def _leave(self, reasons):
-        "Take layers out; `ValueError` where none would be left."
+    def _leave_out(self, reasons):
+        "Leave layers out; `ValueError` where none would be left."
         if len(reasons) == len(self.candidates):
-            raise ValueError(f'layers: no layer selected: {"; ".join(f"{n!r} {why}" for n, why in reasons.items())}')
+            said = '; '.join(f'{name!r} {why}' for name, why in reasons.items())
+            raise ValueError(f'layers: no layer selected: {said}')
         self.choice.skipped.update(reasons)
         for name in reasons: del self.candidates[name]
 
     def _couple(self):
-        "Find what a sum ties together; where a part of it is not selected the others are left alone."
+        "Find the layers whose outputs are added. Where one of them is not selected, the others are left out."
         if self.flow is None:
-            raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: pass example=one batch of inputs')
+            raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: '
+                             'pass example=one batch of inputs')
         names = {id(layer.weight): name for name, layer in self.candidates.items()}
         for ids in self.flow.tied():
             known = [name for i, name in names.items() if i in ids]
-            if len(known) == len(ids): self.ties.append(known)
-            else: self._leave(dict.fromkeys(known, 'is added to what is not selected, so with coupled=True it stays'))
+            if len(known) == len(ids):
+                self.ties.append(known)
+                continue
+            reason = 'is added to what is not selected, so with coupled=True it stays'
+            self._leave_out(dict.fromkeys(known, reason))
 
     def dependents(self,
         masks: dict,  # layer's name: `event.Mask`
     ) -> dict:  # module: {tensor's name: bool (channels,)}, True where it is masked
-        "Find what is zero with the filters that are: biases, and channels of BatchNorm."
+        """Find what is masked along with pruned filters: their biases, and the BatchNorm of channels that
+        are zero."""
         layers = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not layers: return {}
         alive = ALONE.fetched([layer.filters_alive(masks[layer.name]) for layer in layers])
         dead = {id(layer.weight): ~torch.from_numpy(filters) for layer, filters in zip(layers, alive)}
         found = self._biases(dead)
-        biases = {id(module._parameters[name]) for module, tensors in found.items() for name in tensors}
-        norms = self.flow.zero_channels(dead, biases) if self.flow else {}
-        for norm, channels in norms.items():
-            found[norm] = {n: channels for n in ('running_mean', 'weight', 'bias') if getattr(norm, n) is not None}
+        if self.flow is None: return found
+        biases = {id(getattr(module, name)) for module, tensors in found.items() for name in tensors}
+        for norm, channels in self.flow.zero_channels(dead, biases).items():
+            names = [name for name in ('running_mean', 'weight', 'bias') if getattr(norm, name) is not None]
+            found[norm] = dict.fromkeys(names, channels)
         return found
 
     def _biases(self, dead):
-        "The biases of dead filters: {module: {name: bool (channels,)}}; `dead` says for a weight's id which filters are."
+        """Find the biases of filters: {module: {name: bool (channels,)}}.
+
+        `dead` is {id of a weight: bool (filters,)}."""
         found = {}
         for module in self.model.modules():
             for attr, weight in module._parameters.items():
@@ -145,7 +164,7 @@ class Selected:
         return found
 
 
-def _gives_later(example): return isinstance(example, Callable) and not isinstance(example, torch.Tensor)
+def _is_function(example): return callable(example) and not isinstance(example, torch.Tensor)
 
 
 def _layer(name, at, granularity):
@@ -155,17 +174,21 @@ def _layer(name, at, granularity):
 
 
 def _flow(model, example):
-    "The data flow as far as it can be found; None where it cannot."
+    "Find the data flow; None, with a warning, where it cannot be found."
     if example is not None: return _watched(model, example)
     try: return trace(model)
     except Exception as error:
-        warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code ({type(error).__name__}: {error}), so its '
-                      'output layer is not left alone and the BatchNorm of a dead filter stays: pass Sparsifier(…, example=one batch of inputs)')
+        warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code '
+                      f'({type(error).__name__}: {error}), so its output layer is not left alone '
+                      'and the BatchNorm of a dead filter stays: '
+                      'pass Sparsifier(…, example=one batch of inputs)')
+        return None
 
 
 def _watched(model, example):
-    example = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    try: return watch(model, example)
+    inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    try: return watch(model, inputs)
     except Exception as error:
-        shapes = [tuple(e.shape) if isinstance(e, torch.Tensor) else type(e).__name__ for e in example]
-        raise ValueError(f'example: got {shapes}, on which the model fails: {type(error).__name__}: {error}') from error
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs]
+        said = f'{type(error).__name__}: {error}'
+        raise ValueError(f'example: got {shapes}, on which the model fails: {said}') from error

@@ -1,4 +1,4 @@
-"Which are the lowest: exact, at any size, without gathering the scores."
+"Find the lowest groups of several layers: exact, at any size, without gathering all scores."
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
@@ -10,62 +10,69 @@ import torch
 from fasterai.peers import ALONE, Alone
 from fasterai.ranking import Ranks, cost_of, cost_of_all, differing, joined, spread
 
-CHUNK = 1 << 19  # weights that are looked at together: few enough for a processor's cache
-SAMPLE = 1 << 16  # groups that are all ranked; of more, a sample is, and what lies about the cut
+CHUNK = 1 << 19  # weights that are scored together: few enough for a processor's cache
+SAMPLE = 1 << 16  # groups: so many are all ranked; of more, a sample and those near the cut
 
 
 @dataclass(eq=False)
 class LayerGroups:
-    "One layer, as those see it who select: groups with a score and a cost each, in the order of their position."
+    """Hold the groups of one layer for a selection: each has a score and a cost, in the order of their
+    position."""
     name: str
-    n_weights: int  # how many in all
-    group_size: int  # weights a group
-    alive: torch.Tensor  # (groups,) bool, False = gone already
-    scores: Callable[[slice | torch.Tensor], torch.Tensor | np.ndarray]  # gives (n,) float32 of the groups in a slice, or at positions
-    costs: torch.Tensor | None = None  # (groups,) ints, the weights that go with each group; None where it is `group_size`
-    floor: int | None = None  # weights that stay at least; None: one, unless all shall go
-    one_layer: bool = False  # is its one group the layer, which goes where there are others?
+    n_weights: int  # number of weights in the layer
+    group_size: int  # number of weights in a group
+    alive: torch.Tensor  # (groups,) bool, False = pruned already
+    scores: Callable[[slice | torch.Tensor], torch.Tensor | np.ndarray]  # returns (n,) float32 for a slice of groups, or for positions
+    costs: torch.Tensor | None = None  # (groups,) ints, the weights that are left in each group; None where it is `group_size`
+    floor: int | None = None  # number of weights that stay at least; None: one group, unless 100 % is asked
+    one_layer: bool = False  # its one group is the layer, and may be pruned where there are other layers
     shape: tuple = ()  # of the layer's weight
-    axes: dict | None = None  # name: size, whose product are the groups, where each is a weight
-    known_alive: InitVar[int | None] = None  # groups that are alive, where somebody has counted them; what `replace` makes counts anew
-    peers: Alone = ALONE  # who has the numbers
-    remaining_after: int | None = field(default=None, init=False)  # weights that stay, where who decided has counted them
+    axes: dict | None = None  # name: size, of the weight; for contexts of single weights
+    known_alive: InitVar[int | None] = None  # number of living groups, if it is known; else it is counted
+    peers: Alone = ALONE  # reads and sums the numbers
+    remaining_after: int | None = field(default=None, init=False)  # a context may say here how many weights stay
 
     def __post_init__(self, known_alive):
         if known_alive is not None: self.n_alive = known_alive
 
     @cached_property
     def n_alive(self) -> int:
-        "Groups that are alive."
+        "Return the number of groups that are not pruned."
         return self.peers.total(self.peers.count(self.alive))
+
+    @property
+    def all_alive(self) -> bool:
+        "Tell whether no group is pruned."
+        return self.n_alive == len(self.alive)
 
     @cached_property
     def remaining(self) -> int:
-        "The weights that are left."
+        "Return the number of weights that are not pruned."
         if self.costs is None: return self.group_size * self.n_alive
         return self.peers.total(int((self.costs * self.alive).sum()))
 
     @property
     def zeros(self) -> int:
-        "Zeros that are there, in groups that are gone and in others: they count whatever is decided."
+        """Return the number of zeros that are there, in pruned groups and in others: they count towards
+        the sparsity."""
         return self.n_weights - self.remaining
 
     def all_scores(self) -> np.ndarray:  # (groups,) float32, not to be changed
-        "The whole layer's scores."
+        "Return the scores of all groups."
         return self.peers.fetched([self.joined_scores()])[0]
 
     def joined_scores(self):  # (groups,), where the layer is
-        "The scores of all chunks as one."
+        "Join the scores of all chunks."
         return joined([scores for _, scores, _ in self.chunks()])
 
     def living_scores(self) -> Iterator[np.ndarray]:
-        "The scores of living groups, in pieces."
+        "Yield the scores of the groups that are not pruned, in pieces."
         for _, scores, alive in self.chunks():
             if alive is not None: scores = scores[alive]
             yield self.peers.fetched([scores])[0]
 
     def best(self) -> int:
-        "The position of the best living group, the last of several."
+        "Return the position of the living group with the highest score, the last of several."
         most, best = -np.inf, 0
         for where, scores, alive in self.chunks():
             scores, = self.peers.fetched([scores])
@@ -77,46 +84,48 @@ class LayerGroups:
             best = where.start + int(at[np.flatnonzero(scores == most)[-1]])
         return best
 
-    def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), bool (n,) or None where all groups live; as arrays on a CPU
-        "The layer in pieces of `CHUNK` weights; as a whole where it is not on the host."
+    def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), alive (n,) or None where all groups are; as arrays on a CPU
+        "Yield the layer in pieces of `CHUNK` weights, or in one piece where it is not on the host."
         groups = len(self.alive)
         step = self._groups_a_chunk() if self.peers.on_host(self.alive) else groups or 1
-        alive = None if self.n_alive == groups else self.peers.array(self.alive)
+        alive = None if self.all_alive else self.peers.array(self.alive)
         for start in range(0, groups, step):
             where = slice(start, start + step)
             here = None if alive is None else alive[where]
             yield where, self.peers.array(self.scores(where)), here
 
     def _groups_a_chunk(self):
-        "A multiple of 8 where there are as many, so that masks can be compared by words."
+        "Return a multiple of 8 if there are so many, for `differing` compares eight at a time."
         groups = CHUNK // self.group_size
         return max(1, groups // 8 * 8 or groups)
 
 
 class Cut(NamedTuple):
-    "Where the order of living groups by (score, position) is cut: the groups below go."
-    score: float  # all with a lower score go
-    ties: int  # and so many with just this score, the first ones by position
-    tied: int  # of so many
+    "Say where the order of living groups by (score, position) is cut: the groups below it are pruned."
+    score: float  # groups with a lower score are pruned
+    ties: int  # and so many with this score, the first ones by (layer, position)
+    tied: int  # of so many that have it
 
 
 EVERYTHING = Cut(np.inf, 0, 0)
 
 
 class Found(NamedTuple):
-    "What a sweep has seen of one layer."
-    keep: torch.Tensor  # (groups,) bool, True for the living groups above the bracket
+    """Hold what was found about one layer: decided groups, and those between the bounds of a bracket, to
+    be ranked."""
+    keep: torch.Tensor  # (groups,) bool, True for living groups above the bracket
     at: torch.Tensor | np.ndarray | slice  # positions of the living groups inside the bracket
-    scores: np.ndarray  # and their scores
-    costs: np.ndarray | int  # and their weights, one number where they are all the same
-    cost: int  # the weights of the living groups below the bracket
+    scores: np.ndarray  # their scores
+    costs: np.ndarray | int  # their numbers of weights, one int where they are all the same
+    cost: int  # number of weights in living groups below the bracket
 
 
 class Lowest:
-    """Finds the lowest living groups, up to a budget of weights, to the nearest group, halves upward.
+    """Find the lowest living groups, up to a budget of weights, to the nearest group, halves upward.
 
-    A strided sample brackets the cut (Floyd & Rivest 1975); one sweep decides what lies above the bracket and below it, and
-    collects what lies inside. A bracket that misses is given up for everything; one that hits serves again."""
+    A strided sample brackets the cut (Floyd & Rivest 1975). One sweep over all scores then keeps the
+    groups above the bracket, prunes those below, and collects those inside, which alone are ranked. Where
+    a bracket misses the cut, all groups are ranked; where it hits, it is used again for the next cut."""
 
     def __init__(self,
         layers: list,  # of `LayerGroups`
@@ -125,27 +134,28 @@ class Lowest:
         self.peers = layers[0].peers if layers else ALONE
 
     def cut(self,
-        budget: int,  # how many weights shall go, at least 1
+        budget: int,  # number of weights to prune, at least 1
     ) -> Cut:
+        "Find where to cut the order of groups."
         if self._brackets(budget): return self._inside(budget)
         few = self.peers.total(sum(len(layer.alive) for layer in self.layers)) <= SAMPLE
         for find in (_everything,) if few else (_bracketed, _everything):
             self.found = find(self.layers, budget)
             self._rank()
             if self._brackets(budget): return self._inside(budget)
-        return EVERYTHING  # all there is does not fill the budget
+        return EVERYTHING  # there are fewer weights than the budget
 
     def _below(self):
-        "The weights that lie below the bracket."
+        "Return the number of weights in groups below the bracket."
         return self.peers.total(sum(found.cost for found in self.found))
 
     def _brackets(self, budget):
-        "Does the cut lie inside of what was collected?"
+        "Tell whether the cut is among the groups that were collected."
         if not self.ranks: return False
         return self._below() < budget <= self._below() + self.ranks.total
 
     def _inside(self, budget):
-        "The cut inside the bracket."
+        "Find the cut among the groups inside the bracket."
         budget -= self._below()
         score = self.ranks.reaching(budget)
         equal = [np.flatnonzero(found.scores == score) for found in self.found]
@@ -160,7 +170,7 @@ class Lowest:
     def leave(self,
         layers: list,  # of `LayerGroups`
     ):
-        "These no longer compete."
+        "Take layers out of the competition."
         stay = [i for i, layer in enumerate(self.layers) if not any(layer is other for other in layers)]
         self.layers = [self.layers[i] for i in stay]
         self.found = [self.found[i] for i in stay if self.found]
@@ -171,19 +181,22 @@ class Lowest:
 
     def remove(self,
         cut: Cut,  # the last one
-    ) -> list:  # (keep mask (groups,), how many weights go), one a layer
-        "Keep masks: what is gone stays gone, what lies below the cut goes."
-        if cut == EVERYTHING: return [(torch.zeros_like(layer.alive), layer.remaining) for layer in self.layers]
+    ) -> list:  # (keep mask (groups,), number of weights that are pruned), one a layer
+        "Return keep masks: False for groups that were pruned before and for those below the cut."
+        if cut == EVERYTHING: return [_nothing_kept(layer) for layer in self.layers]
         stay = self._above(cut)
         costs = [found.cost + cost_of(found.costs, ~stays) for found, stays in zip(self.found, stay)]
         placed = self.peers.sent(stay, [found.keep.device for found in self.found])
         for found, stays in zip(self.found, placed):
             self.peers.array(found.keep)[found.at] = self.peers.array(stays)
-        keeps = self.peers.sent([found.keep for found in self.found], [layer.alive.device for layer in self.layers])
+        devices = [layer.alive.device for layer in self.layers]
+        keeps = self.peers.sent([found.keep for found in self.found], devices)
         return list(zip(keeps, costs))
 
     def _above(self, cut):
-        "Which of the groups inside the bracket stay: bool arrays, one a layer. Ties fall by position, over all layers."
+        """Tell which groups inside the bracket stay: a bool array a layer.
+
+        Ties are pruned in the order of (layer, position)."""
         stay, left = [], cut.ties
         for found in self.found:
             stays = found.scores > cut.score
@@ -195,14 +208,17 @@ class Lowest:
         return stay
 
 
+def _nothing_kept(layer): return torch.zeros_like(layer.alive), layer.remaining
+
+
 def _costs_at(found, at):
-    "The costs of some of the groups inside the bracket, one number for each."
+    "Return the costs of some of the groups inside the bracket, one number for each."
     if isinstance(found.costs, int): return spread(found.costs, len(at))
     return found.costs[at]
 
 
 def _everything(layers, budget):
-    "All living groups, to be ranked."
+    "Collect all living groups."
     scores = _ordered(layers, [layer.joined_scores() for layer in layers])
     found = []
     for layer, scored, (at, costs) in zip(layers, scores, _living(layers, [slice(None)] * len(layers))):
@@ -212,14 +228,15 @@ def _everything(layers, budget):
 
 
 def _bracketed(layers, budget):
-    "What lies most likely about the cut."
+    "Collect the groups near the cut, by a bracket from a sample."
     lo, hi = _bracket(layers, budget)
     apart = iter(_sweep_apart([layer for layer in layers if not layer.peers.on_host(layer.alive)], lo, hi))
     return [_sweep(layer, lo, hi) if layer.peers.on_host(layer.alive) else next(apart) for layer in layers]
 
 
 def _bracket(layers, budget):
-    "Two scores, three standard errors about the estimated place of the cut: it most likely lies between them, or at one of them."
+    """Return two scores three standard errors about the estimated cut, which most likely lies between them
+    or at one of them."""
     step = round(sum(len(layer.alive) for layer in layers) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
     wheres, at = [], 0
     for layer in layers:
@@ -235,33 +252,35 @@ def _bracket(layers, budget):
 
 
 def _ordered(layers, scores):
-    "Arrays of scores without NaN, which a context of one's own may make: it is the lowest."
+    "Return scores as arrays, with -inf for NaN, which a user's context may compute."
     return [_nan_lowest(scored) for scored in _peers(layers).fetched(scores)]
 
 
 def _nan_lowest(scores):
-    return np.where(np.isnan(scores), -np.inf, scores) if np.isnan(scores.max(initial=-np.inf)) else scores
+    if not np.isnan(scores.max(initial=-np.inf)): return scores
+    return np.where(np.isnan(scores), -np.inf, scores)
 
 
 def _peers(layers): return layers[0].peers if layers else ALONE
 
 
 def _living(layers, wheres):
-    "Of each layer's groups in a slice, which are alive, as an index, and what these cost: arrays, slices and ints."
+    "Yield for each layer's slice an index of its living groups, and their costs: arrays, slices and ints."
     peers = _peers(layers)
-    alive = iter(peers.fetched([layer.alive[where] for layer, where in zip(layers, wheres) if layer.n_alive < len(layer.alive)]))
-    costs = iter(peers.fetched([layer.costs[where] for layer, where in zip(layers, wheres) if layer.costs is not None]))
+    both = list(zip(layers, wheres))
+    alive = iter(peers.fetched([layer.alive[where] for layer, where in both if not layer.all_alive]))
+    costs = iter(peers.fetched([layer.costs[where] for layer, where in both if layer.costs is not None]))
     for layer in layers:
-        living = next(alive) if layer.n_alive < len(layer.alive) else slice(None)
+        living = slice(None) if layer.all_alive else next(alive)
         yield living, layer.group_size if layer.costs is None else next(costs)[living]
 
 
 def _sweep(layer, lo, hi):
-    "Decides about what lies above and below a bracket, and collects what lies inside."
+    "Decide about the groups above and below a bracket, and collect those inside, chunk by chunk."
     keep, at, inside, stay = torch.empty_like(layer.alive), [], [], 0
-    kept = layer.peers.array(keep)
+    kept_array = layer.peers.array(keep)
     for where, scores, alive in layer.chunks():
-        above, reached = kept[where], scores >= lo
+        above, reached = kept_array[where], scores >= lo
         np.greater(scores, hi, out=above)
         if alive is not None:
             above &= alive
@@ -274,16 +293,20 @@ def _sweep(layer, lo, hi):
     if layer.costs is None:
         return Found(keep, at, inside, layer.group_size, layer.group_size * (layer.n_alive - stay - len(at)))
     costs = layer.costs.numpy()[at]
-    return Found(keep, at, inside, costs, layer.remaining - int((layer.costs * keep).sum()) - int(costs.sum()))
+    kept = int((layer.costs * keep).sum())
+    return Found(keep, at, inside, costs, layer.remaining - kept - int(costs.sum()))
 
 
 def _sweep_apart(layers, lo, hi):
-    "The same where a GPU has the scores: each layer at once, and the host waits for all of them together, not for each."
+    """Decide about the groups above and below a bracket, and collect those inside, where a GPU has the
+    scores.
+
+    Each layer is compared as a whole, and the host waits for all of them together, not for each."""
     keeps, reached, counts = [], [], []
     for layer in layers:
         scores = layer.scores(slice(None))
         keep, reach = torch.as_tensor(scores > hi), torch.as_tensor(scores >= lo)
-        if layer.n_alive < len(layer.alive): keep, reach = keep & layer.alive, reach & layer.alive
+        if not layer.all_alive: keep, reach = keep & layer.alive, reach & layer.alive
         cost = layer.group_size * keep.sum() if layer.costs is None else (layer.costs * keep).sum()
         keeps.append(keep)
         reached.append(reach)
@@ -292,7 +315,8 @@ def _sweep_apart(layers, lo, hi):
     counts = [count.tolist() for count in peers.fetched(counts)]
     ats = [_places(keep ^ reach, n) for keep, reach, (n, _) in zip(keeps, reached, counts)]
     scores = peers.fetched([layer.scores(at) for layer, at in zip(layers, ats)])
-    costs = iter(peers.fetched([layer.costs[at] for layer, at in zip(layers, ats) if layer.costs is not None]))
+    some = [(layer, at) for layer, at in zip(layers, ats) if layer.costs is not None]
+    costs = iter(peers.fetched([layer.costs[at] for layer, at in some]))
     found = []
     for layer, keep, at, inside, (n, above) in zip(layers, keeps, ats, scores, counts):
         each = layer.group_size if layer.costs is None else next(costs)
@@ -301,6 +325,6 @@ def _sweep_apart(layers, lo, hi):
 
 
 def _places(mask, n):
-    "Where a mask is True, of which it is known that it is so n times: `nonzero` would have the host wait."
+    "Find the n positions at which a mask is True. `nonzero` would do it too, but the host would wait for it."
     wanted = torch.arange(1, n + 1, dtype=torch.int32, device=mask.device)
     return torch.searchsorted(mask.cumsum(0, dtype=torch.int32), wanted)

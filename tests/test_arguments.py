@@ -13,8 +13,8 @@ def test_percent_is_exactly_what_was_written(written, share): assert percent(wri
 
 
 @pytest.mark.parametrize('value, error, says', [
-    (-1, ValueError, 'sparsity: got -1, allowed is 0 to 100'),
-    (100.5, ValueError, 'sparsity: got 100.5, allowed is 0 to 100'),
+    (-1, ValueError, 'sparsity: got -1, expected a number from 0 to 100'),
+    (100.5, ValueError, 'sparsity: got 100.5, expected a number from 0 to 100'),
     (float('nan'), ValueError, 'sparsity: got nan'),
     (float('inf'), ValueError, 'sparsity: got inf'),
     (True, TypeError, 'sparsity: got True'),
@@ -30,7 +30,7 @@ def test_names():
     table = {'local': 1, 'global': 2}
     assert one_of('context', 'local', table) == 1
     assert one_of('context', len, table) is len
-    with pytest.raises(ValueError, match="context: got 'globl', allowed is one of local, global, or a function; did you mean 'global'?"):
+    with pytest.raises(ValueError, match="context: got 'globl', expected one of local, global, or a function; did you mean 'global'?"):
         one_of('context', 'globl', table)
-    with pytest.raises(TypeError, match='context: got 3, allowed is one of local, global'): one_of('context', 3, table)
+    with pytest.raises(TypeError, match='context: got 3, expected one of local, global'): one_of('context', 3, table)
     assert nearest('xyz', table) == ''

@@ -131,7 +131,7 @@ def test_an_exception_leaves_nothing_behind(make_learner):
     (dict(sparsity={'3': 200}), ValueError, 'sparsity: got 200'), (dict(sparsity=True), TypeError, 'sparsity: got True'),
     (dict(sparsity=90, granularity='weigth'), ValueError, "did you mean 'weight'"),
     (dict(sparsity=90, context='loca'), ValueError, "did you mean 'local'"),
-    (dict(sparsity=90, context=lambda parts: parts), TypeError, 'context: got <lambda>, allowed is a function of layers and fraction'),
+    (dict(sparsity=90, context=lambda parts: parts), TypeError, 'context: got <lambda>, expected a function of layers and fraction'),
     (dict(sparsity=90, criteria='grad'), ValueError, "criteria: got 'grad'"),
     (dict(sparsity=90, schedule='gradul'), ValueError, "did you mean 'gradual'"),
     (dict(sparsity=90, schedule=lambda p: 2 * p), ValueError, 'allowed is 0 to 1')])

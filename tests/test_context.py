@@ -127,7 +127,7 @@ def test_uniform_plus():
     def parts(): return [layer('a', range(10), axes={'O': 1, 'I': 1, 'k': 10}), layer('b', range(60), axes={'O': 6, 'I': 10}), layer('c', range(30), axes={'O': 3, 'I': 10})]
     assert [sum(k) for k in kept('uniform_plus', parts(), '9/20')] == [10, 30, 15]
     assert [sum(k) for k in kept('uniform_plus', parts(), '3/4')] == [10, 9, 6]  # 24 of the last, 51 of the middle
-    with pytest.raises(ValueError, match=r'sparsity: got 90 %, allowed with uniform_plus is 84 % at most here'): kept('uniform_plus', parts(), '9/10')
+    with pytest.raises(ValueError, match=r'sparsity: got 90 %, expected 84 % at most with uniform_plus here'): kept('uniform_plus', parts(), '9/10')
     assert [sum(k) for k in kept('uniform_plus', parts()[1:], '1/2')] == [30, 15]  # no convolution
 
 
@@ -202,7 +202,7 @@ def test_half_a_pattern_is_half_of_its_zeros():
     assert context([later], Fraction(1, 8))[0].int().tolist() == [0, 1, 1, 0, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize('name, says', [('4:2', "got '4:2', allowed is 'n:m' with n from 1 and smaller"), ('0:4', "got '0:4'"), ('2:2', "got '2:2'"),
-                                        ('2-4', "got '2-4', allowed is one of local, global, erk, .* a pattern as '2:4', or a function"), ('erc', "did you mean 'erk'")])
+@pytest.mark.parametrize('name, says', [('4:2', "got '4:2', expected 'n:m' with n from 1 and smaller"), ('0:4', "got '0:4'"), ('2:2', "got '2:2'"),
+                                        ('2-4', "got '2-4', expected one of local, global, erk, .* a pattern as '2:4', or a function"), ('erc', "did you mean 'erk'")])
 def test_what_is_no_context_is_refused(name, says):
     with pytest.raises(ValueError, match=says): read_context(name)

@@ -48,9 +48,9 @@ def test_what_is_asked_for():
     assert evidence_of(lambda weight, power=2: weight.abs() ** power) == ('weight',)
     assert read_criterion('gradient').score is gradient
     with pytest.raises(ValueError, match="criteria: .*lambda.* asks for 'nothing'"): read_criterion(lambda: 1)
-    with pytest.raises(TypeError, match='whose arguments cannot be read; allowed is a function of weight and grad'): read_criterion(torch.abs)
+    with pytest.raises(TypeError, match='whose arguments cannot be read; expected a function of weight and grad'): read_criterion(torch.abs)
     with pytest.raises(TypeError, match='criteria: got <class'): read_criterion(dict)
-    with pytest.raises(ValueError, match="criteria: bad asks for 'hessian', allowed are arguments named weight, grad"):
+    with pytest.raises(ValueError, match="criteria: bad asks for 'hessian', expected arguments named weight, grad"):
         def bad(weight, hessian): pass
         read_criterion(bad)
 

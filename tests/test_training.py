@@ -690,5 +690,5 @@ def test_a_plain_loop(kind, granularity):
 def test_only_optimisers_with_hooks_can_be_attached():
     sparsifier = Sparsifier(convnet())
     for wrong in ({}, torch.optim.Adam):
-        with pytest.raises(TypeError, match='optimizer: got .*, allowed is a torch.optim.Optimizer'): sparsifier.attach(wrong)
+        with pytest.raises(TypeError, match='optimizer: got .*, expected a torch.optim.Optimizer'): sparsifier.attach(wrong)
     with pytest.raises(ValueError, match='steps none of the selected weights'): sparsifier.attach(torch.optim.SGD(convnet().parameters(), .1))
