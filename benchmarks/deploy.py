@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fasterai.deploy import save_sparse, shrink, speed_up
-from fasterai.deploy.smaller import parameters
+from fasterai.deploy.shrink import parameters
 from fasterai.deploy.timing import side_by_side
 from fasterai.sparsifier import Sparsifier
 

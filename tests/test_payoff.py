@@ -1,15 +1,17 @@
 import subprocess
 import sys
 from copy import deepcopy
+from importlib import import_module
 
 import pytest
 import torch
 from torch import nn
 
-from fasterai.deploy import account
-from fasterai.deploy.account import payoff
-from fasterai.deploy.faster import SparseLinear
+from fasterai.deploy.payoff import payoff
+from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import Latency
+
+MODULE = import_module('fasterai.deploy.payoff')  # as an attribute of the package, `payoff` is the function
 
 
 def mlp(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -19,7 +21,7 @@ def mlp(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
 def clock(monkeypatch):
     "Pretended times: (dense, sparse), the middle half 10 % to both sides."
     def pretend(*times):
-        monkeypatch.setattr(account, 'side_by_side', lambda calls, *a, **k: [Latency(t, .9 * t, 1.1 * t) for t in times])
+        monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *a, **k: [Latency(t, .9 * t, 1.1 * t) for t in times])
     pretend(1e-3, 1e-3)
     return pretend
 

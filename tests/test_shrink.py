@@ -7,8 +7,8 @@ from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torchvision import models
 
-from fasterai.deploy.running import agree, outputs
-from fasterai.deploy.smaller import parameters, shrink
+from fasterai.deploy.compare import agree, outputs
+from fasterai.deploy.shrink import parameters, shrink
 from fasterai.sparsifier import Sparsifier
 
 pytestmark = pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')

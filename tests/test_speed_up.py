@@ -1,13 +1,15 @@
 from copy import deepcopy
+from importlib import import_module
 
 import pytest
 import torch
 from torch import nn
 
-from fasterai.deploy import faster
-from fasterai.deploy.faster import SparseLinear, realisations, speed_up
-from fasterai.deploy.running import agree, outputs
+from fasterai.deploy.compare import agree, outputs
+from fasterai.deploy.speed_up import SparseLinear, realisations, speed_up
 from fasterai.deploy.timing import Latency, side_by_side
+
+MODULE = import_module('fasterai.deploy.speed_up')  # as an attribute of the package, `speed_up` is the function
 
 
 def zeroed(layer, share=.95):
@@ -56,20 +58,20 @@ def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
     x = torch.randn(3, 16)
 
     def clock(calls, *rest, **more): return [Latency(s, s * .9, s * 1.1) for s in (1., .5, .4)[:len(calls)]]
-    monkeypatch.setattr(faster, 'side_by_side', clock)
+    monkeypatch.setattr(MODULE, 'side_by_side', clock)
     new = speed_up(model, x)
     assert [type(m).__name__ for m in new] == ['SparseLinear', 'ReLU', 'SparseLinear', 'Linear'] and agree(outputs(new, (x,)), outputs(model, (x,)), 1e-5)
     said = capsys.readouterr().out
     assert 'CSR 500.000 ms  CSR' in said and 'the whole model: 1000.000 ms before, 500.000 ms after: 2.00 × as fast' in said
     assert [type(m).__name__ for m in model] == ['Linear', 'ReLU', 'Linear', 'Linear']
-    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s * .9, s * 1.1) for s in (1., .95)[:len(calls)]])
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s * .9, s * 1.1) for s in (1., .95)[:len(calls)]])
     assert 'nothing here is faster than dense' in (speed_up(model, x), capsys.readouterr().out)[1]  # within the noise
 
 
 def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys):
     model, x = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU()), torch.randn(3, 16)
     answers = iter([(1., .5), (1., 1.5), (1.,)])
-    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in next(answers)])
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in next(answers)])
     assert type(speed_up(model, x)[0]) is nn.Linear and '1500.000 ms after, within the noise or slower, so all layers stay dense' in capsys.readouterr().out
     monkeypatch.setattr(SparseLinear, '_product', lambda self, x: x.new_ones(self.size[0], x.shape[1]))
     assert type(speed_up(model, x)[0]) is nn.Linear and 'CSR: other outputs' in capsys.readouterr().out
@@ -81,14 +83,14 @@ def test_a_model_that_reaches_into_its_layers_is_left_alone(monkeypatch, capsys)
             super().__init__()
             self.a = zeroed(nn.Linear(16, 16))
         def forward(self, x): return self.a(x) + self.a.weight.sum()
-    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
     model, x = Reaches(), torch.randn(2, 16)
     assert type(speed_up(model, x).a) is nn.Linear and 'reaches into its layers' in capsys.readouterr().out
 
 
 def test_a_layer_that_is_shared_stays_shared(monkeypatch):
     layer = zeroed(nn.Linear(16, 16))
-    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
     new = speed_up(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(2, 16), verbose=False)
     assert type(new[0]) is SparseLinear and new[0] is new[2]
 
@@ -96,9 +98,9 @@ def test_a_layer_that_is_shared_stays_shared(monkeypatch):
 def test_two_of_four_is_offered_to_a_gpu_alone():
     layer = nn.Linear(64, 32).half()
     with torch.no_grad(): layer.weight.view(-1, 4)[:, :2] = 0
-    assert faster._is_two_of_four(layer.weight) and realisations(layer) == {}
+    assert MODULE._is_two_of_four(layer.weight) and realisations(layer) == {}
     with torch.no_grad(): layer.weight[0, 0] = 1
-    assert not faster._is_two_of_four(layer.weight)
+    assert not MODULE._is_two_of_four(layer.weight)
 
 
 def test_the_clock():
@@ -120,5 +122,5 @@ def test_batches_of_nothing_autocast_and_single_items():
 
 
 def test_a_single_layer(monkeypatch):
-    monkeypatch.setattr(faster, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
     assert type(speed_up(zeroed(nn.Linear(16, 16)), torch.randn(2, 16), verbose=False)) is SparseLinear

@@ -1,8 +1,8 @@
 "Zeros turned into something: a smaller file, a smaller network, faster layers. For any dense PyTorch model, whoever made its zeros."
-from fasterai.deploy.account import payoff
 from fasterai.deploy.export import export_onnx
 from fasterai.deploy.files import load_sparse, save_sparse
-from fasterai.deploy.faster import speed_up
-from fasterai.deploy.smaller import shrink
+from fasterai.deploy.payoff import payoff
+from fasterai.deploy.shrink import shrink
+from fasterai.deploy.speed_up import speed_up
 
 __all__ = ['save_sparse', 'load_sparse', 'shrink', 'speed_up', 'export_onnx', 'payoff']

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.deploy.running import agree, evaluating, example_inputs, fresh, outputs
+from fasterai.deploy.compare import agree, evaluating, example_inputs, fresh, outputs
 
 TOLERANCE = 1e-4  # of the largest output: another runtime sums in another order
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch_pruning import ops
 
-from fasterai.deploy.running import agree, evaluating, example_inputs, fresh, outputs
+from fasterai.deploy.compare import agree, evaluating, example_inputs, fresh, outputs
 
 
 

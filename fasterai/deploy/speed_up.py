@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from fasterai.deploy.running import agree, example_inputs, outputs
+from fasterai.deploy.compare import agree, example_inputs, outputs
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.tables import as_text
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasterai.deploy.faster import SparseLinear
+from fasterai.deploy.compare import example_inputs, outputs
 from fasterai.deploy.files import save_sparse
-from fasterai.deploy.running import example_inputs, outputs
+from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.tables import as_html, as_text
 
