@@ -3,8 +3,20 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from fasterai.snapshot import evaluation_mode
 
 TOLERANCE = 1e-5  # by how much outputs may differ, relative to the largest
+
+
+def check_module(
+    model,  # what the user gave
+    argument: str = 'model',  # its name, for the error
+):
+    "Raise a `TypeError` for what is not a torch.nn.Module."
+    if isinstance(model, nn.Module): return
+    raise TypeError(f'{argument}: got {type(model).__name__}, allowed is a torch.nn.Module')
 
 
 def example_inputs(example) -> tuple:  # what `model(*inputs)` takes
@@ -24,6 +36,7 @@ def fresh(
         order = torch.randint(len(tensor), (length or len(tensor),), generator=generator)
         if not tensor.is_floating_point(): return tensor[order.to(tensor.device)]
         return torch.randn((len(order), *tensor.shape[1:]), generator=generator).to(tensor)
+
     for length in lengths or (None,): yield tuple(like(i, length) for i in inputs)
 
 
@@ -38,15 +51,16 @@ def outputs(
     inputs: tuple,
 ) -> list:  # of tensors
     "What a model makes of inputs, in eval mode and without gradients; modes are put back. `ValueError` where it fails."
-    modes = {m: m.training for m in model.modules()}
     try:
-        with torch.no_grad(): out = evaluating(model)(*inputs)
+        with evaluation_mode(model), torch.no_grad(): out = model(*inputs)
     except Exception as error:
-        shapes = [tuple(i.shape) if isinstance(i, torch.Tensor) else type(i).__name__ for i in inputs]
-        raise ValueError(f'example: got {shapes}, on which the model fails: {type(error).__name__}: {error}') from error
-    finally:
-        for module, mode in modes.items(): module.training = mode
-    return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        shapes = [_shape_of(i) for i in inputs]
+        raise ValueError(f'example: got {shapes}, on which the model fails: '
+                         f'{type(error).__name__}: {error}') from error
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def _shape_of(value): return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def agree(
@@ -58,11 +72,20 @@ def agree(
     return len(found) == len(expected) and all(_close(a, b, tolerance) for a, b in zip(found, expected))
 
 
-def _close(a, b, tolerance):
-    if a.shape != b.shape or a.is_complex() != b.is_complex(): return False
-    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach().cpu(), b.detach().cpu()))
-    a, b = a.double(), b.double()
-    finite = b.isfinite()
-    if not ((a == b) | (a.isnan() & b.isnan()))[~finite].all(): return False
-    a, b = a[finite], b[finite]
-    return not b.numel() or bool(((a - b).abs() <= tolerance * max(float(b.abs().max()), 1e-30)).all())
+def _close(found, expected, tolerance):
+    if found.shape != expected.shape or found.is_complex() != expected.is_complex(): return False
+    found, expected = _numbers(found), _numbers(expected)
+    finite = expected.isfinite()
+    equal = (found == expected) | (found.isnan() & expected.isnan())
+    if not equal[~finite].all(): return False
+    if not finite.any(): return True
+    error = (found - expected).abs()[finite].max()
+    largest = max(float(expected[finite].abs().max()), 1e-30)  # not zero, where all outputs are
+    return bool(error <= tolerance * largest)
+
+
+def _numbers(tensor):
+    "Return a tensor's numbers on the CPU in float64, a complex one's as pairs."
+    tensor = tensor.detach().cpu()
+    if tensor.is_complex(): tensor = torch.view_as_real(tensor)
+    return tensor.double()
