@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+LEAST = 7  # calls that are timed however long they take: a quarter of them is then no single call
+
 
 class Latency(NamedTuple):
     "Seconds for one call: the median, and how the middle half spreads."
@@ -20,16 +22,30 @@ def side_by_side(
     device: torch.device | str = 'cpu',
 ) -> list:  # of `Latency`, one a call
     "Time them in turn, again and again, so that a machine that speeds up or slows down is unfair to none."
+    on_gpu = torch.device(device).type == 'cuda'
+
     def once(call):
         start = time.perf_counter()
         call()
-        if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
+        if on_gpu: torch.cuda.synchronize(device)  # a call returns before the GPU is done
         return time.perf_counter() - start
+
     for call in calls: once(call)  # the first call sets things up
-    times, end = [[once(call)] for call in calls], time.perf_counter() + seconds
-    while len(times[0]) < 7 or len(times[0]) < rounds and time.perf_counter() < end:
+    times = [[once(call)] for call in calls]
+    end = time.perf_counter() + seconds
+
+    def enough():
+        count = len(times[0])
+        return count >= LEAST and (count >= rounds or time.perf_counter() >= end)
+
+    while not enough():
         for call, took in zip(calls, times): took.append(once(call))
-    return [Latency(median(t), quantiles(t, n=4)[0], quantiles(t, n=4)[2]) for t in times]
+    return [_latency(t) for t in times]
+
+
+def _latency(times):
+    quarter, _, three_quarters = quantiles(times, n=4)
+    return Latency(median(times), quarter, three_quarters)
 
 
 def faster(
