@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.deploy.compare import agree, evaluating, example_inputs, fresh, outputs
+from fasterai.deploy.compare import agree, check_module, example_inputs, fresh, outputs
+from fasterai.snapshot import evaluation_mode
 
 TOLERANCE = 1e-4  # of the largest output: another runtime sums in another order
+HALF = frozenset((torch.float16, torch.bfloat16))
+HALF_TOLERANCE = 2e-2  # where any parameter or input is of such a type
 
 
 def export_onnx(
@@ -22,24 +25,46 @@ def export_onnx(
 ) -> Path:  # the file
     "Write a model as ONNX, in eval mode; onnxruntime has by then computed the same as torch, on the example and on inputs made afresh."
     import onnxruntime
-    if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
+    check_module(model)
     inputs, path = example_inputs(example), Path(path)
     if not all(isinstance(i, torch.Tensor) for i in inputs):
         raise TypeError(f'example: got {[type(i).__name__ for i in inputs]}, allowed are tensors')
-    plain, inputs = evaluating(deepcopy(model).cpu()), tuple(i.detach().cpu().clone() for i in inputs)
+    inputs = tuple(i.detach().cpu().clone() for i in inputs)
+    plain = deepcopy(model).cpu()
     outputs(plain, inputs)  # an error of the model's own comes first
-    half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*plain.parameters(), *inputs))
-    dynamic = tuple({0: torch.export.Dim.AUTO} for _ in inputs) if dynamic_batch else None
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the exporter's own
+    tolerance = HALF_TOLERANCE if _is_half(plain, inputs) else TOLERANCE
+    lengths = (1, len(inputs[0]) + 1) if dynamic_batch else ()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        shown = tuple(torch.cat([i, i]) for i in inputs) if dynamic_batch and len(inputs[0]) == 1 else inputs  # one would be taken for fixed
-        torch.onnx.export(plain, shown, temporary, dynamo=True, dynamic_shapes=dynamic, external_data=False, verbose=False)
-        session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
-        for batch in (inputs, *fresh(inputs, (1, len(inputs[0]) + 1) if dynamic_batch else ())):
-            found = session.run(None, {n.name: t.numpy() for n, t in zip(session.get_inputs(), batch)})
-            if not agree([torch.from_numpy(np.asarray(f)) for f in found], outputs(plain, batch), 2e-2 if half else TOLERANCE):
-                raise ValueError(f'model: onnxruntime does not compute for inputs of shape {[tuple(b.shape) for b in batch]} what torch does; '
+        with warnings.catch_warnings(), evaluation_mode(plain):
+            warnings.simplefilter('ignore')  # the exporter's own
+            _write(plain, inputs, temporary, dynamic_batch)
+            session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
+            for batch in (inputs, *fresh(inputs, lengths)):
+                if agree(_run(session, batch), outputs(plain, batch), tolerance): continue
+                shapes = [tuple(b.shape) for b in batch]
+                raise ValueError(f'model: onnxruntime does not compute for inputs of shape {shapes} what torch does; '
                                  f'{str(path)!r} was not written')
         os.replace(temporary, path)
     return path
+
+
+def _write(model, inputs, path, dynamic_batch):
+    "Write a model as an ONNX file, unchecked."
+    shapes = None
+    if dynamic_batch:
+        shapes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+        # the exporter takes an axis of length one for fixed: an only item is shown to it twice
+        if len(inputs[0]) == 1: inputs = tuple(torch.cat([i, i]) for i in inputs)
+    torch.onnx.export(model, inputs, path, dynamo=True, dynamic_shapes=shapes,
+                      external_data=False, verbose=False)
+
+
+def _run(session, batch):
+    "Return what onnxruntime computes, as tensors."
+    names = [i.name for i in session.get_inputs()]
+    found = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, batch)})
+    return [torch.from_numpy(np.asarray(f)) for f in found]
+
+
+def _is_half(model, inputs): return any(t.dtype in HALF for t in (*model.parameters(), *inputs))
