@@ -3,18 +3,29 @@ import tempfile
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasterai.deploy.compare import example_inputs, outputs
+from fasterai.deploy.compare import check_module, example_inputs, outputs
 from fasterai.deploy.files import save_sparse
 from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import faster, side_by_side
+from fasterai.snapshot import evaluation_mode
 from fasterai.tables import as_html, as_text
+
+COUNTS = 'parameters', 'non-zero parameters', 'multiply-adds', 'multiply-adds with a weight that is not zero'
+FILES = 'file, dense', 'file, zipped', 'file, packed by save_sparse'
+COUNTED, TIMED = '#0072B2', '#D55E00'  # colours of the bars
+NO_SPEED = ('The zeros bring no speed here: a dense layer multiplies by zero as by any number. '
+            'shrink() removes whole filters that are zero, speed_up() has faster forms of large Linear '
+            'and 1 × 1 layers with 80 % zeros or more, and of the pattern 2:4 on a GPU.')
+NO_ZEROS = 'There are no zeros, and nothing was removed.'
 
 
 @dataclass(frozen=True)
@@ -27,9 +38,11 @@ class Payoff:
     def _cells(self):
         yield 'what', 'dense', 'sparse', 'sparse / dense'
         for what, unit, dense, sparse in self.rows:
-            said = [_said(v, unit) for v in (dense, sparse)]
-            if what in self.spread: said = [f'{v} ({_said(low, unit)} – {_said(high, unit)})' for v, (low, high) in zip(said, self.spread[what])]
-            yield what, *said, f'{sparse / dense:.3f}' if dense else ''
+            said = [_said(dense, unit), _said(sparse, unit)]
+            if what in self.spread:
+                said = [_with_spread(s, *bounds, unit) for s, bounds in zip(said, self.spread[what])]
+            ratio = f'{sparse / dense:.3f}' if dense else ''
+            yield what, *said, ratio
 
     def __str__(self):
         return '\n'.join([as_text(self._cells()), *self.notes])
@@ -40,20 +53,24 @@ class Payoff:
     def to_frame(self):
         "A pandas DataFrame, one row for each thing that was measured."
         import pandas as pd
-        return pd.DataFrame(self.rows, columns=['what', 'unit', 'dense', 'sparse']).assign(ratio=lambda f: f['sparse'] / f['dense'])
+        frame = pd.DataFrame(self.rows, columns=['what', 'unit', 'dense', 'sparse'])
+        return frame.assign(ratio=frame['sparse'] / frame['dense'])
 
     def plot(self, ax=None):
         "Draw what is left of each, as a share of dense; returns the matplotlib axes."
-        rows = [(what, sparse / dense, what in self.spread) for what, unit, dense, sparse in self.rows if dense and unit != '%']
+        rows = [row for row in self.rows if row[1] != '%' and row[2]]
+        names = [what for what, *_ in rows]
+        shares = [100 * (sparse / dense) for *_, dense, sparse in rows]
         if ax is None:
             import matplotlib.pyplot as plt
             _, ax = plt.subplots(figsize=(6.5, 1 + .32 * len(rows)), layout='constrained')
-        colours = ['#D55E00' if timed else '#0072B2' for *_, timed in rows]
-        bars = ax.barh([what for what, _, _ in rows], [100 * share for _, share, _ in rows], color=colours)
-        ax.bar_label(bars, [f'{100 * share:.1f} %' for _, share, _ in rows], padding=3, fontsize='small')
+        colours = [TIMED if what in self.spread else COUNTED for what in names]
+        bars = ax.barh(names, shares, color=colours)
+        ax.bar_label(bars, [f'{share:.1f} %' for share in shares], padding=3, fontsize='small')
         ax.axvline(100, color='#606060', ls='--', lw=1)
         ax.invert_yaxis()
-        ax.set(xlabel='left of the dense network (%)', xlim=(0, max(118, *(118 * share for _, share, _ in rows))))
+        longest = max(100, *shares)
+        ax.set(xlabel='left of the dense network (%)', xlim=(0, 1.18 * longest))  # room for the labels
         ax.spines[['top', 'right']].set_visible(False)
         return ax
 
@@ -67,53 +84,84 @@ def payoff(
     seconds: float = 2.,  # to time each of them, about
 ) -> Payoff:
     "Measure what the one needs and what the other does, the times side by side."
-    for name, model in (('dense', dense), ('sparse', sparse)):
-        if not isinstance(model, nn.Module): raise TypeError(f'{name}: got {type(model).__name__}, allowed is a torch.nn.Module')
-    inputs, both = example_inputs(example), (deepcopy(dense), deepcopy(sparse))
+    check_module(dense, 'dense')
+    check_module(sparse, 'sparse')
+    inputs, models = example_inputs(example), (deepcopy(dense), deepcopy(sparse))
     if dls is not None: dls = dls.valid if hasattr(dls, 'valid') else list(dls)
-    for model in both: outputs(model, inputs)
-    nonzero = [sum(int(torch.count_nonzero(p.detach())) for p in _stored(m)) for m in both]
-    rows = [('parameters', '', *(sum(p.numel() for p in _stored(m)) for m in both)), ('non-zero parameters', '', *nonzero)]
-    sums, effective = zip(*(_multiply_adds(m, _batch(inputs, 1)) for m in both))
-    rows += [('multiply-adds', '', *sums), ('multiply-adds with a weight that is not zero', '', *effective)]
-    rows += [(f'file, {kind}', 'B', *sizes) for kind, sizes in zip(('dense', 'zipped', 'packed by save_sparse'), zip(*map(_bytes, both)))]
+    for model in models: outputs(model, inputs)  # an error of the model's own comes first
+    counts = [_counts(m, inputs) for m in models]
+    rows = [(what, '', *of_both) for what, of_both in zip(COUNTS, zip(*counts))]
+    rows += [(what, 'B', *of_both) for what, of_both in zip(FILES, zip(*map(_bytes, models)))]
     spread, quick = {}, []
     for size in batches:
-        old, new = _latencies(both, _batch(inputs, size), seconds)
+        old, new = _latencies(models, _batch(inputs, size), seconds)
         what = f'latency, batch {size}'
         rows.append((what, 's', old.seconds, new.seconds))
         spread[what] = (old.low, old.high), (new.low, new.high)
         quick.append((size, faster(new, old), faster(old, new)))
-    if dls is not None: rows.append(('accuracy', '%', *(_accuracy(m, dls) for m in both)))
-    return Payoff(tuple(rows), spread, tuple(_notes(quick, nonzero, [sum(p.numel() for p in _stored(m)) for m in both], sums)))
+    if dls is not None: rows.append(('accuracy', '%', *(_accuracy(m, dls) for m in models)))
+    return Payoff(tuple(rows), spread, tuple(_notes(quick, *counts)))
+
+
+class _Counts(NamedTuple):
+    "Numbers of one network, for one item."
+    parameters: int
+    nonzero: int
+    sums: int
+    effective: int  # multiply-adds with a weight that is not zero
+
+
+def _counts(model, inputs):
+    stored = _stored(model)
+    parameters = sum(p.numel() for p in stored)
+    nonzero = sum(int(torch.count_nonzero(p.detach())) for p in stored)
+    return _Counts(parameters, nonzero, *_multiply_adds(model, _batch(inputs, 1)))
 
 
 def _stored(model):
     "Parameters, and the values of layers that are stored sparse."
-    kept = [b for m in model.modules() if isinstance(m, SparseLinear) for b in (m.values, m.bias) if b is not None]
-    return [p.to_dense() if isinstance(p, torch.sparse.SparseSemiStructuredTensor) else p for p in (*model.parameters(), *kept)]
+    layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
+    kept = [b for layer in layers for b in (layer.values, layer.bias) if b is not None]
+    return [_dense(p) for p in (*model.parameters(), *kept)]
+
+
+def _dense(tensor):
+    return tensor.to_dense() if isinstance(tensor, torch.sparse.SparseSemiStructuredTensor) else tensor
 
 
 def _batch(inputs, size):
     "As many items, the example's over and over."
-    return tuple(i[torch.arange(size, device=i.device) % len(i)] if isinstance(i, torch.Tensor) and i.ndim else i for i in inputs)
+    def repeated(value):
+        if not isinstance(value, torch.Tensor) or not value.ndim: return value
+        return value[torch.arange(size, device=value.device) % len(value)]
+    return tuple(map(repeated, inputs))
 
 
 def _multiply_adds(model, inputs):
     "Of one item: all, and those with a weight that is not zero."
     counter = FlopCounterMode(display=False)
     with counter: outputs(model, inputs)
-    named, root = dict(model.named_modules()), type(model).__name__
+    modules, root = dict(model.named_modules()), type(model).__name__
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    total = counts.get('Global', 0)
-    spared = unstored = 0.
-    for name, flops in counts.items():
-        module = named.get(name.removeprefix(root).lstrip('.'))
-        if isinstance(module, SparseLinear): unstored += flops * (1 - module.values.numel() / (module.size[0] * module.size[1]))
-        weight = getattr(module, 'weight', None)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and isinstance(weight, torch.Tensor) and weight.layout == torch.strided:
-            spared += flops * (1 - int(torch.count_nonzero(weight.detach())) / max(weight.numel(), 1))
-    return round(total - unstored), round(total - unstored - spared)
+    unstored = spared = 0.
+    for name, count in counts.items():
+        module = modules.get(name.removeprefix(root).lstrip('.'))
+        if isinstance(module, SparseLinear): unstored += count * module.unstored  # was counted as if dense
+        elif _is_dense_layer(module): spared += count * _zeros(module.weight)
+    total = counts.get('Global', 0) - unstored
+    return round(total), round(total - spared)
+
+
+def _is_dense_layer(module):
+    "A layer whose multiply-adds are spread evenly over its weights."
+    if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)): return False
+    weight = getattr(module, 'weight', None)
+    return isinstance(weight, torch.Tensor) and weight.layout == torch.strided
+
+
+def _zeros(weight):
+    "Return the share of zeros, 0 to 1."
+    return 1 - int(torch.count_nonzero(weight.detach())) / max(weight.numel(), 1)
 
 
 def _bytes(model):
@@ -122,45 +170,49 @@ def _bytes(model):
         plain, packed = Path(folder) / 'plain', Path(folder) / 'packed'
         torch.save(model.state_dict(), plain)
         save_sparse(model, packed)
-        squeeze, zipped = zlib.compressobj(), 0
-        with open(plain, 'rb') as file:
-            while piece := file.read(1 << 20): zipped += len(squeeze.compress(piece))
-        return plain.stat().st_size, zipped + len(squeeze.flush()), packed.stat().st_size
+        return plain.stat().st_size, _zipped(plain), packed.stat().st_size
+
+
+def _zipped(path):
+    "Return the bytes that zlib makes of a file, read piece by piece."
+    squeeze, size = zlib.compressobj(), 0
+    with open(path, 'rb') as file:
+        while piece := file.read(1 << 20): size += len(squeeze.compress(piece))
+    return size + len(squeeze.flush())
 
 
 def _latencies(models, inputs, seconds):
-    modes = {m: m.training for model in models for m in model.modules()}
-    try:
-        for m in modes: m.training = False
-        device = next((i.device for i in inputs if isinstance(i, torch.Tensor)), 'cpu')
-        with torch.no_grad(): return side_by_side([lambda m=m: m(*inputs) for m in models], seconds, device=device)
-    finally:
-        for m, mode in modes.items(): m.training = mode
+    device = next((i.device for i in inputs if isinstance(i, torch.Tensor)), 'cpu')
+    calls = [partial(model, *inputs) for model in models]
+    with evaluation_mode(*models), torch.no_grad(): return side_by_side(calls, seconds, device=device)
 
 
 def _accuracy(model, dls):
     right = total = 0
     for *x, y in dls:
         out = outputs(model, tuple(x))[0]
-        right, total = right + int((out.argmax(1) == y).sum()), total + y.numel()
+        right += int((out.argmax(1) == y).sum())
+        total += y.numel()
     if not total: raise ValueError('dls: got no batches, allowed is at least one of (x, y)')
     return 100 * right / total
 
 
-def _notes(quick, nonzero, stored, sums):
+def _notes(quick, dense, sparse):
     for size, better, worse in quick:
-        if not better and not worse: yield f'batch {size}: the difference in time is within the noise.'
-        elif worse: yield f'batch {size}: the sparse network is slower here.'
-    if nonzero[1] < stored[1] and not any(better for _, better, _ in quick):
-        yield ('The zeros bring no speed here: a dense layer multiplies by zero as by any number. shrink() removes whole filters that are zero, '
-               'speed_up() has faster forms of large Linear and 1 × 1 layers with 80 % zeros or more, and of the pattern 2:4 on a GPU.')
-    if nonzero[1] == stored[1] and sums[1] == sums[0]: yield 'There are no zeros, and nothing was removed.'
+        if worse: yield f'batch {size}: the sparse network is slower here.'
+        elif not better: yield f'batch {size}: the difference in time is within the noise.'
+    has_zeros = sparse.nonzero < sparse.parameters
+    if has_zeros and not any(better for _, better, _ in quick): yield NO_SPEED
+    if sparse.nonzero == sparse.parameters and dense.sums == sparse.sums: yield NO_ZEROS
 
 
 def _said(value, unit):
-    if unit == 's': return f'{1e3 * value:.3f} ms' if value < 1 else f'{value:.3f} s'
+    if unit == 's' and value < 1: return f'{1e3 * value:.3f} ms'
+    if unit == 's': return f'{value:.3f} s'
     if unit == '%': return f'{value:.2f} %'
     if unit == 'B': return f'{value / 1e6:,.3f} MB'
     return f'{value:,}'
 
 
+def _with_spread(said, low, high, unit):
+    return f'{said} ({_said(low, unit)} – {_said(high, unit)})'
