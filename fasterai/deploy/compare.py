@@ -40,12 +40,6 @@ def fresh(
     for length in lengths or (None,): yield tuple(like(i, length) for i in inputs)
 
 
-def evaluating(model: nn.Module) -> nn.Module:  # the model
-    "In eval mode, not by eval(), which some models overload."
-    for module in model.modules(): module.training = False
-    return model
-
-
 def outputs(
     model: nn.Module,
     inputs: tuple,

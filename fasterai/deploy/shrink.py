@@ -1,4 +1,5 @@
 "A smaller network: filters that put out exactly zero are removed, with all that depended on them."
+from collections import Counter
 from copy import deepcopy
 
 import torch
@@ -7,8 +8,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch_pruning import ops
 
-from fasterai.deploy.compare import agree, evaluating, example_inputs, fresh, outputs
+from fasterai.deploy.compare import agree, check_module, example_inputs, fresh, outputs
+from fasterai.snapshot import evaluation_mode
 
+# why filters that are zero stay
+OTHER_OUTPUTS = 'without them the outputs would not be the same'
+NOT_FOLLOWED = 'torch-pruning cannot follow them'
+LAST_ONE = 'one channel must be left'
+IS_OUTPUT = "they are the network's output"
+IS_BROADCAST = 'they are broadcast'
+IS_SHIFTED = 'a bias or a BatchNorm makes them other than zero'
+MEETS_PARAMETER = 'they meet a parameter of no layer'
+MEETS_SHARED = 'they meet a weight that several layers share'
+MEETS_GROUPS = 'they meet a grouped convolution'
+MEETS_NONZERO = 'they are added to, or read by, channels that are not zero: coupled=True zeroes such together'
 
 
 def shrink(
@@ -19,15 +32,13 @@ def shrink(
     """Remove the filters whose outputs are zero whatever comes in, by Torch-Pruning's dependency graph (Fang et al. 2023).
 
     The result computes the same, or what would change it is left."""
-    if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
+    check_module(model)
     inputs, base = example_inputs(example), deepcopy(model)
     known = _known(base, inputs)
     small, removed, left = _without(base, inputs)
     if not _same(small, known):  # some operation makes something of a zero: one layer at a time then
-        keep = []
-        for name in removed:
-            if _same(_without(base, inputs, [*keep, name])[0], known): keep.append(name)
-        wrong = {name: ['without them the outputs would not be the same'] * n for name, n in removed.items() if name not in keep}
+        keep = _harmless(base, inputs, removed, known)
+        wrong = {name: [OTHER_OUTPUTS] * count for name, count in removed.items() if name not in keep}
         small, removed, left = _without(base, inputs, keep)
         left |= wrong
     if verbose: print(_account(model, small, removed, left))
@@ -48,105 +59,134 @@ def _same(small, known):
     except ValueError: return False
 
 
+def _harmless(model, inputs, names, known):
+    "Return the layers, of those named, whose dead filters can go one layer after the other with the outputs the same."
+    keep = []
+    for name in names:
+        small, *_ = _without(model, inputs, [*keep, name])
+        if _same(small, known): keep.append(name)
+    return keep
+
+
 class _Broken(Exception):
     "Torch-Pruning failed at this layer."
 
 
 def _without(model, inputs, names=None):
     "A copy without the dead filters of the named layers, None for all; how many went of each, and why others stayed."
-    skip = {}
-    while True:
-        small, removed, left = deepcopy(model), {}, {n: [why] for n, why in skip.items()}
-        learns = {n: p.requires_grad for n, p in small.named_parameters()}
-        modes = {m: m.training for m in small.modules()}
-        for p in small.parameters(): p.requires_grad_(p.is_floating_point())
-        try: graph = tp.DependencyGraph().build_dependency(evaluating(small), example_inputs=inputs if len(inputs) > 1 else inputs[0], verbose=False)
-        except Exception as error:
-            raise ValueError(f'model: {type(model).__name__} cannot be followed by torch-pruning: {type(error).__name__}: {error}') from error
-        try:
-            for name, module in small.named_modules():
-                if name in skip or module not in graph.module2node or (names is not None and name not in names): continue
-                dead = _dead(module)
-                if dead is None or not dead.any(): continue
-                gone, why = _remove(graph, name, module, dead.nonzero().flatten().tolist(), _shared(small))
-                if gone: removed[name] = gone
-                if why: left[name] = why
-        except _Broken as broken:
-            skip[str(broken)] = 'torch-pruning cannot follow them'
-            continue
-        for m, mode in modes.items(): m.training = mode
-        for n, p in small.named_parameters():
-            p.requires_grad_(learns.get(n, True))
-            p.grad = None
-        return small, removed, left
+    skip = []
+    while True:  # a layer at which Torch-Pruning fails has spoilt the copy: another one, without that layer
+        try: return _try_without(model, inputs, names, skip)
+        except _Broken as broken: skip.append(str(broken))
+
+
+def _try_without(model, inputs, names, skip):
+    small, removed, left = deepcopy(model), {}, {name: [NOT_FOLLOWED] for name in skip}
+    learns = {name: p.requires_grad for name, p in small.named_parameters()}
+    with evaluation_mode(small):
+        graph = _dependencies(small, inputs)
+        for name, module in small.named_modules():
+            if name in skip or module not in graph.module2node: continue
+            if names is not None and name not in names: continue
+            dead = _dead(module)
+            if dead is None or not dead.any(): continue
+            gone, why = _remove(graph, name, module, dead.nonzero().flatten().tolist(), _shared(small))
+            if gone: removed[name] = gone
+            if why: left[name] = why
+    for name, p in small.named_parameters():
+        p.requires_grad_(learns.get(name, True))
+        p.grad = None
+    return small, removed, left
+
+
+def _dependencies(model, inputs):
+    "Return Torch-Pruning's graph of what depends on which channels; all parameters need gradients from here on."
+    for p in model.parameters(): p.requires_grad_(p.is_floating_point())  # autograd is followed
+    example = inputs if len(inputs) > 1 else inputs[0]
+    try: return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+    except Exception as error:
+        raise ValueError(f'model: {type(model).__name__} cannot be followed by torch-pruning: '
+                         f'{type(error).__name__}: {error}') from error
 
 
 def _shared(model):
     "Ids of parameters that several modules hold."
-    held = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
-    return {i for i in held if held.count(i) > 1}
+    held = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return {i for i, times in held.items() if times > 1}
 
 
 def _dead(module):
     "Which output channels of a layer are zero whatever comes in: bool (channels,), None where that is no question."
     if not isinstance(module, (ops.TORCH_CONV, ops.TORCH_LINEAR)): return None
-    transposed = getattr(module, 'transposed', False)
-    weight = module.weight.detach()
+    weight, transposed = module.weight.detach(), getattr(module, 'transposed', False)
     if transposed and module.groups > 1: return None
-    dead = ~(weight.transpose(0, 1) if transposed else weight).flatten(1).any(1)
+    if transposed: weight = weight.transpose(0, 1)  # output channels first
+    dead = ~weight.flatten(1).any(1)
     return dead if module.bias is None else dead & (module.bias.detach() == 0)
 
 
 def _remove(graph, name, module, channels, shared):
     "Remove those that can be; how many, and why others stay."
-    why = {}
+    pruner = graph.get_pruner_of_module(module)
     try:
-        group = graph.get_pruning_group(module, _handler(module), channels)
-        for i, (dep, indices) in enumerate(group):
-            for root, stays in zip(group[i].root_idxs, _obstacle(graph, dep, torch.tensor(indices), shared)):
-                if stays: why.setdefault(root, stays)
+        why = _obstacles(graph, graph.get_pruning_group(module, pruner.prune_out_channels, channels), shared)
         free = [c for c in channels if c not in why]
-        total = graph.get_out_channels(module)
-        if len(free) == total:
-            why[free[0]] = 'one channel must be left'
-            free = free[1:]
-        if free: graph.get_pruning_group(module, _handler(module), free).prune()
+        if len(free) == graph.get_out_channels(module):
+            first, *free = free
+            why[first] = LAST_ONE
+        if free: graph.get_pruning_group(module, pruner.prune_out_channels, free).prune()
     except Exception as error: raise _Broken(name) from error
     return len(free), list(why.values())
 
 
-def _handler(module):
-    kind = tp.pruner.function
-    if isinstance(module, ops.TORCH_LINEAR): return kind.prune_linear_out_channels
-    if _depthwise(module): return kind.prune_depthwise_conv_out_channels
-    return kind.prune_conv_out_channels
+def _obstacles(graph, group, shared):
+    "Return, for the channels that cannot go with all that depends on them, the first reason: {channel: reason}."
+    why = {}
+    for item in group:  # a layer or operation, its channels, and those of the first layer that they come from
+        stays, reason = _stays(graph, item.dep, torch.tensor(item.idxs), shared)
+        for channel, stay in zip(item.root_idxs, stays.tolist()):
+            if stay: why.setdefault(channel, reason)
+    return why
 
 
-def _obstacle(graph, dep, indices, shared):
-    "For each channel of one dependent layer, why it cannot go, or nothing."
-    module, node, makes = dep.target.module, dep.target, graph.is_out_channel_pruning_fn(dep.handler)
-    def where(stays, reason): return [reason if s else '' for s in stays.tolist()]
+def _stays(graph, dep, indices, shared):
+    "Return which channels of one dependent layer or operation cannot go, bool (channels,), and why."
+    module, makes = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
     every = torch.ones(len(indices), dtype=torch.bool)
-    if not node.outputs and makes: return where(every, "they are the network's output")
-    if isinstance(module, nn.Parameter): return where(every, 'they meet a parameter of no layer')
-    if any(id(p) in shared for p in module._parameters.values()): return where(every, 'they meet a weight that several layers share')
-    if isinstance(module, _BatchNorm):
-        if int(indices.max()) >= module.num_features: return where(every, 'they are broadcast')
-        return where(_shift(module)[indices] != 0, 'a bias or a BatchNorm makes them other than zero')
+    if makes and not dep.target.outputs: return every, IS_OUTPUT
+    if isinstance(module, nn.Parameter): return every, MEETS_PARAMETER
+    if any(id(p) in shared for p in module._parameters.values()): return every, MEETS_SHARED
+    if isinstance(module, _BatchNorm): return _stays_in_norm(module, indices, every)
     if isinstance(module, (ops.TORCH_CONV, ops.TORCH_LINEAR)):
-        if getattr(module, 'groups', 1) > 1 and not _depthwise(module): return where(every, 'they meet a grouped convolution')
-        if not makes: return where(~every, '')
-        if int(indices.max()) >= graph.get_out_channels(module): return where(every, 'they are broadcast')
-        if _depthwise(module):  # a zero that comes in leaves but for the bias
-            return where(~every if module.bias is None else module.bias.detach()[indices] != 0, 'a bias or a BatchNorm makes them other than zero')
+        return _stays_in_layer(module, indices, every, makes, graph.get_out_channels(module))
+    if _leaves_zeros(graph, module): return ~every, ''
+    return every, f'they pass a {type(module).__name__}, which mixes channels'
+
+
+def _stays_in_norm(module, indices, every):
+    if int(indices.max()) >= module.num_features: return every, IS_BROADCAST
+    return _shift(module)[indices] != 0, IS_SHIFTED
+
+
+def _stays_in_layer(module, indices, every, makes, channels):
+    if getattr(module, 'groups', 1) > 1 and not _depthwise(module): return every, MEETS_GROUPS
+    if not makes: return ~every, ''  # it reads zeros: what they are multiplied by can go
+    if int(indices.max()) >= channels: return every, IS_BROADCAST
+    if not _depthwise(module):
         dead = _dead(module)
-        return where(every if dead is None else ~dead[indices],
-                     'they are added to, or read by, channels that are not zero: coupled=True zeroes such together')
-    if isinstance(module, nn.PReLU) or type(module).__module__ == ops.__name__: return where(~every, '')
-    return where(every, f'they pass a {type(module).__name__}, which mixes channels')
+        return (every if dead is None else ~dead[indices]), MEETS_NONZERO
+    if module.bias is None: return ~every, ''
+    return module.bias.detach()[indices] != 0, IS_SHIFTED  # a zero that comes in leaves but for the bias
 
 
-def _depthwise(module): return getattr(module, 'groups', 1) == getattr(module, 'out_channels', 0) == getattr(module, 'in_channels', 0) > 1
+def _leaves_zeros(graph, module):
+    "Is it PReLU, or an operation without weights: one for which Torch-Pruning has nothing to cut?"
+    return isinstance(module, nn.PReLU) or isinstance(graph.get_pruner_of_module(module), ops.DummyPruner)
+
+
+def _depthwise(module):
+    groups = getattr(module, 'groups', 1)
+    return groups > 1 and groups == getattr(module, 'in_channels', 0) == getattr(module, 'out_channels', 0)
 
 
 def _shift(norm):
@@ -166,8 +206,12 @@ def _account(model, small, removed, left):
     lines = [f'shrink: {sum(removed.values()):,} filters of {len(removed)} layers removed; '
              f'{before:,} parameters became {after:,} ({100 * after / before:.1f} %)']
     for why in dict.fromkeys(w for reasons in left.values() for w in reasons):
-        names = [n for n, reasons in left.items() if why in reasons]
-        number = sum(reasons.count(why) for reasons in left.values())
-        lines.append(f'  {number:,} zero filters stay in {", ".join(names[:3])}{f" and {len(names) - 3} more" if len(names) > 3 else ""}: {why}')
+        counts = {name: reasons.count(why) for name, reasons in left.items() if why in reasons}
+        lines.append(f'  {sum(counts.values()):,} zero filters stay in {_listed(list(counts))}: {why}')
     if not removed and not left: lines.append('  no filter is zero: prune with granularity=\'filter\' first')
     return '\n'.join(lines)
+
+
+def _listed(names, most=3):
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
