@@ -11,9 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from fasterai.deploy.compare import check_module
+
 FORMAT = 'fasterai.sparse 1'
 MASK, VALUES, SIGNS = '\0mask', '\0values', '\0signs'  # what is added to a tensor's name, where it is packed
-PARTS = {torch.complex32: torch.float16, torch.complex128: torch.float64}  # what safetensors lacks goes in two parts
+PARTS = {torch.complex32: torch.float16, torch.complex128: torch.float64}  # safetensors lacks them: as pairs
+ONE_ZERO = frozenset((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz))  # floats without a negative zero
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,16 +34,7 @@ def save_sparse(
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir() or not path.name:
         raise FileNotFoundError(f'path: got {str(path)!r}, allowed is a file in a folder that is there')
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, 'rb') as file: os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    _write(tensors, metadata, path)
 
 
 def load_sparse(
@@ -59,6 +53,20 @@ def load_sparse(
     return model
 
 
+def _write(tensors, metadata, path):
+    "Write a safetensors file beside the old one, then replace that."
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, 'rb') as file: os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp allows the owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 def _read(path):
     "What a file holds, and what it says of it; both as they were written."
     try:
@@ -66,10 +74,11 @@ def _read(path):
             metadata, stored = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
     except FileNotFoundError: raise
     except (SafetensorError, OSError) as error:
-        raise ValueError(f'path: got {str(path)!r}, which is damaged or no safetensors file ({error}); what torch.save wrote, '
-                         'torch.load reads') from error
+        raise ValueError(f'path: got {str(path)!r}, which is damaged or no safetensors file ({error}); '
+                         'what torch.save wrote, torch.load reads') from error
     if metadata.get('format') != FORMAT:
-        raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, allowed is what save_sparse writes, {FORMAT!r}')
+        raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, '
+                         f'allowed is what save_sparse writes, {FORMAT!r}')
     try: about = json.loads(metadata.get('tensors', ''))
     except json.JSONDecodeError: about = None
     if about is None or _digest(stored, about) != metadata.get('sha256'):
@@ -78,21 +87,29 @@ def _read(path):
 
 
 def _state(model):
-    if not isinstance(model, nn.Module): raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module')
+    check_module(model)
     state = model.state_dict(keep_vars=True)
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
     for name, value in state.items():
-        plain = type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and value.layout == torch.strided and not value.is_quantized
-        if not plain or value.is_meta or value.is_conj() or id(value) not in own or any(n > 1 and not s for n, s in zip(value.shape, value.stride())):
-            raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, allowed are dense tensors in memory, '
-                            'its parameters and buffers')
+        if id(value) in own and _is_plain(value): continue
+        raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, '
+                        'allowed are dense tensors in memory, its parameters and buffers')
     return state
+
+
+def _is_plain(value):
+    "A dense tensor whose bits in memory are all there is to it."
+    if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer): return False  # a subclass may hold more
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_conj(): return False
+    expanded = any(length > 1 and not step for length, step in zip(value.shape, value.stride()))
+    return not expanded  # one number in memory stands for many
 
 
 def _memory(tensor):
     "Equal for tensors that are the same in memory; a tensor without any is like no other."
     if not tensor.numel(): return id(tensor)
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return *place, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _pack(name, tensor, tensors):
@@ -100,31 +117,40 @@ def _pack(name, tensor, tensors):
     kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
     tensor = tensor.resolve_neg().cpu().contiguous()
     if tensor.dtype in PARTS: tensor = torch.view_as_real(tensor)
+    packed = _packed(tensor)
+    if packed is None:
+        tensors[name] = tensor
+        return kind
+    tensors.update({name + part: values for part, values in packed.items()})
+    return kind | {'packed': True}
+
+
+def _packed(tensor):
+    "Return the parts in which a tensor is saved, None where it is smaller as it is."
     size = tensor.element_size()
-    if size in WORDS and tensor.dtype != torch.bool and tensor.ndim:
-        words = tensor.view(WORDS[size]).flatten().numpy()
-        keep = words & _magnitude(tensor.dtype, words.dtype) != 0
-        signs = np.packbits(words[~keep] != 0)  # what multiplies by a mask leaves negative zeros
-        signs = signs if signs.any() else signs[:0]
-        if -(-len(keep) // 8) + len(signs) + int(np.count_nonzero(keep)) * size < len(keep) * size:
-            tensors[name + MASK] = torch.from_numpy(np.packbits(keep))
-            tensors[name + VALUES] = torch.from_numpy(words[keep]).view(tensor.dtype)
-            if len(signs): tensors[name + SIGNS] = torch.from_numpy(signs)
-            return kind | {'packed': True}
-    tensors[name] = tensor
-    return kind
+    if size not in WORDS or tensor.dtype == torch.bool or not tensor.ndim: return None
+    words = tensor.view(WORDS[size]).flatten().numpy()
+    keep = words & _magnitude(tensor.dtype, words.dtype) != 0
+    signs = np.packbits(words[~keep] != 0)  # what multiplies by a mask leaves negative zeros
+    if not signs.any(): signs = signs[:0]
+    mask = np.packbits(keep)
+    if len(mask) + len(signs) + int(np.count_nonzero(keep)) * size >= len(keep) * size: return None
+    parts = {MASK: torch.from_numpy(mask), VALUES: torch.from_numpy(words[keep]).view(tensor.dtype)}
+    if len(signs): parts[SIGNS] = torch.from_numpy(signs)
+    return parts
 
 
 def _unpack(name, stored, kind):
     dtype = getattr(torch, kind['dtype'])
     if dtype in PARTS:
         parts = {'shape': [*kind['shape'], 2], 'dtype': str(PARTS[dtype]).removeprefix('torch.')}
-        return torch.view_as_complex(_unpack(name, stored, {**kind, **parts}))
+        return torch.view_as_complex(_unpack(name, stored, kind | parts))
     if 'packed' not in kind: return stored[name]
     tensor = torch.zeros(kind['shape'], dtype=dtype)
-    words = tensor.view(-1).view(WORDS[tensor.element_size()]).numpy()
+    word = WORDS[tensor.element_size()]
+    words = tensor.view(-1).view(word).numpy()  # the tensor's own memory, which is filled
     keep = np.unpackbits(stored[name + MASK].numpy(), count=len(words)).view(bool)
-    words[keep] = stored[name + VALUES].view(WORDS[tensor.element_size()]).numpy()
+    words[keep] = stored[name + VALUES].view(word).numpy()
     if name + SIGNS in stored:
         signs = np.unpackbits(stored[name + SIGNS].numpy(), count=np.count_nonzero(~keep)).astype(words.dtype)
         words[~keep] = signs * ~_magnitude(tensor.dtype, words.dtype)
@@ -133,9 +159,10 @@ def _unpack(name, stored, kind):
 
 def _magnitude(dtype, words):
     "The bits that tell a number from zero: all, but for the sign of a float."
+    bits = 8 * words.itemsize
     every = np.iinfo(words).max if words.kind == 'u' else -1
-    signed = dtype.is_floating_point and 'fnuz' not in str(dtype)  # those have no negative zero
-    return words.type((every >> 1 if words.kind == 'u' else np.iinfo(words).max) if signed else every)
+    has_sign = dtype.is_floating_point and dtype not in ONE_ZERO
+    return words.type(2 ** (bits - 1) - 1 if has_sign else every)  # the sign is the highest bit
 
 
 def _digest(tensors, about):
@@ -147,29 +174,40 @@ def _digest(tensors, about):
 
 
 def _check_fit(state, about, path):
-    missing, unexpected = [n for n in state if n not in about], [n for n in about if n not in state]
+    missing = [n for n in state if n not in about]
+    unexpected = [n for n in about if n not in state]
     if missing or unexpected:
-        said = [f'{what} {", ".join(map(repr, names[:5]))}{" and more" if len(names) > 5 else ""}'
-                for what, names in (('lacks', missing), ('has the unexpected', unexpected)) if names]
-        raise ValueError(f'path: got {str(path)!r}, which does not fit the model: it {"; it ".join(said)}')
+        said = []
+        if missing: said.append(f'it lacks {_listed(missing)}')
+        if unexpected: said.append(f'it has the unexpected {_listed(unexpected)}')
+        raise ValueError(f'path: got {str(path)!r}, which does not fit the model: {"; ".join(said)}')
     for name, tensor in state.items():
         kind = about[about[name].get('same', name)]
         shape, dtype = tuple(kind['shape']), kind['dtype']
-        if shape != tuple(tensor.shape): raise ValueError(f'path: got {name!r} of shape {shape}, allowed is that of the model, {tuple(tensor.shape)}')
+        if shape != tuple(tensor.shape):
+            raise ValueError(f'path: got {name!r} of shape {shape}, '
+                             f'allowed is that of the model, {tuple(tensor.shape)}')
         if f'torch.{dtype}' != str(tensor.dtype):
-            raise ValueError(f'path: got {name!r} of type {dtype}, allowed is that of the model, {tensor.dtype}')
+            raise ValueError(f'path: got {name!r} of type {dtype}, '
+                             f'allowed is that of the model, {tensor.dtype}')
+
+
+def _listed(names, most=5):
+    more = ' and more' if len(names) > most else ''
+    return ', '.join(map(repr, names[:most])) + more
 
 
 def _check_tied(state, owners, found, path):
     "What is one tensor in the model must be one, or equal, in the file."
     first = {}
     for name, tensor in state.items():
-        other = owners[first.setdefault(_memory(tensor), name)]
-        if other != owners[name] and not torch.equal(found[other], found[owners[name]]):
-            raise ValueError(f'path: got {str(path)!r}, where {name!r} is not {first[_memory(tensor)]!r}; in the model they are one')
+        tied = first.setdefault(_memory(tensor), name)
+        if owners[tied] == owners[name] or torch.equal(found[owners[tied]], found[owners[name]]): continue
+        raise ValueError(f'path: got {str(path)!r}, where {name!r} is not {tied!r}; '
+                         'in the model they are one')
 
 
 def _umask():
-    mask = os.umask(0)
+    mask = os.umask(0)  # it can be read only by setting it
     os.umask(mask)
     return mask
