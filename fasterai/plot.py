@@ -6,7 +6,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 
 DEAD, CROSS = '#D0D3D8', '#60656B'
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9'  # told apart by the colour-blind (Okabe & Ito 2008)
+# the colour-blind can tell these apart (Okabe & Ito 2008)
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9'
+MARKERS = 'o', 's', 'D', '^', 'v', 'P'  # by matplotlib's names
 GAP = .6  # between kernels, in cells
 
 
@@ -20,14 +22,18 @@ def plot_kernels(
 ):
     "Draw a layer's kernels, a row for each filter, a column for each input channel, dead weights crossed out; returns the axes."
     if not 2 <= weight.ndim <= 4:
-        raise ValueError(f'weight: got shape {tuple(weight.shape)}, allowed is (filters, input channels) and at most two kernel axes')
+        raise ValueError(f'weight: got shape {tuple(weight.shape)}, allowed is (filters, input channels) '
+                         'and at most two kernel axes')
     if keep is None: keep = weight != 0
-    if keep.shape != weight.shape: raise ValueError(f'keep: got shape {tuple(keep.shape)}, allowed is that of the weight, {tuple(weight.shape)}')
-    if ax is None:
-        import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(5, 5))
-    weight, keep = (_kernels(t)[:filters, :channels] for t in (weight, keep))
-    (rows, heights), (columns, widths) = (_places(n, k) for n, k in zip(weight.shape[:2], weight.shape[2:]))
+    if keep.shape != weight.shape:
+        raise ValueError(f'keep: got shape {tuple(keep.shape)}, '
+                         f'allowed is that of the weight, {tuple(weight.shape)}')
+    if ax is None: ax = _new_axes(5, 5, layout=None)
+    weight = _kernels(weight)[:filters, :channels]
+    keep = _kernels(keep)[:filters, :channels]
+    kernel_rows, kernel_columns, height, width = weight.shape
+    rows, heights = _places(kernel_rows, height)
+    columns, widths = _places(kernel_columns, width)
     limit = float(weight.abs().max()) or 1.
     ax.pcolormesh(columns, rows, _sheet(weight), **{'cmap': 'PuOr', 'vmin': -limit, 'vmax': limit} | mesh)
     _cross_out(ax, columns, rows, _sheet(keep) == 0)
@@ -47,16 +53,17 @@ def plot_weights(
     bins: int = 60,
 ):
     "Draw the histograms of a weight before and after; the zeros, which would tower over all, are told in numbers. Returns the axes."
-    if ax is None:
-        import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(6, 3.2), layout='constrained')
-    before, after = (t.detach().float().cpu().flatten() for t in (before, after))
+    if ax is None: ax = _new_axes(6, 3.2)
+    before, after = _numbers(before), _numbers(after)
     limit = float(max(before.abs().max(), after.abs().max())) or 1.
     edges = torch.linspace(-limit, limit, bins + 1).numpy()
+    left = after[after != 0]
+    zeros = len(after) - len(left)
     ax.hist(before.numpy(), edges, color='#56B4E9', alpha=.6, label=f'before: {len(before):,} weights')
-    zeros = int((after == 0).sum())
-    ax.hist(after[after != 0].numpy(), edges, histtype='step', color='#D55E00', lw=2, label=f'after: {len(after) - zeros:,} left, {zeros:,} are zero')
-    ax.set(xlabel='value of a weight', ylabel='weights', ylim=(0, 1.35 * ax.get_ylim()[1]))  # room for the legend
+    ax.hist(left.numpy(), edges, histtype='step', color='#D55E00', lw=2,
+            label=f'after: {len(left):,} left, {zeros:,} are zero')
+    highest = 1.35 * ax.get_ylim()[1]  # room for the legend
+    ax.set(xlabel='value of a weight', ylabel='weights', ylim=(0, highest))
     ax.legend(fontsize='small')
     return ax
 
@@ -67,10 +74,8 @@ def plot_tradeoff(
     metric: str = 'accuracy',  # how the metric is called
 ):
     "Draw a metric against sparsity, a curve for each criterion, granularity or schedule; returns the axes."
-    if ax is None:
-        import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
-    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle('osD^vP')):
+    if ax is None: ax = _new_axes(6, 3.6)
+    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS)):
         ax.plot(*zip(*sorted(points)), color=colour, marker=marker, label=name)
     ax.set(xlabel='weights that are zero (%)', ylabel=metric)
     ax.grid(alpha=.3)
@@ -78,9 +83,20 @@ def plot_tradeoff(
     return ax
 
 
+def _new_axes(width, height, layout='constrained'):
+    import matplotlib.pyplot as plt  # only where a picture is drawn: it is slow to import
+    _, ax = plt.subplots(figsize=(width, height), layout=layout)
+    return ax
+
+
+def _numbers(tensor): return tensor.detach().float().cpu().flatten()
+
+
 def _kernels(tensor):
     "With two kernel axes, float32, on the CPU."
-    return tensor.detach().float().cpu().reshape(*tensor.shape[:2], *(1,) * (4 - tensor.ndim), *tensor.shape[2:])
+    filters, channels, *kernel = tensor.shape
+    missing = (1,) * (2 - len(kernel))
+    return tensor.detach().float().cpu().reshape(filters, channels, *missing, *kernel)
 
 
 def _places(
@@ -89,7 +105,9 @@ def _places(
 ) -> tuple:  # edges of the cells (count * (size+1),); middles of the kernels (count,)
     "Where the cells lie along one axis."
     starts = torch.arange(count) * (size + GAP)
-    return (starts[:, None] + torch.arange(size + 1)).flatten(), (starts + size / 2).tolist()
+    edges = starts[:, None] + torch.arange(size + 1)
+    middles = starts + size / 2
+    return edges.flatten(), middles.tolist()
 
 
 def _sheet(
@@ -107,6 +125,7 @@ def _cross_out(ax, columns, rows, dead):
     ax.pcolormesh(columns, rows, torch.where(dead, 0., torch.nan), cmap=ListedColormap([DEAD]))
     crosses = []
     for y, x in dead.nonzero().tolist():
-        left, right, top, bottom = columns[x], columns[x + 1], rows[y], rows[y + 1]
+        left, right = columns[x], columns[x + 1]
+        top, bottom = rows[y], rows[y + 1]
         crosses += [((left, top), (right, bottom)), ((left, bottom), (right, top))]
     ax.add_collection(LineCollection(crosses, colors=CROSS, linewidths=.5))

@@ -9,12 +9,20 @@ def as_text(
 ) -> str:
     "With a rule below the head."
     rows = list(rows)
-    wide = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in rows]
-    rule = '─' * max(map(len, lines))
-    lines.insert(1, rule)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+
+    def line(row):
+        cells = [_aligned(cell, width, i < left) for i, (cell, width) in enumerate(zip(row, widths))]
+        return '  '.join(cells).rstrip()
+
+    head, *body = map(line, rows)
+    rule = '─' * max(map(len, (head, *body)))
+    lines = [head, rule, *body]
     if foot: lines.insert(-foot, rule)
     return '\n'.join(lines)
+
+
+def _aligned(cell, width, left): return cell.ljust(width) if left else cell.rjust(width)
 
 
 def as_html(
@@ -22,8 +30,12 @@ def as_html(
     left: int = 1,  # columns that are aligned to the left
 ) -> str:
     "A table as a notebook shows it."
+    def cell(text, tag, side): return f'<{tag} style="text-align:{side}">{escape(text)}</{tag}>'
+
     def line(row, tag):
-        cells = (f'<{tag} style="text-align:{"left" if i < left else "right"}">{escape(c)}</{tag}>' for i, c in enumerate(row))
+        cells = [cell(text, tag, 'left' if i < left else 'right') for i, text in enumerate(row)]
         return f'<tr>{"".join(cells)}</tr>'
+
     head, *body = rows
-    return f'<table><thead>{line(head, "th")}</thead><tbody>{"".join(line(row, "td") for row in body)}</tbody></table>'
+    lines = ''.join(line(row, 'td') for row in body)
+    return f'<table><thead>{line(head, "th")}</thead><tbody>{lines}</tbody></table>'
