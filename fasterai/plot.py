@@ -1,4 +1,4 @@
-"Pictures of weights, and of what they are worth."
+"Draw weights, and metrics against sparsity."
 from itertools import cycle
 
 import torch
@@ -13,21 +13,23 @@ GAP = .6  # between kernels, in cells
 
 
 def plot_kernels(
-    weight: torch.Tensor,  # (filters, input channels), then none, one or two kernel axes
-    keep: torch.Tensor | None = None,  # bool, of the weight's shape, False = crossed out; None crosses out what is zero
+    weight: torch.Tensor,  # (filters, input channels), and none, one or two kernel axes
+    keep: torch.Tensor | None = None,  # bool mask of the weight's shape, False is crossed out; None crosses out zeros
     ax=None,  # matplotlib axes to draw on; new ones if None
-    filters: int = 6,  # draw so many, the first
-    channels: int = 6,  # and of each so many, the first
-    **mesh,  # how the weights are coloured, as in matplotlib's `pcolormesh`
+    filters: int = 6,  # how many filters are drawn, the first ones
+    channels: int = 6,  # how many input channels of each are drawn, the first ones
+    **mesh,  # arguments of matplotlib's `pcolormesh`, for the colours of the weights
 ):
-    "Draw a layer's kernels, a row for each filter, a column for each input channel, dead weights crossed out; returns the axes."
+    """Draw a layer's kernels and return the axes: a row for each filter, a column for each input channel.
+
+    Weights that are pruned are crossed out."""
     if not 2 <= weight.ndim <= 4:
-        raise ValueError(f'weight: got shape {tuple(weight.shape)}, allowed is (filters, input channels) '
+        raise ValueError(f'weight: got shape {tuple(weight.shape)}, expected (filters, input channels) '
                          'and at most two kernel axes')
     if keep is None: keep = weight != 0
     if keep.shape != weight.shape:
         raise ValueError(f'keep: got shape {tuple(keep.shape)}, '
-                         f'allowed is that of the weight, {tuple(weight.shape)}')
+                         f'expected that of the weight, {tuple(weight.shape)}')
     if ax is None: ax = _new_axes(5, 5, layout=None)
     weight = _kernels(weight)[:filters, :channels]
     keep = _kernels(keep)[:filters, :channels]
@@ -48,11 +50,13 @@ def plot_kernels(
 
 def plot_weights(
     before: torch.Tensor,  # a weight, any shape
-    after: torch.Tensor,  # the same, sparse
+    after: torch.Tensor,  # the weight after pruning, of the same shape
     ax=None,  # matplotlib axes to draw on; new ones if None
-    bins: int = 60,
+    bins: int = 60,  # bars of each histogram
 ):
-    "Draw the histograms of a weight before and after; the zeros, which would tower over all, are told in numbers. Returns the axes."
+    """Draw the histograms of a weight before and after pruning, and return the axes.
+
+    The zeros are not drawn, as there are too many of them; the legend has their number."""
     if ax is None: ax = _new_axes(6, 3.2)
     before, after = _numbers(before), _numbers(after)
     limit = float(max(before.abs().max(), after.abs().max())) or 1.
@@ -69,11 +73,11 @@ def plot_weights(
 
 
 def plot_tradeoff(
-    curves: dict,  # name: list of (sparsity in percent, metric)
+    curves: dict,  # {name: list of (sparsity in percent, metric)}
     ax=None,  # matplotlib axes to draw on; new ones if None
-    metric: str = 'accuracy',  # how the metric is called
+    metric: str = 'accuracy',  # the metric's name, for the axis
 ):
-    "Draw a metric against sparsity, a curve for each criterion, granularity or schedule; returns the axes."
+    "Draw a metric against sparsity, a curve for each name, and return the axes."
     if ax is None: ax = _new_axes(6, 3.6)
     for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS)):
         ax.plot(*zip(*sorted(points)), color=colour, marker=marker, label=name)
@@ -93,7 +97,7 @@ def _numbers(tensor): return tensor.detach().float().cpu().flatten()
 
 
 def _kernels(tensor):
-    "With two kernel axes, float32, on the CPU."
+    "Return a weight with two kernel axes, in float32, on the CPU."
     filters, channels, *kernel = tensor.shape
     missing = (1,) * (2 - len(kernel))
     return tensor.detach().float().cpu().reshape(filters, channels, *missing, *kernel)
@@ -101,9 +105,9 @@ def _kernels(tensor):
 
 def _places(
     count: int,  # kernels along an axis of the picture
-    size: int,  # cells of each
+    size: int,  # cells of each kernel
 ) -> tuple:  # edges of the cells (count * (size+1),); middles of the kernels (count,)
-    "Where the cells lie along one axis."
+    "Compute the positions of cells and kernels along one axis."
     starts = torch.arange(count) * (size + GAP)
     edges = starts[:, None] + torch.arange(size + 1)
     middles = starts + size / 2
@@ -113,7 +117,7 @@ def _places(
 def _sheet(
     kernels: torch.Tensor,  # (filters, channels, kh, kw)
 ) -> torch.Tensor:  # (filters * (kh+1) - 1, channels * (kw+1) - 1), NaN in the gaps
-    "Kernels laid out side by side."
+    "Lay out kernels side by side, with gaps."
     filters, channels, kh, kw = kernels.shape
     sheet = torch.full((filters, kh + 1, channels, kw + 1), torch.nan)
     sheet[:, :kh, :, :kw] = kernels.transpose(1, 2)
@@ -121,7 +125,7 @@ def _sheet(
 
 
 def _cross_out(ax, columns, rows, dead):
-    "Grey cells with a cross."
+    "Draw dead cells grey, with a cross."
     ax.pcolormesh(columns, rows, torch.where(dead, 0., torch.nan), cmap=ListedColormap([DEAD]))
     crosses = []
     for y, x in dead.nonzero().tolist():

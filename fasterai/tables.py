@@ -1,13 +1,13 @@
-"Tables of strings, the first row being the head: as text, and as HTML."
+"Lay out tables of strings, as text and as HTML; the first row is the head."
 from html import escape
 
 
 def as_text(
-    rows: list,  # of tuples of strings, all as long
-    left: int = 1,  # columns that are aligned to the left, the others to the right
-    foot: int = 0,  # rows at the end that a rule sets apart
+    rows: list,  # tuples of strings, all of the same length
+    left: int = 1,  # how many columns are aligned to the left, the others to the right
+    foot: int = 0,  # how many rows at the end stand below a rule of their own
 ) -> str:
-    "With a rule below the head."
+    "Return a table as text, with a rule below the head."
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
 
@@ -26,10 +26,10 @@ def _aligned(cell, width, left): return cell.ljust(width) if left else cell.rjus
 
 
 def as_html(
-    rows: list,  # of tuples of strings
-    left: int = 1,  # columns that are aligned to the left
+    rows: list,  # tuples of strings, all of the same length
+    left: int = 1,  # how many columns are aligned to the left, the others to the right
 ) -> str:
-    "A table as a notebook shows it."
+    "Return a table as HTML, as a notebook shows it."
     def cell(text, tag, side): return f'<{tag} style="text-align:{side}">{escape(text)}</{tag}>'
 
     def line(row, tag):

@@ -131,8 +131,8 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('model, says', [
-    (nn.Linear(30, 21), r"got 'weight' of shape \(20, 30\), allowed is that of the model, \(21, 30\)"),
-    (nn.Linear(30, 20).half(), "got 'weight' of type float32, allowed is that of the model, torch.float16"),
+    (nn.Linear(30, 21), r"got 'weight' of shape \(20, 30\), expected that of the model, \(21, 30\)"),
+    (nn.Linear(30, 20).half(), "got 'weight' of type float32, expected that of the model, torch.float16"),
     (nn.Linear(30, 20, bias=False), "does not fit the model: it has the unexpected 'bias'"),
     (nn.Sequential(nn.Linear(30, 20)), "it lacks '0.weight', '0.bias'; it has the unexpected 'weight', 'bias'")])
 def test_what_does_not_fit_is_refused(model, says, tmp_path): refused(model, saved(tmp_path), says)
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused(model, says, tmp_path): refused(model, sav
 
 def test_foreign_files_are_refused(tmp_path):
     save_file({'weight': torch.ones(20, 30), 'bias': torch.ones(20)}, tmp_path / 'b')
-    refused(nn.Linear(30, 20), tmp_path / 'b', 'of format None, allowed is what save_sparse writes')
+    refused(nn.Linear(30, 20), tmp_path / 'b', 'of format None, expected that of save_sparse')
     torch.save(nn.Linear(30, 20).state_dict(), tmp_path / 'c')
     refused(nn.Linear(30, 20), tmp_path / 'c', 'no safetensors file .* torch.load reads')
     with pytest.raises(FileNotFoundError): load_sparse(nn.Linear(30, 20), tmp_path / 'no')
@@ -180,4 +180,4 @@ def test_what_cannot_be_filled_is_refused_before_anything_is(tmp_path):
         def set_extra_state(self, state): pass
     with pytest.raises(TypeError, match="as '_extra_state' in its state_dict"): save_sparse(Extra(2, 2), tmp_path / 'b')
     for path in (tmp_path / 'no' / 'a', tmp_path):
-        with pytest.raises(FileNotFoundError, match='path: got .* allowed is a file in a folder'): save_sparse(nn.Linear(2, 2), path)
+        with pytest.raises(FileNotFoundError, match='path: got .* expected a file in a folder'): save_sparse(nn.Linear(2, 2), path)

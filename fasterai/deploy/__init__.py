@@ -1,4 +1,4 @@
-"Zeros turned into something: a smaller file, a smaller network, faster layers. For any dense PyTorch model, whoever made its zeros."
+"Turn zeros into a smaller file, a smaller network or faster layers, for any dense PyTorch model."
 from fasterai.deploy.export import export_onnx
 from fasterai.deploy.files import load_sparse, save_sparse
 from fasterai.deploy.payoff import payoff

@@ -1,4 +1,4 @@
-"A model on inputs: what comes out, whether it is the same, and inputs like those given."
+"Run models on inputs, compare their outputs, and make inputs like those given."
 from collections.abc import Iterator
 
 import torch
@@ -16,19 +16,23 @@ def check_module(
 ):
     "Raise a `TypeError` for what is not a torch.nn.Module."
     if isinstance(model, nn.Module): return
-    raise TypeError(f'{argument}: got {type(model).__name__}, allowed is a torch.nn.Module')
+    raise TypeError(f'{argument}: got {type(model).__name__}, expected a torch.nn.Module')
 
 
-def example_inputs(example) -> tuple:  # what `model(*inputs)` takes
-    "One batch of inputs."
+def example_inputs(
+    example,  # a batch as the model takes it; a tuple or list for several inputs
+) -> tuple:  # the inputs of `model(*inputs)`
+    "Return an example as the inputs of one call."
     return tuple(example) if isinstance(example, (tuple, list)) else (example,)
 
 
 def fresh(
     inputs: tuple,
-    lengths: tuple = (),  # of the first axis; none for that of the inputs
+    lengths: tuple = (),  # of the first axis, one batch for each; empty for one batch of the inputs' own length
 ) -> Iterator[tuple]:
-    "Others like them, from a fixed seed: normal numbers, and of whole numbers those that are there, in another order."
+    """Make other inputs of the same types and shapes, from a fixed seed.
+
+    Floats become normal random numbers; tensors of other types keep their items, drawn at random."""
     generator = torch.Generator().manual_seed(0)
 
     def like(tensor, length):
@@ -44,7 +48,7 @@ def outputs(
     model: nn.Module,
     inputs: tuple,
 ) -> list:  # of tensors
-    "What a model makes of inputs, in eval mode and without gradients; modes are put back. `ValueError` where it fails."
+    "Run a model in eval mode and without gradients, and return its output tensors; `ValueError` if it fails."
     try:
         with evaluation_mode(model), torch.no_grad(): out = model(*inputs)
     except Exception as error:
@@ -58,11 +62,11 @@ def _shape_of(value): return tuple(value.shape) if isinstance(value, torch.Tenso
 
 
 def agree(
-    found: list,  # of tensors
-    expected: list,
-    tolerance: float = TOLERANCE,  # relative to the largest
+    found: list,  # tensors
+    expected: list,  # tensors they are compared with
+    tolerance: float = TOLERANCE,  # the largest difference, relative to the largest expected number
 ) -> bool:
-    "Are the outputs the same? What is not finite must be so in both."
+    "Tell whether two lists of outputs agree; infinite numbers and NaN must be in the same places."
     return len(found) == len(expected) and all(_close(a, b, tolerance) for a, b in zip(found, expected))
 
 

@@ -1,4 +1,4 @@
-"ONNX, checked before it is handed over."
+"Export a model to ONNX, and check the file before it takes its place."
 import os
 import tempfile
 import warnings
@@ -18,17 +18,19 @@ HALF_TOLERANCE = 2e-2  # where any parameter or input is of such a type
 
 
 def export_onnx(
-    model: nn.Module,  # it is not changed; its zeros go along as ordinary weights
-    path: str | Path,  # the file, which is replaced if it is there, once the new one is right
+    model: nn.Module,  # the model, which is not changed; its zeros are written as ordinary weights
+    path: str | Path,  # the file to write; an old one is replaced once the new one is found right
     example,  # a batch as the model takes it, a tuple for several inputs
-    dynamic_batch: bool = True,  # may the first axis of all inputs have another length than the example's?
+    dynamic_batch: bool = True,  # True: the first axis of all inputs may have any length; False: the example's only
 ) -> Path:  # the file
-    "Write a model as ONNX, in eval mode; onnxruntime has by then computed the same as torch, on the example and on inputs made afresh."
+    """Write a model as ONNX, in eval mode.
+
+    The file is written only if onnxruntime computes the outputs of torch, on the example and on random inputs."""
     import onnxruntime
     check_module(model)
     inputs, path = example_inputs(example), Path(path)
     if not all(isinstance(i, torch.Tensor) for i in inputs):
-        raise TypeError(f'example: got {[type(i).__name__ for i in inputs]}, allowed are tensors')
+        raise TypeError(f'example: got {[type(i).__name__ for i in inputs]}, expected tensors')
     inputs = tuple(i.detach().cpu().clone() for i in inputs)
     plain = deepcopy(model).cpu()
     outputs(plain, inputs)  # an error of the model's own comes first
@@ -43,8 +45,8 @@ def export_onnx(
             for batch in (inputs, *fresh(inputs, lengths)):
                 if agree(_run(session, batch), outputs(plain, batch), tolerance): continue
                 shapes = [tuple(b.shape) for b in batch]
-                raise ValueError(f'model: onnxruntime does not compute for inputs of shape {shapes} what torch does; '
-                                 f'{str(path)!r} was not written')
+                raise ValueError(f'model: onnxruntime does not compute for inputs of shape {shapes} '
+                                 f'what torch does; {str(path)!r} was not written')
         os.replace(temporary, path)
     return path
 

@@ -1,4 +1,4 @@
-"A smaller file: a bitmask and the values that are not zero, in safetensors."
+"Write smaller files: a bitmask and the values that are not zero, in safetensors."
 import hashlib
 import json
 import os
@@ -14,17 +14,19 @@ from torch import nn
 from fasterai.deploy.compare import check_module
 
 FORMAT = 'fasterai.sparse 1'
-MASK, VALUES, SIGNS = '\0mask', '\0values', '\0signs'  # what is added to a tensor's name, where it is packed
+MASK, VALUES, SIGNS = '\0mask', '\0values', '\0signs'  # suffixes of a packed tensor's name
 PARTS = {torch.complex32: torch.float16, torch.complex128: torch.float64}  # safetensors lacks them: as pairs
 ONE_ZERO = frozenset((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz))  # floats without a negative zero
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def save_sparse(
-    model: nn.Module,  # any model; parameters and buffers are saved, all types
-    path: str | Path,  # the file, which is replaced if it is there, at once or not at all
+    model: nn.Module,  # any model; its parameters and buffers are saved, of any type
+    path: str | Path,  # the file to write; an old one is replaced at once, or not at all
 ):
-    "Write a model's tensors to one safetensors file, packed where that is smaller. `load_sparse` gives the same bits back."
+    """Write a model's tensors to one safetensors file, each packed where that is smaller.
+
+    `load_sparse` restores every bit."""
     tensors, about, first = {}, {}, {}
     for name, tensor in _state(model).items():
         owner = first.setdefault(_memory(tensor), name)
@@ -33,15 +35,17 @@ def save_sparse(
     metadata = {'format': FORMAT, 'tensors': json.dumps(about), 'sha256': _digest(tensors, about)}
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir() or not path.name:
-        raise FileNotFoundError(f'path: got {str(path)!r}, allowed is a file in a folder that is there')
+        raise FileNotFoundError(f'path: got {str(path)!r}, expected a file in a folder that exists')
     _write(tensors, metadata, path)
 
 
 def load_sparse(
-    model: nn.Module,  # of the same architecture; its tensors are overwritten
-    path: str | Path,  # what `save_sparse` has written
+    model: nn.Module,  # a model of the same architecture; its tensors are overwritten
+    path: str | Path,  # a file that `save_sparse` has written
 ) -> nn.Module:  # the model
-    "Fill a model from a file; `ValueError`, and the model unchanged, where the file is damaged, foreign, or does not fit."
+    """Fill a model's tensors from a file that `save_sparse` has written.
+
+    A file that is damaged, foreign or does not fit raises a `ValueError`, and the model is not changed."""
     state = _state(model)
     stored, about = _read(path)
     _check_fit(state, about, path)
@@ -54,7 +58,7 @@ def load_sparse(
 
 
 def _write(tensors, metadata, path):
-    "Write a safetensors file beside the old one, then replace that."
+    "Write a safetensors file under a temporary name, then move it to its place."
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
     try:
@@ -68,7 +72,7 @@ def _write(tensors, metadata, path):
 
 
 def _read(path):
-    "What a file holds, and what it says of it; both as they were written."
+    "Read a file's tensors and the descriptions of them, as they were written."
     try:
         with safe_open(path, 'pt') as file:
             metadata, stored = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
@@ -78,7 +82,7 @@ def _read(path):
                          'what torch.save wrote, torch.load reads') from error
     if metadata.get('format') != FORMAT:
         raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, '
-                         f'allowed is what save_sparse writes, {FORMAT!r}')
+                         f'expected that of save_sparse, {FORMAT!r}')
     try: about = json.loads(metadata.get('tensors', ''))
     except json.JSONDecodeError: about = None
     if about is None or _digest(stored, about) != metadata.get('sha256'):
@@ -93,12 +97,12 @@ def _state(model):
     for name, value in state.items():
         if id(value) in own and _is_plain(value): continue
         raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, '
-                        'allowed are dense tensors in memory, its parameters and buffers')
+                        'expected dense tensors in memory, its parameters and buffers')
     return state
 
 
 def _is_plain(value):
-    "A dense tensor whose bits in memory are all there is to it."
+    "Tell whether a tensor is dense and fully described by its bits in memory."
     if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer): return False  # a subclass may hold more
     if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_conj(): return False
     expanded = any(length > 1 and not step for length, step in zip(value.shape, value.stride()))
@@ -106,14 +110,14 @@ def _is_plain(value):
 
 
 def _memory(tensor):
-    "Equal for tensors that are the same in memory; a tensor without any is like no other."
+    "Return a key that is equal for tensors of the same memory, and unique for an empty tensor."
     if not tensor.numel(): return id(tensor)
     place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
     return *place, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _pack(name, tensor, tensors):
-    "Add a tensor to those that are saved; what one must know to unpack it."
+    "Add a tensor to those that are saved, and return how to unpack it."
     kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
     tensor = tensor.resolve_neg().cpu().contiguous()
     if tensor.dtype in PARTS: tensor = torch.view_as_real(tensor)
@@ -126,7 +130,7 @@ def _pack(name, tensor, tensors):
 
 
 def _packed(tensor):
-    "Return the parts in which a tensor is saved, None where it is smaller as it is."
+    "Return the parts in which a tensor is saved, None if it is smaller as it is."
     size = tensor.element_size()
     if size not in WORDS or tensor.dtype == torch.bool or not tensor.ndim: return None
     words = tensor.view(WORDS[size]).flatten().numpy()
@@ -158,7 +162,7 @@ def _unpack(name, stored, kind):
 
 
 def _magnitude(dtype, words):
-    "The bits that tell a number from zero: all, but for the sign of a float."
+    "Return the bits that tell a number from zero: all of them, without the sign of a float."
     bits = 8 * words.itemsize
     every = np.iinfo(words).max if words.kind == 'u' else -1
     has_sign = dtype.is_floating_point and dtype not in ONE_ZERO
@@ -186,10 +190,10 @@ def _check_fit(state, about, path):
         shape, dtype = tuple(kind['shape']), kind['dtype']
         if shape != tuple(tensor.shape):
             raise ValueError(f'path: got {name!r} of shape {shape}, '
-                             f'allowed is that of the model, {tuple(tensor.shape)}')
+                             f'expected that of the model, {tuple(tensor.shape)}')
         if f'torch.{dtype}' != str(tensor.dtype):
             raise ValueError(f'path: got {name!r} of type {dtype}, '
-                             f'allowed is that of the model, {tensor.dtype}')
+                             f'expected that of the model, {tensor.dtype}')
 
 
 def _listed(names, most=5):
@@ -198,7 +202,7 @@ def _listed(names, most=5):
 
 
 def _check_tied(state, owners, found, path):
-    "What is one tensor in the model must be one, or equal, in the file."
+    "Check that tensors which share memory in the model are equal in the file."
     first = {}
     for name, tensor in state.items():
         tied = first.setdefault(_memory(tensor), name)

@@ -1,4 +1,4 @@
-"What the zeros have brought: parameters, multiply-adds, bytes, time, accuracy, measured."
+"Measure what zeros have brought: parameters, multiply-adds, bytes, latency, accuracy."
 import tempfile
 import zlib
 from copy import deepcopy
@@ -30,10 +30,10 @@ NO_ZEROS = 'There are no zeros, and nothing was removed.'
 
 @dataclass(frozen=True)
 class Payoff:
-    "Rows (what, unit, dense, sparse), and what is to be said; prints as a table, shows as HTML in a notebook."
-    rows: tuple  # of (what, unit, dense, sparse)
-    spread: dict  # what: (low, high) of dense and of sparse, the middle half of the times
-    notes: tuple  # sentences
+    "Hold what `payoff` measured of two networks; prints as a table, shows as HTML in a notebook."
+    rows: tuple  # tuples (what, unit, dense, sparse)
+    spread: dict  # {what: ((low, high) of dense, (low, high) of sparse)}, the middle half of the times, in seconds
+    notes: tuple  # sentences on what the rows mean
 
     def _cells(self):
         yield 'what', 'dense', 'sparse', 'sparse / dense'
@@ -51,13 +51,13 @@ class Payoff:
         return as_html(self._cells()) + ''.join(f'<div>{escape(n)}</div>' for n in self.notes)
 
     def to_frame(self):
-        "A pandas DataFrame, one row for each thing that was measured."
+        "Return a pandas DataFrame, one row for each thing that was measured."
         import pandas as pd
         frame = pd.DataFrame(self.rows, columns=['what', 'unit', 'dense', 'sparse'])
         return frame.assign(ratio=frame['sparse'] / frame['dense'])
 
     def plot(self, ax=None):
-        "Draw what is left of each, as a share of dense; returns the matplotlib axes."
+        "Draw what is left of each thing, in percent of the dense network, and return the matplotlib axes."
         rows = [row for row in self.rows if row[1] != '%' and row[2]]
         names = [what for what, *_ in rows]
         shares = [100 * (sparse / dense) for *_, dense, sparse in rows]
@@ -76,14 +76,14 @@ class Payoff:
 
 
 def payoff(
-    dense: nn.Module,  # the network before
-    sparse: nn.Module,  # and after: with zeros in it, shrunk, or sped up
+    dense: nn.Module,  # the network before pruning
+    sparse: nn.Module,  # the network after it: with zeros, shrunk, or sped up
     example,  # a batch as both take it, a tuple for several inputs; its items are repeated for other batch sizes
     dls=None,  # fastai DataLoaders, or batches of (x, y), for the accuracy
     batches: tuple = (1, 64),  # batch sizes at which the latency is measured
-    seconds: float = 2.,  # to time each of them, about
+    seconds: float = 2.,  # time to spend on each batch size, about
 ) -> Payoff:
-    "Measure what the one needs and what the other does, the times side by side."
+    "Measure two networks side by side: parameters, multiply-adds, files, latency, accuracy."
     check_module(dense, 'dense')
     check_module(sparse, 'sparse')
     inputs, models = example_inputs(example), (deepcopy(dense), deepcopy(sparse))
@@ -104,7 +104,7 @@ def payoff(
 
 
 class _Counts(NamedTuple):
-    "Numbers of one network, for one item."
+    "Hold the counts of one network, multiply-adds for a batch of one."
     parameters: int
     nonzero: int
     sums: int
@@ -119,7 +119,7 @@ def _counts(model, inputs):
 
 
 def _stored(model):
-    "Parameters, and the values of layers that are stored sparse."
+    "Return the weights that a model stores: its parameters, and the values of sparse layers."
     layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
     kept = [b for layer in layers for b in (layer.values, layer.bias) if b is not None]
     return [_dense(p) for p in (*model.parameters(), *kept)]
@@ -130,7 +130,7 @@ def _dense(tensor):
 
 
 def _batch(inputs, size):
-    "As many items, the example's over and over."
+    "Make a batch of `size` items from those of the example, repeated as often as needed."
     def repeated(value):
         if not isinstance(value, torch.Tensor) or not value.ndim: return value
         return value[torch.arange(size, device=value.device) % len(value)]
@@ -138,7 +138,7 @@ def _batch(inputs, size):
 
 
 def _multiply_adds(model, inputs):
-    "Of one item: all, and those with a weight that is not zero."
+    "Count a model's multiply-adds: all, and those with a weight that is not zero."
     counter = FlopCounterMode(display=False)
     with counter: outputs(model, inputs)
     modules, root = dict(model.named_modules()), type(model).__name__
@@ -153,19 +153,19 @@ def _multiply_adds(model, inputs):
 
 
 def _is_dense_layer(module):
-    "A layer whose multiply-adds are spread evenly over its weights."
+    "Tell whether a layer has a dense weight, each number of which takes part in equally many multiply-adds."
     if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)): return False
     weight = getattr(module, 'weight', None)
     return isinstance(weight, torch.Tensor) and weight.layout == torch.strided
 
 
 def _zeros(weight):
-    "Return the share of zeros, 0 to 1."
+    "Return the share of zeros in a weight, 0 to 1."
     return 1 - int(torch.count_nonzero(weight.detach())) / max(weight.numel(), 1)
 
 
 def _bytes(model):
-    "Of the file: as torch writes it, the same zipped, and packed."
+    "Measure the bytes of a model's file: as torch writes it, zipped, and packed by `save_sparse`."
     with tempfile.TemporaryDirectory() as folder:
         plain, packed = Path(folder) / 'plain', Path(folder) / 'packed'
         torch.save(model.state_dict(), plain)
@@ -174,7 +174,7 @@ def _bytes(model):
 
 
 def _zipped(path):
-    "Return the bytes that zlib makes of a file, read piece by piece."
+    "Count the bytes of a file after zlib, piece by piece, so that it need not fit in memory."
     squeeze, size = zlib.compressobj(), 0
     with open(path, 'rb') as file:
         while piece := file.read(1 << 20): size += len(squeeze.compress(piece))
@@ -193,7 +193,7 @@ def _accuracy(model, dls):
         out = outputs(model, tuple(x))[0]
         right += int((out.argmax(1) == y).sum())
         total += y.numel()
-    if not total: raise ValueError('dls: got no batches, allowed is at least one of (x, y)')
+    if not total: raise ValueError('dls: got no batches, expected at least one of (x, y)')
     return 100 * right / total
 
 

@@ -1,4 +1,4 @@
-"A smaller network: filters that put out exactly zero are removed, with all that depended on them."
+"Make a network smaller: remove the filters that put out exactly zero, with all that depends on them."
 from collections import Counter
 from copy import deepcopy
 
@@ -27,11 +27,12 @@ MEETS_NONZERO = 'they are added to, or read by, channels that are not zero: coup
 def shrink(
     model: nn.Module,  # any dense network with zeros in it; it is not changed
     example,  # a batch as the model takes it, a tuple for several inputs
-    verbose: bool = True,  # print what was removed, and what could not be and why
-) -> nn.Module:  # a copy, an ordinary model
-    """Remove the filters whose outputs are zero whatever comes in, by Torch-Pruning's dependency graph (Fang et al. 2023).
+    verbose: bool = True,  # print how many filters were removed, and why others could not be
+) -> nn.Module:  # a smaller copy, an ordinary model
+    """Remove the filters whose outputs are zero for any input, with the weights that read them.
 
-    The result computes the same, or what would change it is left."""
+    What depends on a filter is found by Torch-Pruning (Fang et al. 2023). The copy computes the same outputs:
+    a filter whose removal would change them stays."""
     check_module(model)
     inputs, base = example_inputs(example), deepcopy(model)
     known = _known(base, inputs)
@@ -46,7 +47,7 @@ def shrink(
 
 
 def _known(model, inputs):
-    "What the model makes of the example, and of inputs made afresh if it takes them."
+    "Run the model on the example, and on random inputs if it takes them: [(inputs, outputs)]."
     known = [(inputs, outputs(model, inputs))]
     for batch in fresh(inputs):
         try: known.append((batch, outputs(model, batch)))
@@ -60,7 +61,7 @@ def _same(small, known):
 
 
 def _harmless(model, inputs, names, known):
-    "Return the layers, of those named, whose dead filters can go one layer after the other with the outputs the same."
+    "Find the layers whose zero filters can go, tried one after the other, with the outputs the same."
     keep = []
     for name in names:
         small, *_ = _without(model, inputs, [*keep, name])
@@ -69,11 +70,11 @@ def _harmless(model, inputs, names, known):
 
 
 class _Broken(Exception):
-    "Torch-Pruning failed at this layer."
+    "Say that Torch-Pruning failed at the layer of this name."
 
 
 def _without(model, inputs, names=None):
-    "A copy without the dead filters of the named layers, None for all; how many went of each, and why others stayed."
+    "Return a copy without the zero filters of some layers (None: all), how many went, and why others stay."
     skip = []
     while True:  # a layer at which Torch-Pruning fails has spoilt the copy: another one, without that layer
         try: return _try_without(model, inputs, names, skip)
@@ -100,7 +101,7 @@ def _try_without(model, inputs, names, skip):
 
 
 def _dependencies(model, inputs):
-    "Return Torch-Pruning's graph of what depends on which channels; all parameters need gradients from here on."
+    "Build Torch-Pruning's graph of which layers share channels; sets all parameters to require gradients."
     for p in model.parameters(): p.requires_grad_(p.is_floating_point())  # autograd is followed
     example = inputs if len(inputs) > 1 else inputs[0]
     try: return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
@@ -110,13 +111,13 @@ def _dependencies(model, inputs):
 
 
 def _shared(model):
-    "Ids of parameters that several modules hold."
+    "Return the ids of the parameters that several modules hold."
     held = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return {i for i, times in held.items() if times > 1}
 
 
 def _dead(module):
-    "Which output channels of a layer are zero whatever comes in: bool (channels,), None where that is no question."
+    "Find the output channels that are zero for any input: bool (channels,), None for other modules."
     if not isinstance(module, (ops.TORCH_CONV, ops.TORCH_LINEAR)): return None
     weight, transposed = module.weight.detach(), getattr(module, 'transposed', False)
     if transposed and module.groups > 1: return None
@@ -126,7 +127,7 @@ def _dead(module):
 
 
 def _remove(graph, name, module, channels, shared):
-    "Remove those that can be; how many, and why others stay."
+    "Remove the channels that can be, and return how many, and why the others stay."
     pruner = graph.get_pruner_of_module(module)
     try:
         why = _obstacles(graph, graph.get_pruning_group(module, pruner.prune_out_channels, channels), shared)
@@ -140,7 +141,7 @@ def _remove(graph, name, module, channels, shared):
 
 
 def _obstacles(graph, group, shared):
-    "Return, for the channels that cannot go with all that depends on them, the first reason: {channel: reason}."
+    "Find the channels that cannot go with all that depends on them: {channel: the first reason}."
     why = {}
     for item in group:  # a layer or operation, its channels, and those of the first layer that they come from
         stays, reason = _stays(graph, item.dep, torch.tensor(item.idxs), shared)
@@ -150,7 +151,7 @@ def _obstacles(graph, group, shared):
 
 
 def _stays(graph, dep, indices, shared):
-    "Return which channels of one dependent layer or operation cannot go, bool (channels,), and why."
+    "Find the channels of one dependent layer or operation that cannot go, bool (channels,), and the reason."
     module, makes = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
     every = torch.ones(len(indices), dtype=torch.bool)
     if makes and not dep.target.outputs: return every, IS_OUTPUT
@@ -180,7 +181,8 @@ def _stays_in_layer(module, indices, every, makes, channels):
 
 
 def _leaves_zeros(graph, module):
-    "Is it PReLU, or an operation without weights: one for which Torch-Pruning has nothing to cut?"
+    "Tell whether zero channels pass a module as they are: a PReLU, or an operation without weights."
+    # Torch-Pruning has a pruner that does nothing where there are no weights to cut
     return isinstance(module, nn.PReLU) or isinstance(graph.get_pruner_of_module(module), ops.DummyPruner)
 
 
@@ -190,7 +192,7 @@ def _depthwise(module):
 
 
 def _shift(norm):
-    "What a BatchNorm makes of a zero."
+    "Compute the outputs of a BatchNorm for inputs that are zero."
     zero = torch.zeros(norm.num_features)
     scale = zero + 1 if norm.weight is None else norm.weight.detach().cpu()
     bias = zero if norm.bias is None else norm.bias.detach().cpu()
@@ -198,7 +200,11 @@ def _shift(norm):
     return bias - norm.running_mean.cpu() * scale / (norm.running_var.cpu() + norm.eps).sqrt()
 
 
-def parameters(model): return sum(p.numel() for p in model.parameters())
+def parameters(
+    model: nn.Module,
+) -> int:
+    "Count the parameters of a model."
+    return sum(p.numel() for p in model.parameters())
 
 
 def _account(model, small, removed, left):

@@ -1,4 +1,4 @@
-"Faster layers: for each one what is quickest here and agrees."
+"Replace layers by faster forms that compute the same, each timed on this machine."
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,10 +26,12 @@ WRONG = 'the whole model would not compute the same with them, so all layers sta
 
 
 class SparseLinear(nn.Module):
-    "A Linear, or a 1 × 1 convolution, whose weight is stored by rows (CSR) or blocks of rows (BSR). For inference: it does not learn."
+    """Compute a Linear or a 1 × 1 convolution with a sparse weight, stored by rows (CSR) or blocks (BSR).
+
+    It is for inference: its weight cannot be trained."""
 
     def __init__(self,
-        layer: nn.Linear | nn.Conv2d,
+        layer: nn.Linear | nn.Conv2d,  # the dense layer; a convolution is 1 × 1, without padding and groups
         block: int = 1,  # side of the blocks; 1 for single weights
     ):
         super().__init__()
@@ -69,7 +71,7 @@ class SparseLinear(nn.Module):
         return found if self.bias is None else found.add_(self.bias[:, None])
 
     def _weight(self):
-        "The sparse tensor, made once and not saved: the buffers are what is."
+        "Return the sparse tensor, made once from the buffers and not saved."
         # the buffers are others after to(), load_state_dict(assign=True) and the like
         if self._ready is None or self._ready.values().data_ptr() != self.values.data_ptr():
             kind = torch.sparse_csr_tensor if self.block == 1 else torch.sparse_bsr_tensor
@@ -81,7 +83,7 @@ class SparseLinear(nn.Module):
 
     @property
     def unstored(self):
-        "Share of the weight that is not stored, 0 to 1."
+        "Return the share of the weight that is not stored, 0 to 1."
         return 1 - self.values.numel() / (self.size[0] * self.size[1])
 
     def extra_repr(self):
@@ -91,9 +93,9 @@ class SparseLinear(nn.Module):
 
 
 def realisations(
-    layer: nn.Module,
-) -> dict:  # name: function that builds it
-    "What a layer could be instead, on the device where it is."
+    layer: nn.Module,  # any layer; for most types there is no other form
+) -> dict:  # {name: function that builds it}
+    "Find the sparse forms that a layer could take, on the device where it is."
     if not _is_matrix(layer): return {}
     weight = layer.weight.detach().flatten(1)
     if weight.is_cuda: return _on_gpu(layer, weight)
@@ -106,7 +108,8 @@ def realisations(
 
 
 def _is_matrix(layer):
-    "Is it a Linear, or a 1 × 1 convolution that multiplies all channels of a place by one matrix? No subclass: it may do more."
+    "Tell whether a layer multiplies by one matrix: a Linear or a 1 × 1 convolution, no padding, no groups."
+    # the very types: a subclass may compute something else
     if type(layer) is nn.Linear: return True
     if type(layer) is not nn.Conv2d: return False
     return layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), 'valid')
@@ -118,7 +121,7 @@ def _on_gpu(layer, weight):
 
 
 def _is_of_blocks(weight, side):
-    "Can it be cut into blocks, and would few zeros be stored within those that are not zero?"
+    "Tell whether blocks of this side divide a weight, and would store few zeros."
     rows, columns = weight.shape
     if rows % side or columns % side: return False
     blocks = weight.view(rows // side, side, columns // side, side).abs().amax((1, 3))
@@ -127,14 +130,14 @@ def _is_of_blocks(weight, side):
 
 
 def _is_two_of_four(weight):
-    "Two of four, in a type and shape that a GPU's sparse units take."
+    "Tell whether a weight is 2:4 sparse, of a type and shape that a GPU's sparse units take."
     rows, columns = weight.shape
     if weight.dtype not in HALF or rows % 32 or columns % 64: return False
     return bool((torch.count_nonzero(weight.view(-1, 4), 1) <= 2).all())
 
 
 def _semi_structured(layer):
-    "The same layer with its weight in the 2:4 form of torch."
+    "Return a copy of a layer with its weight in torch's 2:4 form."
     new = deepcopy(layer)
     weight = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
     new.weight = nn.Parameter(weight, requires_grad=False)
@@ -143,11 +146,11 @@ def _semi_structured(layer):
 
 def speed_up(
     model: nn.Module,  # any dense network with zeros in it; it is not changed
-    example,  # a batch as the model takes it, a tuple for several inputs; it is for batches of about this size that the choice is made
-    verbose: bool = True,  # print what was tried
-    seconds: float = .3,  # to time each layer, about
+    example,  # a batch as the model takes it, a tuple for several inputs; the choice is made for its batch size
+    verbose: bool = True,  # print the forms that were tried, and their latencies
+    seconds: float = .3,  # time to spend on each layer, about
 ) -> nn.Module:  # a copy with faster layers, for inference
-    "Replace each layer by what is quickest here and computes the same. What is not faster stays as it is."
+    "Replace each layer by the fastest form that computes the same; keep it if none is faster on this machine."
     check_module(model)
     inputs, model = example_inputs(example), deepcopy(model)
     expected, new = outputs(model, inputs), deepcopy(model)
@@ -170,7 +173,7 @@ def speed_up(
 
 
 def _seen(model, inputs):
-    "The Linears and convolutions that run, by what is called in a run: {layer: (its names, its first input)}."
+    "Run a model, and return its Linears and convolutions as they are called: {layer: (names, first input)}."
     names, seen = {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, nn.Conv2d)): names.setdefault(module, []).append(name)
@@ -187,7 +190,7 @@ def _seen(model, inputs):
 
 @torch.no_grad()
 def _build(layer, x):
-    "Return the realisations that compute what the layer does, {name: module}, and a word on each of the others."
+    "Build the forms of a layer that compute the same, {name: module}, and say of the others why not."
     built, failed, right = {}, [], [layer(x)]
     for kind, make in realisations(layer).items():
         try:
@@ -207,7 +210,7 @@ def _ms(latency): return f'{1e3 * latency.seconds:.3f} ms'
 
 
 def _replace(model, layer, replacement):
-    "Put a replacement wherever the model has the layer; the model, which may be the layer itself."
+    "Replace a layer wherever the model has it, and return the model; the model may be the layer itself."
     replacement.train(layer.training)
     if model is layer: return replacement
     for module in list(model.modules()):
@@ -217,7 +220,7 @@ def _replace(model, layer, replacement):
 
 
 def _check(model, new, inputs, expected, device, seconds):
-    "The faster model if it is right and faster as a whole, else a copy of the old one; what to say of it."
+    "Return the new model if it is right and faster as a whole, else the old one; and a sentence on it."
     try: right = agree(outputs(new, inputs), expected, 10 * TOLERANCE)
     except ValueError: return model, REACHES
     if not right: return model, WRONG
@@ -234,7 +237,7 @@ def _table(rows, said):
 
 @contextmanager
 def _quiet():
-    "Without torch's warning that CSR is in beta."
+    "Hide torch's warning that CSR is in beta."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Sparse (CSR|BSR)')
         yield

@@ -1,4 +1,4 @@
-"Latency, side by side."
+"Measure latencies side by side."
 import time
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -9,19 +9,19 @@ LEAST = 7  # calls that are timed however long they take: a quarter of them is t
 
 
 class Latency(NamedTuple):
-    "Seconds for one call: the median, and how the middle half spreads."
-    seconds: float
-    low: float  # a quarter of the calls took less
-    high: float  # and a quarter more
+    "Describe how long a call takes: the median of many calls, and the range of the middle half."
+    seconds: float  # the median
+    low: float  # seconds; a quarter of the calls took less
+    high: float  # seconds; a quarter of the calls took more
 
 
 def side_by_side(
-    calls: list,  # functions of nothing
-    seconds: float = 1.,  # to spend in all, about
-    rounds: int = 200,  # at most
-    device: torch.device | str = 'cpu',
-) -> list:  # of `Latency`, one a call
-    "Time them in turn, again and again, so that a machine that speeds up or slows down is unfair to none."
+    calls: list,  # functions without arguments
+    seconds: float = 1.,  # time to spend on all of them together, about
+    rounds: int = 200,  # how often each is called, at most
+    device: torch.device | str = 'cpu',  # the device that computes: a GPU is waited for
+) -> list:  # a `Latency` for each call
+    "Time calls in turn, round after round, so that a change of the machine's speed affects all alike."
     on_gpu = torch.device(device).type == 'cuda'
 
     def once(call):
@@ -52,5 +52,5 @@ def faster(
     new: Latency,
     old: Latency,
 ) -> bool:
-    "Is the difference more than noise: do the middle halves not meet?"
+    "Tell whether a call is faster by more than noise: whether its middle half lies below that of the other."
     return new.high < old.low
