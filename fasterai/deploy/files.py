@@ -27,12 +27,14 @@ def save_sparse(
     """Write a model's tensors to one safetensors file, each packed where that is smaller.
 
     `load_sparse` restores every bit."""
-    tensors, about, first = {}, {}, {}
+    tensors, descriptions = {}, {}
+    first = {}  # {memory: the first name of the tensor there}
     for name, tensor in _state(model).items():
-        owner = first.setdefault(_memory(tensor), name)
-        if owner != name: about[name] = {'same': owner}  # tied
-        else: about[name] = _pack(name, tensor.detach(), tensors)
-    metadata = {'format': FORMAT, 'tensors': json.dumps(about), 'sha256': _digest(tensors, about)}
+        source = first.setdefault(_memory_key(tensor), name)
+        if source != name: descriptions[name] = {'same': source}  # tied
+        else: descriptions[name] = _pack(name, tensor.detach(), tensors)
+    digest = _digest(tensors, descriptions)
+    metadata = {'format': FORMAT, 'tensors': json.dumps(descriptions), 'sha256': digest}
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir() or not path.name:
         raise FileNotFoundError(f'path: got {str(path)!r}, expected a file in a folder that exists')
@@ -47,13 +49,13 @@ def load_sparse(
 
     A file that is damaged, foreign or does not fit raises a `ValueError`, and the model is not changed."""
     state = _state(model)
-    stored, about = _read(path)
-    _check_fit(state, about, path)
-    owners = {name: about[name].get('same', name) for name in state}
-    found = {owner: _unpack(owner, stored, about[owner]) for owner in set(owners.values())}
-    _check_tied(state, owners, found, path)
+    stored, descriptions = _read(path)
+    _check_fit(state, descriptions, path)
+    sources = {name: descriptions[name].get('same', name) for name in state}
+    found = {source: _unpack(source, stored, descriptions[source]) for source in set(sources.values())}
+    _check_tied(state, sources, found, path)
     with torch.no_grad():
-        for name, tensor in state.items(): tensor.copy_(found[owners[name]])
+        for name, tensor in state.items(): tensor.copy_(found[sources[name]])
     return model
 
 
@@ -83,11 +85,11 @@ def _read(path):
     if metadata.get('format') != FORMAT:
         raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, '
                          f'expected that of save_sparse, {FORMAT!r}')
-    try: about = json.loads(metadata.get('tensors', ''))
-    except json.JSONDecodeError: about = None
-    if about is None or _digest(stored, about) != metadata.get('sha256'):
+    try: descriptions = json.loads(metadata.get('tensors', ''))
+    except json.JSONDecodeError: descriptions = None
+    if descriptions is None or _digest(stored, descriptions) != metadata.get('sha256'):
         raise ValueError(f'path: got {str(path)!r}, which was altered since it was written')
-    return stored, about
+    return stored, descriptions
 
 
 def _state(model):
@@ -109,7 +111,7 @@ def _is_plain(value):
     return not expanded  # one number in memory stands for many
 
 
-def _memory(tensor):
+def _memory_key(tensor):
     "Return a key that is equal for tensors of the same memory, and unique for an empty tensor."
     if not tensor.numel(): return id(tensor)
     place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
@@ -118,15 +120,15 @@ def _memory(tensor):
 
 def _pack(name, tensor, tensors):
     "Add a tensor to those that are saved, and return how to unpack it."
-    kind = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
+    description = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
     tensor = tensor.resolve_neg().cpu().contiguous()
     if tensor.dtype in PARTS: tensor = torch.view_as_real(tensor)
     packed = _packed(tensor)
     if packed is None:
         tensors[name] = tensor
-        return kind
+        return description
     tensors.update({name + part: values for part, values in packed.items()})
-    return kind | {'packed': True}
+    return description | {'packed': True}
 
 
 def _packed(tensor):
@@ -134,30 +136,30 @@ def _packed(tensor):
     size = tensor.element_size()
     if size not in WORDS or tensor.dtype == torch.bool or not tensor.ndim: return None
     words = tensor.view(WORDS[size]).flatten().numpy()
-    keep = words & _magnitude(tensor.dtype, words.dtype) != 0
-    signs = np.packbits(words[~keep] != 0)  # what multiplies by a mask leaves negative zeros
+    nonzero = words & _magnitude(tensor.dtype, words.dtype) != 0
+    signs = np.packbits(words[~nonzero] != 0)  # what multiplies by a mask leaves negative zeros
     if not signs.any(): signs = signs[:0]
-    mask = np.packbits(keep)
-    if len(mask) + len(signs) + int(np.count_nonzero(keep)) * size >= len(keep) * size: return None
-    parts = {MASK: torch.from_numpy(mask), VALUES: torch.from_numpy(words[keep]).view(tensor.dtype)}
+    mask = np.packbits(nonzero)
+    if len(mask) + len(signs) + int(np.count_nonzero(nonzero)) * size >= len(nonzero) * size: return None
+    parts = {MASK: torch.from_numpy(mask), VALUES: torch.from_numpy(words[nonzero]).view(tensor.dtype)}
     if len(signs): parts[SIGNS] = torch.from_numpy(signs)
     return parts
 
 
-def _unpack(name, stored, kind):
-    dtype = getattr(torch, kind['dtype'])
+def _unpack(name, stored, description):
+    dtype = getattr(torch, description['dtype'])
     if dtype in PARTS:
-        parts = {'shape': [*kind['shape'], 2], 'dtype': str(PARTS[dtype]).removeprefix('torch.')}
-        return torch.view_as_complex(_unpack(name, stored, kind | parts))
-    if 'packed' not in kind: return stored[name]
-    tensor = torch.zeros(kind['shape'], dtype=dtype)
+        parts = {'shape': [*description['shape'], 2], 'dtype': str(PARTS[dtype]).removeprefix('torch.')}
+        return torch.view_as_complex(_unpack(name, stored, description | parts))
+    if 'packed' not in description: return stored[name]
+    tensor = torch.zeros(description['shape'], dtype=dtype)
     word = WORDS[tensor.element_size()]
     words = tensor.view(-1).view(word).numpy()  # the tensor's own memory, which is filled
-    keep = np.unpackbits(stored[name + MASK].numpy(), count=len(words)).view(bool)
-    words[keep] = stored[name + VALUES].view(word).numpy()
+    nonzero = np.unpackbits(stored[name + MASK].numpy(), count=len(words)).view(bool)
+    words[nonzero] = stored[name + VALUES].view(word).numpy()
     if name + SIGNS in stored:
-        signs = np.unpackbits(stored[name + SIGNS].numpy(), count=np.count_nonzero(~keep)).astype(words.dtype)
-        words[~keep] = signs * ~_magnitude(tensor.dtype, words.dtype)
+        signs = np.unpackbits(stored[name + SIGNS].numpy(), count=np.count_nonzero(~nonzero))
+        words[~nonzero] = signs.astype(words.dtype) * ~_magnitude(tensor.dtype, words.dtype)
     return tensor
 
 
@@ -169,25 +171,25 @@ def _magnitude(dtype, words):
     return words.type(2 ** (bits - 1) - 1 if has_sign else every)  # the sign is the highest bit
 
 
-def _digest(tensors, about):
-    digest = hashlib.sha256(json.dumps(about).encode())
+def _digest(tensors, descriptions):
+    digest = hashlib.sha256(json.dumps(descriptions).encode())
     for name in sorted(tensors):
         digest.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
         if tensors[name].numel(): digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _check_fit(state, about, path):
-    missing = [n for n in state if n not in about]
-    unexpected = [n for n in about if n not in state]
+def _check_fit(state, descriptions, path):
+    missing = [n for n in state if n not in descriptions]
+    unexpected = [n for n in descriptions if n not in state]
     if missing or unexpected:
-        said = []
-        if missing: said.append(f'it lacks {_listed(missing)}')
-        if unexpected: said.append(f'it has the unexpected {_listed(unexpected)}')
-        raise ValueError(f'path: got {str(path)!r}, which does not fit the model: {"; ".join(said)}')
+        problems = []
+        if missing: problems.append(f'it lacks {_listed(missing)}')
+        if unexpected: problems.append(f'it has the unexpected {_listed(unexpected)}')
+        raise ValueError(f'path: got {str(path)!r}, which does not fit the model: {"; ".join(problems)}')
     for name, tensor in state.items():
-        kind = about[about[name].get('same', name)]
-        shape, dtype = tuple(kind['shape']), kind['dtype']
+        description = descriptions[descriptions[name].get('same', name)]
+        shape, dtype = tuple(description['shape']), description['dtype']
         if shape != tuple(tensor.shape):
             raise ValueError(f'path: got {name!r} of shape {shape}, '
                              f'expected that of the model, {tuple(tensor.shape)}')
@@ -201,12 +203,12 @@ def _listed(names, most=5):
     return ', '.join(map(repr, names[:most])) + more
 
 
-def _check_tied(state, owners, found, path):
+def _check_tied(state, sources, found, path):
     "Check that tensors which share memory in the model are equal in the file."
-    first = {}
+    first = {}  # {memory: the first name of the tensor there}
     for name, tensor in state.items():
-        tied = first.setdefault(_memory(tensor), name)
-        if owners[tied] == owners[name] or torch.equal(found[owners[tied]], found[owners[name]]): continue
+        tied = first.setdefault(_memory_key(tensor), name)
+        if sources[tied] == sources[name] or torch.equal(found[sources[tied]], found[sources[name]]): continue
         raise ValueError(f'path: got {str(path)!r}, where {name!r} is not {tied!r}; '
                          'in the model they are one')
 

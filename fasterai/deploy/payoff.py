@@ -38,11 +38,11 @@ class Payoff:
     def _cells(self):
         yield 'what', 'dense', 'sparse', 'sparse / dense'
         for what, unit, dense, sparse in self.rows:
-            said = [_said(dense, unit), _said(sparse, unit)]
+            cells = [_formatted(dense, unit), _formatted(sparse, unit)]
             if what in self.spread:
-                said = [_with_spread(s, *bounds, unit) for s, bounds in zip(said, self.spread[what])]
+                cells = [_with_range(c, *bounds, unit) for c, bounds in zip(cells, self.spread[what])]
             ratio = f'{sparse / dense:.3f}' if dense else ''
-            yield what, *said, ratio
+            yield what, *cells, ratio
 
     def __str__(self):
         return '\n'.join([as_text(self._cells()), *self.notes])
@@ -91,34 +91,34 @@ def payoff(
     for model in models: outputs(model, inputs)  # an error of the model's own comes first
     counts = [_counts(m, inputs) for m in models]
     rows = [(what, '', *of_both) for what, of_both in zip(COUNTS, zip(*counts))]
-    rows += [(what, 'B', *of_both) for what, of_both in zip(FILES, zip(*map(_bytes, models)))]
-    spread, quick = {}, []
+    rows += [(what, 'B', *of_both) for what, of_both in zip(FILES, zip(*map(_file_sizes, models)))]
+    spread, comparisons = {}, []
     for size in batches:
         old, new = _latencies(models, _batch(inputs, size), seconds)
         what = f'latency, batch {size}'
         rows.append((what, 's', old.seconds, new.seconds))
         spread[what] = (old.low, old.high), (new.low, new.high)
-        quick.append((size, faster(new, old), faster(old, new)))
+        comparisons.append((size, faster(new, old), faster(old, new)))
     if dls is not None: rows.append(('accuracy', '%', *(_accuracy(m, dls) for m in models)))
-    return Payoff(tuple(rows), spread, tuple(_notes(quick, *counts)))
+    return Payoff(tuple(rows), spread, tuple(_notes(comparisons, *counts)))
 
 
 class _Counts(NamedTuple):
     "Hold the counts of one network, multiply-adds for a batch of one."
     parameters: int
-    nonzero: int
-    sums: int
+    nonzero: int  # parameters that are not zero
+    multiply_adds: int
     effective: int  # multiply-adds with a weight that is not zero
 
 
 def _counts(model, inputs):
-    stored = _stored(model)
+    stored = _stored_weights(model)
     parameters = sum(p.numel() for p in stored)
     nonzero = sum(int(torch.count_nonzero(p.detach())) for p in stored)
     return _Counts(parameters, nonzero, *_multiply_adds(model, _batch(inputs, 1)))
 
 
-def _stored(model):
+def _stored_weights(model):
     "Return the weights that a model stores: its parameters, and the values of sparse layers."
     layers = [m for m in model.modules() if isinstance(m, SparseLinear)]
     kept = [b for layer in layers for b in (layer.values, layer.bias) if b is not None]
@@ -143,13 +143,13 @@ def _multiply_adds(model, inputs):
     with counter: outputs(model, inputs)
     modules, root = dict(model.named_modules()), type(model).__name__
     counts = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
-    unstored = spared = 0.
+    unstored = with_zeros = 0.
     for name, count in counts.items():
         module = modules.get(name.removeprefix(root).lstrip('.'))
         if isinstance(module, SparseLinear): unstored += count * module.unstored  # was counted as if dense
-        elif _is_dense_layer(module): spared += count * _zeros(module.weight)
+        elif _is_dense_layer(module): with_zeros += count * _share_of_zeros(module.weight)
     total = counts.get('Global', 0) - unstored
-    return round(total), round(total - spared)
+    return round(total), round(total - with_zeros)
 
 
 def _is_dense_layer(module):
@@ -159,12 +159,12 @@ def _is_dense_layer(module):
     return isinstance(weight, torch.Tensor) and weight.layout == torch.strided
 
 
-def _zeros(weight):
+def _share_of_zeros(weight):
     "Return the share of zeros in a weight, 0 to 1."
     return 1 - int(torch.count_nonzero(weight.detach())) / max(weight.numel(), 1)
 
 
-def _bytes(model):
+def _file_sizes(model):
     "Measure the bytes of a model's file: as torch writes it, zipped, and packed by `save_sparse`."
     with tempfile.TemporaryDirectory() as folder:
         plain, packed = Path(folder) / 'plain', Path(folder) / 'packed'
@@ -175,10 +175,10 @@ def _bytes(model):
 
 def _zipped(path):
     "Count the bytes of a file after zlib, piece by piece, so that it need not fit in memory."
-    squeeze, size = zlib.compressobj(), 0
+    compressor, size = zlib.compressobj(), 0
     with open(path, 'rb') as file:
-        while piece := file.read(1 << 20): size += len(squeeze.compress(piece))
-    return size + len(squeeze.flush())
+        while piece := file.read(1 << 20): size += len(compressor.compress(piece))
+    return size + len(compressor.flush())
 
 
 def _latencies(models, inputs, seconds):
@@ -188,25 +188,25 @@ def _latencies(models, inputs, seconds):
 
 
 def _accuracy(model, dls):
-    right = total = 0
+    correct = total = 0
     for *x, y in dls:
         out = outputs(model, tuple(x))[0]
-        right += int((out.argmax(1) == y).sum())
+        correct += int((out.argmax(1) == y).sum())
         total += y.numel()
     if not total: raise ValueError('dls: got no batches, expected at least one of (x, y)')
-    return 100 * right / total
+    return 100 * correct / total
 
 
-def _notes(quick, dense, sparse):
-    for size, better, worse in quick:
-        if worse: yield f'batch {size}: the sparse network is slower here.'
-        elif not better: yield f'batch {size}: the difference in time is within the noise.'
+def _notes(comparisons, dense, sparse):
+    for size, is_faster, is_slower in comparisons:
+        if is_slower: yield f'batch {size}: the sparse network is slower here.'
+        elif not is_faster: yield f'batch {size}: the difference in time is within the noise.'
     has_zeros = sparse.nonzero < sparse.parameters
-    if has_zeros and not any(better for _, better, _ in quick): yield NO_SPEED
-    if sparse.nonzero == sparse.parameters and dense.sums == sparse.sums: yield NO_ZEROS
+    if has_zeros and not any(is_faster for _, is_faster, _ in comparisons): yield NO_SPEED
+    if sparse.nonzero == sparse.parameters and dense.multiply_adds == sparse.multiply_adds: yield NO_ZEROS
 
 
-def _said(value, unit):
+def _formatted(value, unit):
     if unit == 's' and value < 1: return f'{1e3 * value:.3f} ms'
     if unit == 's': return f'{value:.3f} s'
     if unit == '%': return f'{value:.2f} %'
@@ -214,5 +214,5 @@ def _said(value, unit):
     return f'{value:,}'
 
 
-def _with_spread(said, low, high, unit):
-    return f'{said} ({_said(low, unit)} – {_said(high, unit)})'
+def _with_range(median, low, high, unit):
+    return f'{median} ({_formatted(low, unit)} – {_formatted(high, unit)})'

@@ -18,11 +18,11 @@ MOST_STORED = 1.25  # numbers in the blocks that are stored, of the weights that
 HALF = frozenset((torch.float16, torch.bfloat16))
 TOLERANCE = 1e-4  # sums in another order, relative to the largest output
 
-# what is said of a model that stays dense
+# why a model stays dense
 NOTHING_FASTER = ('nothing here is faster than dense: CSR pays from about 80 % zeros on, '
                   'in large Linear or 1 × 1 layers on a CPU, the pattern 2:4 on a GPU')
-REACHES = 'the model reaches into its layers and does not run with others, so all stay dense'
-WRONG = 'the whole model would not compute the same with them, so all layers stay dense'
+READS_WEIGHTS = 'the model reaches into its layers and does not run with others, so all stay dense'
+OTHER_OUTPUTS = 'the whole model would not compute the same with them, so all layers stay dense'
 
 
 class SparseLinear(nn.Module):
@@ -38,7 +38,8 @@ class SparseLinear(nn.Module):
         weight = layer.weight.detach().flatten(1)
         self.size, self.block = tuple(weight.shape), block
         self.stride = getattr(layer, 'stride', None)  # None for a Linear
-        with _quiet(): stored = weight.to_sparse_csr() if block == 1 else weight.to_sparse_bsr((block, block))
+        with _beta_warning_hidden():
+            stored = weight.to_sparse_csr() if block == 1 else weight.to_sparse_bsr((block, block))
         self.register_buffer('rows', stored.crow_indices().int())
         self.register_buffer('columns', stored.col_indices().int())
         self.register_buffer('values', stored.values().clone())
@@ -75,7 +76,7 @@ class SparseLinear(nn.Module):
         # the buffers are others after to(), load_state_dict(assign=True) and the like
         if self._ready is None or self._ready.values().data_ptr() != self.values.data_ptr():
             kind = torch.sparse_csr_tensor if self.block == 1 else torch.sparse_bsr_tensor
-            with _quiet():
+            with _beta_warning_hidden():
                 self._ready = kind(self.rows, self.columns, self.values, self.size, check_invariants=False)
         return self._ready
 
@@ -150,13 +151,13 @@ def speed_up(
     verbose: bool = True,  # print the forms that were tried, and their latencies
     seconds: float = .3,  # time to spend on each layer, about
 ) -> nn.Module:  # a copy with faster layers, for inference
-    "Replace each layer by the fastest form that computes the same; keep it if none is faster on this machine."
+    "Replace each layer by the fastest form that computes the same; keep it if none is faster here."
     check_module(model)
     inputs, model = example_inputs(example), deepcopy(model)
     expected, new = outputs(model, inputs), deepcopy(model)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     rows, chosen = [], {}
-    for layer, (names, x) in _seen(new, inputs).items():
+    for layer, (names, x) in _layers_that_run(new, inputs).items():
         built, failed = _build(layer, x)
         if not built and not failed: continue
         dense, *times = _latencies([layer, *built.values()], (x,), seconds, device)
@@ -166,36 +167,36 @@ def speed_up(
         tried = [*failed, *(f'{kind} {_ms(t)}' for kind, t in zip(built, times))]
         rows.append((names[0], _ms(dense), ', '.join(tried), kept))
     for layer, replacement in chosen.items(): new = _replace(new, layer, replacement)
-    if chosen: new, said = _check(model, new, inputs, expected, device, seconds)
-    else: said = NOTHING_FASTER
-    if verbose: print(_table(rows, said))
+    if chosen: new, conclusion = _check(model, new, inputs, expected, device, seconds)
+    else: conclusion = NOTHING_FASTER
+    if verbose: print(_table(rows, conclusion))
     return new
 
 
-def _seen(model, inputs):
+def _layers_that_run(model, inputs):
     "Run a model, and return its Linears and convolutions as they are called: {layer: (names, first input)}."
-    names, seen = {}, {}
+    names, first_inputs = {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, nn.Conv2d)): names.setdefault(module, []).append(name)
 
     def note(module, args):
-        if len(args) == 1: seen.setdefault(module, (names[module], args[0].detach().clone()))
+        if len(args) == 1: first_inputs.setdefault(module, (names[module], args[0].detach().clone()))
 
     hooks = [m.register_forward_pre_hook(note) for m in names]
     try: outputs(model, inputs)
     finally:
         for hook in hooks: hook.remove()
-    return seen
+    return first_inputs
 
 
 @torch.no_grad()
 def _build(layer, x):
     "Build the forms of a layer that compute the same, {name: module}, and say of the others why not."
-    built, failed, right = {}, [], [layer(x)]
+    built, failed, expected = {}, [], [layer(x)]
     for kind, make in realisations(layer).items():
         try:
             candidate = make()
-            if agree([candidate(x)], right, TOLERANCE): built[kind] = candidate
+            if agree([candidate(x)], expected, TOLERANCE): built[kind] = candidate
             else: failed.append(f'{kind}: other outputs')
         except RuntimeError as error: failed.append(f'{kind}: {str(error).splitlines()[0][:60]}')
     return built, failed
@@ -221,22 +222,23 @@ def _replace(model, layer, replacement):
 
 def _check(model, new, inputs, expected, device, seconds):
     "Return the new model if it is right and faster as a whole, else the old one; and a sentence on it."
-    try: right = agree(outputs(new, inputs), expected, 10 * TOLERANCE)
-    except ValueError: return model, REACHES
-    if not right: return model, WRONG
+    try: correct = agree(outputs(new, inputs), expected, 10 * TOLERANCE)
+    except ValueError: return model, READS_WEIGHTS
+    if not correct: return model, OTHER_OUTPUTS
     with evaluation_mode(model, new): old, now = _latencies([model, new], inputs, max(1., seconds), device)
-    said = f'the whole model: {_ms(old)} before, {_ms(now)} after'
-    if not faster(now, old): return model, f'{said}, within the noise or slower, so all layers stay dense'
-    return new, f'{said}: {old.seconds / now.seconds:.2f} × as fast'
+    conclusion = f'the whole model: {_ms(old)} before, {_ms(now)} after'
+    if not faster(now, old):
+        return model, f'{conclusion}, within the noise or slower, so all layers stay dense'
+    return new, f'{conclusion}: {old.seconds / now.seconds:.2f} × as fast'
 
 
-def _table(rows, said):
+def _table(rows, conclusion):
     table = [as_text([('layer', 'dense', 'tried', 'kept'), *rows], left=4)] if rows else []
-    return '\n'.join([*table, f'speed_up: {said}'])
+    return '\n'.join([*table, f'speed_up: {conclusion}'])
 
 
 @contextmanager
-def _quiet():
+def _beta_warning_hidden():
     "Hide torch's warning that CSR is in beta."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Sparse (CSR|BSR)')
