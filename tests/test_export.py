@@ -19,7 +19,8 @@ def test_a_sparse_network(tmp_path):
     session = onnxruntime.InferenceSession(path)
     batch = torch.randn(7, 1, 8, 8)
     found, = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
-    assert torch.allclose(torch.from_numpy(found), model.eval()(batch), atol=1e-5) and list(tmp_path.iterdir()) == [path]
+    assert torch.allclose(torch.from_numpy(found), model.eval()(batch), atol=1e-5)
+    assert list(tmp_path.iterdir()) == [path]
     weights = [onnx.numpy_helper.to_array(w) for w in graph.initializer if len(w.dims) == 4]
     assert sum(int((w == 0).sum()) for w in weights) > .7 * sum(w.size for w in weights)
 
@@ -32,7 +33,8 @@ def test_fixed_and_several_inputs(tmp_path):
         def forward(self, a, b): return self.fc(torch.cat([self.words(a).mean(1), b], 1)), b
     example = torch.randint(0, 10, (1, 5)), torch.randn(1, 4)
     session = onnxruntime.InferenceSession(export_onnx(Two(), tmp_path / 'a.onnx', example))
-    assert [i.shape[1:] for i in session.get_inputs()] == [[5], [4]] and isinstance(session.get_inputs()[0].shape[0], str)
+    assert [i.shape[1:] for i in session.get_inputs()] == [[5], [4]]
+    assert isinstance(session.get_inputs()[0].shape[0], str)
     session = onnxruntime.InferenceSession(export_onnx(Two(), tmp_path / 'b.onnx', example, dynamic_batch=False))
     assert [i.shape for i in session.get_inputs()] == [[1, 5], [1, 4]]
 
@@ -40,8 +42,14 @@ def test_fixed_and_several_inputs(tmp_path):
 def test_what_comes_out_otherwise_is_not_written(tmp_path, monkeypatch):
     (tmp_path / 'a.onnx').write_text('before')
     export = torch.onnx.export
-    monkeypatch.setattr(torch.onnx, 'export', lambda model, *a, **k: (nn.init.zeros_(model[0].weight), export(model, *a, **k), nn.init.ones_(model[0].weight)))
-    with pytest.raises(ValueError, match="onnxruntime does not compute for inputs of shape .* 'a.onnx' was not written|was not written"):
+
+    def export_another(model, *args, **more):
+        nn.init.zeros_(model[0].weight)
+        export(model, *args, **more)
+        nn.init.ones_(model[0].weight)
+    monkeypatch.setattr(torch.onnx, 'export', export_another)
+    with pytest.raises(ValueError, match="onnxruntime does not compute for inputs of shape .* 'a.onnx' was not written|"
+                                         "was not written"):
         export_onnx(nn.Sequential(nn.Linear(3, 3)), tmp_path / 'a.onnx', torch.randn(2, 3))
     assert (tmp_path / 'a.onnx').read_text() == 'before' and len(list(tmp_path.iterdir())) == 1
 
@@ -49,7 +57,8 @@ def test_what_comes_out_otherwise_is_not_written(tmp_path, monkeypatch):
 def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match='model: got int'): export_onnx(3, tmp_path / 'a', torch.randn(2))
     with pytest.raises(TypeError, match=r"example: got \['str'\]"): export_onnx(nn.Linear(2, 2), tmp_path / 'a', 'x')
-    with pytest.raises(ValueError, match='example: got .* on which the model fails'): export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 3))
+    with pytest.raises(ValueError, match='example: got .* on which the model fails'):
+        export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 3))
 
 
 def test_half_precision_and_one_tensor_twice(tmp_path):

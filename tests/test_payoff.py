@@ -59,7 +59,8 @@ def test_accuracy(clock):
 
 
 @pytest.mark.parametrize('times, says, silent', [
-    ((1e-3, 1e-3), 'batch 64: the difference in time is within the noise.', 'slower'), ((1e-3, 2e-3), 'batch 1: the sparse network is slower here.', 'noise'),
+    ((1e-3, 1e-3), 'batch 64: the difference in time is within the noise.', 'slower'),
+    ((1e-3, 2e-3), 'batch 1: the sparse network is slower here.', 'noise'),
     ((2e-3, 1e-3), '', 'no speed')])
 def test_what_is_said(times, says, silent, clock):
     clock(*times)
@@ -73,7 +74,8 @@ def test_what_is_said(times, says, silent, clock):
 
 def test_how_it_shows(clock):
     found = payoff(mlp(), mlp(), torch.randn(3, 8), dls=[(torch.randn(3, 8), torch.tensor([0, 1, 2]))])
-    assert '1.000 ms (0.900 ms – 1.100 ms)' in str(found) and '<table>' in found._repr_html_() and 'latency, batch 64' in found._repr_html_()
+    assert '1.000 ms (0.900 ms – 1.100 ms)' in str(found)
+    assert '<table>' in found._repr_html_() and 'latency, batch 64' in found._repr_html_()
     frame = found.to_frame()
     assert list(frame) == ['what', 'unit', 'dense', 'sparse', 'ratio'] and len(frame) == 10
     ax = found.plot()
@@ -90,9 +92,10 @@ def test_modes_and_inputs(clock):
 
 
 def test_the_training_side_is_not_needed():
-    code = ("import sys, fasterai.deploy; print([m for m in sys.modules if m in ('fastai', 'fasterai.sparsifier', 'fasterai.callback', 'fasterai.granularity', "
-            "'fasterai.dataflow')])")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = ("import sys, fasterai.deploy; print([m for m in sys.modules if m in ('fastai', 'fasterai.sparsifier', "
+            "'fasterai.callback', 'fasterai.granularity', 'fasterai.dataflow')])")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'
 
 
 def test_layers_that_are_stored_sparse_are_counted_as_such(clock):
@@ -101,7 +104,8 @@ def test_layers_that_are_stored_sparse_are_counted_as_such(clock):
     sparse = deepcopy(dense)
     sparse[0] = SparseLinear(dense[0])
     found = payoff(dense, sparse, torch.randn(3, 8))
-    assert rows(found)['multiply-adds'] == (192, 128) and rows(found)['multiply-adds with a weight that is not zero'] == (128, 128)
+    assert rows(found)['multiply-adds'] == (192, 128)
+    assert rows(found)['multiply-adds with a weight that is not zero'] == (128, 128)
     assert 'There are no zeros' not in str(found)
 
 

@@ -13,7 +13,8 @@ def test_dead_weights_are_crossed_out():
     weight = torch.ones(2, 3, 2, 2)
     weight[1, 2] = 0
     ax = plot_kernels(weight)
-    assert crosses(ax) == 4 and crosses(plot_kernels(weight, weight >= 0)) == 0 and crosses(plot_kernels(weight, weight < 0)) == 24
+    assert crosses(ax) == 4 and crosses(plot_kernels(weight, weight >= 0)) == 0
+    assert crosses(plot_kernels(weight, weight < 0)) == 24
     assert crosses(plot_kernels(weight, filters=1)) == 0
     assert plot_kernels(weight, ax=ax) is ax
 
@@ -30,9 +31,12 @@ def test_what_cannot_be_drawn_is_refused():
 def test_weights_before_and_after():
     before = torch.randn(40, 30)
     ax = plot_weights(before, before * (before.abs() > 1))
-    assert ax.get_legend_handles_labels()[1][1].endswith(f'{int((before.abs() <= 1).sum()):,} are zero') and plot_weights(before, before, ax) is ax
+    zeros = int((before.abs() <= 1).sum())
+    assert ax.get_legend_handles_labels()[1][1].endswith(f'{zeros:,} are zero')
+    assert plot_weights(before, before, ax) is ax
 
 
 def test_a_curve_for_each():
     ax = plot_tradeoff({'magnitude': [(90, .8), (50, .9)], 'gradient': [(50, .95)]}, metric='F1')
-    assert [list(line.get_xdata()) for line in ax.lines] == [[50, 90], [50]] and ax.get_ylabel() == 'F1' and len({line.get_color() for line in ax.lines}) == 2
+    assert [list(line.get_xdata()) for line in ax.lines] == [[50, 90], [50]]
+    assert ax.get_ylabel() == 'F1' and len({line.get_color() for line in ax.lines}) == 2

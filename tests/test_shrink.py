@@ -28,8 +28,8 @@ def trained_a_little(model, x):
 
 
 def chain():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 12),
-                         nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(6 * 16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
 
 
 def test_a_chain_by_eye():
@@ -38,10 +38,12 @@ def test_a_chain_by_eye():
     before = deepcopy(model.state_dict())
     Sparsifier(model, 'filter', 'local', example=x).sparsify_model(50)
     small = shrink(model, x)
-    assert [tuple(small[i].weight.shape) for i in (0, 3, 6, 9)] == [(4, 3, 3, 3), (3, 4, 3, 3), (6, 48), (4, 6)] and small[1].num_features == 4
+    shapes = [tuple(small[i].weight.shape) for i in (0, 3, 6, 9)]
+    assert shapes == [(4, 3, 3, 3), (3, 4, 3, 3), (6, 48), (4, 6)] and small[1].num_features == 4
     assert same(small, model, x) and same(small, model, torch.randn(2, 3, 8, 8))
     assert model[0].weight.shape == (8, 3, 3, 3) and set(model.state_dict()) == set(before)
-    assert [m.training for m in small.modules()] == [m.training for m in model.modules()] and all(p.requires_grad for p in small.parameters())
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+    assert all(p.requires_grad for p in small.parameters())
 
 
 def test_it_trains_on_saves_and_copies(tmp_path):
@@ -58,9 +60,12 @@ def test_it_trains_on_saves_and_copies(tmp_path):
 
 
 MODELS = {  # how to make it, the side of a picture, at most so many percent of the parameters are left
-    'resnet18': (lambda: models.resnet18(num_classes=10), 64, 30), 'mobilenet_v2': (lambda: models.mobilenet_v2(num_classes=10), 64, 30),
-    'vgg16_bn': (lambda: models.vgg16_bn(num_classes=10), 64, 30), 'densenet121': (lambda: models.densenet121(num_classes=10), 64, 30),
-    'vision_learner': (lambda: nn.Sequential(create_body(models.resnet18(), pretrained=False), create_head(512, 10)), 64, 30),
+    'resnet18': (lambda: models.resnet18(num_classes=10), 64, 30),
+    'mobilenet_v2': (lambda: models.mobilenet_v2(num_classes=10), 64, 30),
+    'vgg16_bn': (lambda: models.vgg16_bn(num_classes=10), 64, 30),
+    'densenet121': (lambda: models.densenet121(num_classes=10), 64, 30),
+    'vision_learner': (lambda: nn.Sequential(create_body(models.resnet18(), pretrained=False), create_head(512, 10)),
+                       64, 30),
     'DynamicUnet': (lambda: DynamicUnet(create_body(models.resnet18(), pretrained=False), 2, (64, 64)), 64, 60)}
 
 
@@ -81,7 +86,8 @@ def test_what_must_stay_is_said(capsys):
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.out, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(4)
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.out, self.norm = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(4)
         def forward(self, x): return self.out(self.norm(self.a(x) + self.b(x)))
     x, model = torch.randn(2, 3, 5, 5), Sum()
     with torch.no_grad():
@@ -89,7 +95,8 @@ def test_what_must_stay_is_said(capsys):
     small = shrink(model, x)
     said = capsys.readouterr().out
     assert '1 zero filters stay in a: they are added to, or read by, channels that are not zero: coupled=True' in said
-    assert "1 zero filters stay in out: they are the network's output" in said and parameters(small) == parameters(model)
+    assert "1 zero filters stay in out: they are the network's output" in said
+    assert parameters(small) == parameters(model)
     with torch.no_grad():
         model.b.weight[:1], model.b.bias[:1], model.norm.bias[:1] = 0, 0, 1
     shrink(model, x)
@@ -124,7 +131,8 @@ def test_nothing_to_do(capsys):
     x, model = torch.randn(2, 3, 8, 8), chain()
     assert parameters(shrink(model, x)) == parameters(model) and 'no filter is zero' in capsys.readouterr().out
     with pytest.raises(TypeError, match='model: got int'): shrink(3, x)
-    with pytest.raises(ValueError, match=r'example: got \[\(2, 4, 8, 8\)\], on which the model fails'): shrink(model, torch.randn(2, 4, 8, 8))
+    with pytest.raises(ValueError, match=r'example: got \[\(2, 4, 8, 8\)\], on which the model fails'):
+        shrink(model, torch.randn(2, 4, 8, 8))
 
 
 def test_coupled_filters_die_together():
@@ -133,7 +141,8 @@ def test_coupled_filters_die_together():
     sparsifier = Sparsifier(model, 'filter', 'global', example=x, coupled=True)
     sparsifier.sparsify_model(40)
     def dead(m): return (m.weight == 0).flatten(1).all(1)
-    for layers in ([model.conv1, model.layer1[0].conv2, model.layer1[1].conv2], [model.layer3[0].downsample[0], *(b.conv2 for b in model.layer3)]):
+    for layers in ([model.conv1, model.layer1[0].conv2, model.layer1[1].conv2],
+                   [model.layer3[0].downsample[0], *(b.conv2 for b in model.layer3)]):
         assert all(torch.equal(dead(m), dead(layers[0])) for m in layers)
     largest = max(sum(sparsifier.layers[n].grouping.size for n in names) for names in sparsifier.selected.ties)
     report = sparsifier.report()
@@ -144,8 +153,8 @@ def test_coupled_filters_die_together():
 
 
 def test_coupled_depthwise_convolutions():
-    block = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8),
-                          nn.ReLU6(), nn.Conv2d(8, 2, 1))
+    block = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
+                          nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 2, 1))
     x = torch.randn(2, 3, 5, 5)
     sparsifier = Sparsifier(block, 'filter', example=x, coupled=True)
     assert sparsifier.selected.ties == [['0', '3']]
@@ -163,8 +172,10 @@ def test_what_cannot_be_coupled_is_refused(arguments, says):
 def test_what_is_added_to_something_that_is_not_selected_stays():
     x, model = torch.randn(2, 3, 64, 64), models.resnet18(num_classes=10)
     sparsifier = Sparsifier(model, 'filter', layers=['layer1', 'layer2'], example=x, coupled=True)
-    assert 'is added to what is not selected' in sparsifier.skipped['layer1.0.conv2'] and 'layer2.0.conv2' in sparsifier.layers
-    with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, allowed with coupled=True is the same for all of 'layer2.0.conv2', 'lay"):
+    assert 'is added to what is not selected' in sparsifier.skipped['layer1.0.conv2']
+    assert 'layer2.0.conv2' in sparsifier.layers
+    with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, allowed with coupled=True is the same "
+                                         "for all of 'layer2.0.conv2', 'lay"):
         sparsifier.sparsify_layer('layer2.0.conv2', 50)
 
 
@@ -191,8 +202,10 @@ def test_an_example_that_hides_the_difference_is_not_trusted():
     def run(s, x):
         x = s.norm(s.a(x)).relu()
         n, c, *space = x.shape
-        return s.out(s.norm2(s.b(x.view(n, 2, c // 2, *space).transpose(1, 2).reshape(n, c, *space))).relu().mean((2, 3)))  # a channel shuffle
-    model = Made(run, a=conv(3, 8, bias=False), norm=nn.BatchNorm2d(8), b=conv(8, 8, bias=False), norm2=nn.BatchNorm2d(8), out=nn.Linear(8, 2))
+        shuffled = x.view(n, 2, c // 2, *space).transpose(1, 2).reshape(n, c, *space)
+        return s.out(s.norm2(s.b(shuffled)).relu().mean((2, 3)))
+    model = Made(run, a=conv(3, 8, bias=False), norm=nn.BatchNorm2d(8), b=conv(8, 8, bias=False),
+                 norm2=nn.BatchNorm2d(8), out=nn.Linear(8, 2))
     with torch.no_grad(): model.a.weight[[0, 1, 5, 6]] = 0
     assert same(shrink(model, torch.zeros(1, 3, 8, 8)), model, torch.randn(2, 3, 8, 8))
 
@@ -202,8 +215,10 @@ def test_grouped_convolutions_and_gates_do_not_end_it(capsys):
     model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8, groups=2), nn.ReLU(), conv(8, 4), nn.ReLU(), conv(4, 2))
     dead(model[0], model[4])
     small = shrink(model, x)
-    assert same(small, model, x) and len(small[4].weight) == 2 and '2 zero filters stay in 0: they meet a grouped convolution' in capsys.readouterr().out
-    model = Made(lambda s, x: s.out(s.b((y := s.a(x)) * s.gate(y).sigmoid())), a=conv(3, 8), gate=conv(8, 1), b=conv(8, 6), out=conv(6, 2))
+    assert same(small, model, x) and len(small[4].weight) == 2
+    assert '2 zero filters stay in 0: they meet a grouped convolution' in capsys.readouterr().out
+    model = Made(lambda s, x: s.out(s.b((y := s.a(x)) * s.gate(y).sigmoid())),
+                 a=conv(3, 8), gate=conv(8, 1), b=conv(8, 6), out=conv(6, 2))
     dead(model.a, model.b)
     small = shrink(model, x)
     assert same(small, model, x) and len(small.b.weight) == 4
@@ -215,7 +230,8 @@ def test_a_weight_that_is_shared_stays_shared(capsys):
     dead(model[0], model[2])
     x = torch.randn(3, 4)
     small = shrink(model, x)
-    assert small[4].weight is small[2].weight and same(small, model, x) and 'they meet a weight that several layers share' in capsys.readouterr().out
+    assert small[4].weight is small[2].weight and same(small, model, x)
+    assert 'they meet a weight that several layers share' in capsys.readouterr().out
 
 
 def test_the_model_is_not_touched_by_what_it_remembers():
@@ -234,7 +250,8 @@ def test_the_model_is_not_touched_by_what_it_remembers():
 
 
 def test_sums_that_broadcast_are_not_tied():
-    x, model = torch.randn(2, 3, 5, 5), Made(lambda s, x: s.out(s.a(x) + s.b(x)), a=conv(3, 8), b=conv(3, 1), out=conv(8, 2))
+    x = torch.randn(2, 3, 5, 5)
+    model = Made(lambda s, x: s.out(s.a(x) + s.b(x)), a=conv(3, 8), b=conv(3, 1), out=conv(8, 2))
     sparsifier = Sparsifier(model, 'filter', 'local', example=x, coupled=True)
     sparsifier.sparsify_model(50)
     assert sparsifier.selected.ties == [] and same(shrink(model, x, verbose=False), model, x)

@@ -19,19 +19,22 @@ def zeroed(layer, share=.95):
 
 def blocks(layer, side):
     "Blocks on the diagonal."
-    with torch.no_grad(): layer.weight.mul_(torch.eye(layer.weight.shape[0] // side).repeat_interleave(side, 0).repeat_interleave(side, 1))
+    diagonal = torch.eye(layer.weight.shape[0] // side).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    with torch.no_grad(): layer.weight.mul_(diagonal)
     return layer
 
 
 @pytest.mark.parametrize('layer, x', [
-    (nn.Linear(24, 16), (5, 24)), (nn.Linear(24, 16, bias=False), (24,)), (nn.Linear(24, 16), (2, 3, 24)), (nn.Conv2d(24, 16, 1), (3, 24, 5, 4)),
-    (nn.Conv2d(24, 16, 1, stride=2), (2, 24, 5, 4)), (nn.Conv2d(24, 16, 1, stride=(1, 3), bias=False), (1, 24, 5, 7))], ids=str)
+    (nn.Linear(24, 16), (5, 24)), (nn.Linear(24, 16, bias=False), (24,)), (nn.Linear(24, 16), (2, 3, 24)),
+    (nn.Conv2d(24, 16, 1), (3, 24, 5, 4)), (nn.Conv2d(24, 16, 1, stride=2), (2, 24, 5, 4)),
+    (nn.Conv2d(24, 16, 1, stride=(1, 3), bias=False), (1, 24, 5, 7))], ids=str)
 @pytest.mark.parametrize('side', [1, 8])
 def test_a_sparse_layer_computes_the_same(layer, x, side):
     layer = zeroed(layer, .7)
     sparse, x = SparseLinear(layer, side), torch.randn(x)
     assert sparse(x).shape == layer(x).shape and agree([sparse(x)], [layer(x)], 1e-5)
-    for other in (deepcopy(sparse), sparse.to(torch.float64).to(torch.float32)): assert agree([other(x)], [layer(x)], 1e-5)
+    for other in (deepcopy(sparse), sparse.to(torch.float64).to(torch.float32)):
+        assert agree([other(x)], [layer(x)], 1e-5)
 
 
 def test_it_saves_and_loads(tmp_path):
@@ -46,9 +49,10 @@ def test_it_saves_and_loads(tmp_path):
 
 
 @pytest.mark.parametrize('layer, kinds', [
-    (zeroed(nn.Linear(32, 32)), ['CSR']), (blocks(nn.Linear(64, 64), 16), ['CSR', 'BSR 16 × 16']), (nn.Linear(32, 32), []),
-    (zeroed(nn.Conv2d(32, 32, 1)), ['CSR']), (zeroed(nn.Conv2d(32, 32, 3)), []), (zeroed(nn.Conv2d(32, 32, 1, groups=2)), []),
-    (zeroed(nn.Conv2d(32, 32, 1, padding=1)), []), (zeroed(nn.Linear(32, 32)).double(), []), (nn.ReLU(), [])], ids=str)
+    (zeroed(nn.Linear(32, 32)), ['CSR']), (blocks(nn.Linear(64, 64), 16), ['CSR', 'BSR 16 × 16']),
+    (nn.Linear(32, 32), []), (zeroed(nn.Conv2d(32, 32, 1)), ['CSR']), (zeroed(nn.Conv2d(32, 32, 3)), []),
+    (zeroed(nn.Conv2d(32, 32, 1, groups=2)), []), (zeroed(nn.Conv2d(32, 32, 1, padding=1)), []),
+    (zeroed(nn.Linear(32, 32)).double(), []), (nn.ReLU(), [])], ids=str)
 def test_what_a_layer_could_be(layer, kinds): assert list(realisations(layer)) == kinds
 
 
@@ -60,11 +64,15 @@ def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
     def clock(calls, *rest, **more): return [Latency(s, s * .9, s * 1.1) for s in (1., .5, .4)[:len(calls)]]
     monkeypatch.setattr(MODULE, 'side_by_side', clock)
     new = speed_up(model, x)
-    assert [type(m).__name__ for m in new] == ['SparseLinear', 'ReLU', 'SparseLinear', 'Linear'] and agree(outputs(new, (x,)), outputs(model, (x,)), 1e-5)
+    assert [type(m).__name__ for m in new] == ['SparseLinear', 'ReLU', 'SparseLinear', 'Linear']
+    assert agree(outputs(new, (x,)), outputs(model, (x,)), 1e-5)
     said = capsys.readouterr().out
-    assert 'CSR 500.000 ms  CSR' in said and 'the whole model: 1000.000 ms before, 500.000 ms after: 2.00 × as fast' in said
+    assert 'CSR 500.000 ms  CSR' in said
+    assert 'the whole model: 1000.000 ms before, 500.000 ms after: 2.00 × as fast' in said
     assert [type(m).__name__ for m in model] == ['Linear', 'ReLU', 'Linear', 'Linear']
-    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s * .9, s * 1.1) for s in (1., .95)[:len(calls)]])
+
+    def clock(calls, *rest, **more): return [Latency(s, s * .9, s * 1.1) for s in (1., .95)[:len(calls)]]
+    monkeypatch.setattr(MODULE, 'side_by_side', clock)
     assert 'nothing here is faster than dense' in (speed_up(model, x), capsys.readouterr().out)[1]  # within the noise
 
 
@@ -72,7 +80,8 @@ def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys):
     model, x = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU()), torch.randn(3, 16)
     answers = iter([(1., .5), (1., 1.5), (1.,)])
     monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in next(answers)])
-    assert type(speed_up(model, x)[0]) is nn.Linear and '1500.000 ms after, within the noise or slower, so all layers stay dense' in capsys.readouterr().out
+    assert type(speed_up(model, x)[0]) is nn.Linear
+    assert '1500.000 ms after, within the noise or slower, so all layers stay dense' in capsys.readouterr().out
     monkeypatch.setattr(SparseLinear, '_product', lambda self, x: x.new_ones(self.size[0], x.shape[1]))
     assert type(speed_up(model, x)[0]) is nn.Linear and 'CSR: other outputs' in capsys.readouterr().out
 
@@ -111,14 +120,17 @@ def test_the_clock():
 
 def test_bad_arguments():
     with pytest.raises(TypeError, match='model: got int'): speed_up(3, torch.randn(2))
-    with pytest.raises(ValueError, match=r'example: got \[\(2, 3\)\], on which the model fails'): speed_up(nn.Linear(4, 4), torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r'example: got \[\(2, 3\)\], on which the model fails'):
+        speed_up(nn.Linear(4, 4), torch.randn(2, 3))
 
 
 def test_batches_of_nothing_autocast_and_single_items():
     linear, conv = zeroed(nn.Linear(8, 6)), zeroed(nn.Conv2d(8, 6, 1, stride=2))
-    for layer, x in ((linear, torch.randn(0, 8)), (linear, torch.randn(2, 0, 8)), (conv, torch.randn(0, 8, 5, 5)), (conv, torch.randn(8, 5, 5))):
+    for layer, x in ((linear, torch.randn(0, 8)), (linear, torch.randn(2, 0, 8)),
+                     (conv, torch.randn(0, 8, 5, 5)), (conv, torch.randn(8, 5, 5))):
         assert SparseLinear(layer)(x).shape == layer(x).shape
-    with torch.autocast('cpu', torch.bfloat16): assert agree([SparseLinear(linear)(torch.ones(2, 8).bfloat16())], [linear(torch.ones(2, 8))], .05)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert agree([SparseLinear(linear)(torch.ones(2, 8).bfloat16())], [linear(torch.ones(2, 8))], .05)
 
 
 def test_a_single_layer(monkeypatch):

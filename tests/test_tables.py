@@ -3,11 +3,14 @@ from fasterai.tables import as_html, as_text
 ROWS = [('layer', 'weights'), ('a', '1,000'), ('<b>', '2'), ('all', '1,002')]
 
 
-def test_as_text(): assert as_text(iter(ROWS), foot=1).split('\n') == ['layer  weights', '─' * 14, 'a        1,000', '<b>          2', '─' * 14,
-                                                                       'all      1,002']
+def test_as_text():
+    lines = as_text(iter(ROWS), foot=1).split('\n')
+    assert lines == ['layer  weights', '─' * 14, 'a        1,000', '<b>          2', '─' * 14, 'all      1,002']
 
 
-def test_columns_to_the_left(): assert as_text([('a', 'b'), ('1', '200'), ('20', '3')], left=2).split('\n') == ['a   b', '─' * 7, '1   200', '20  3']
+def test_columns_to_the_left():
+    lines = as_text([('a', 'b'), ('1', '200'), ('20', '3')], left=2).split('\n')
+    assert lines == ['a   b', '─' * 7, '1   200', '20  3']
 
 
 def test_as_html():
