@@ -119,7 +119,8 @@ def differing(
 ) -> np.ndarray:  # ints
     "Find the positions at which two masks differ."
     if len(some) % 8: return np.flatnonzero(some ^ others)
-    # Few entries differ, so most words of eight bytes are equal: compare words, then the bytes of those that differ.
+    # Few entries differ, so most words of eight bytes are equal: compare words, then the bytes of those
+    # that differ.
     some, others = some.view(np.uint64), others.view(np.uint64)
     words = np.flatnonzero(some != others)
     at = np.flatnonzero((some[words] ^ others[words]).view(bool))

@@ -163,7 +163,7 @@ def test_coupled_depthwise_convolutions():
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (dict(granularity='weight'), "coupled: got True with granularity='weight', allowed is 'filter'"),
+    (dict(granularity='weight'), "coupled: got True with granularity='weight', expected 'filter'"),
     (dict(granularity='filter', context='erk'), "coupled: got True with context='erk'")])
 def test_what_cannot_be_coupled_is_refused(arguments, says):
     with pytest.raises(ValueError, match=says): Sparsifier(chain(), **arguments, coupled=True)
@@ -174,7 +174,7 @@ def test_what_is_added_to_something_that_is_not_selected_stays():
     sparsifier = Sparsifier(model, 'filter', layers=['layer1', 'layer2'], example=x, coupled=True)
     assert 'is added to what is not selected' in sparsifier.skipped['layer1.0.conv2']
     assert 'layer2.0.conv2' in sparsifier.layers
-    with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, allowed with coupled=True is the same "
+    with pytest.raises(ValueError, match="got one for 'layer2.0.conv2' alone, expected the same "
                                          "for all of 'layer2.0.conv2', 'lay"):
         sparsifier.sparsify_layer('layer2.0.conv2', 50)
 
