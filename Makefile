@@ -3,13 +3,16 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DESCRIPTION := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2
+
+lint: .venv/installed-dev
+	$(RUN) -m ruff check .
 
 docs: .venv/installed-dev
 	$(RUN) -W ignore::FutureWarning docs/tables.py

@@ -22,6 +22,7 @@ setup(
     license=about['license'],
     license_files=['LICENSE'],
     packages=['fasterai', 'fasterai.deploy'],
+    package_data={'fasterai': ['py.typed']},
     python_requires='>=' + about['min_python'],
     install_requires=about['requirements'].split(),
     extras_require={'deploy': about['deploy_requirements'].split(),

@@ -13,7 +13,7 @@ from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.callback import SparsifyCallback
 from fasterai.granularity import block, head
 from fasterai.schedule import SCHEDULES, iterative
 from fasterai.sparsifier import Sparsifier
@@ -83,12 +83,15 @@ def digest(model, sparsifier=None):
 
 def scatter(model, draw):
     "Zeros that come in: single weights, ties, or whole filters."
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         kind = draw.choice(['none', 'none', 'some', 'ties', 'filters'])
         with torch.no_grad():
             if kind == 'some': weight[torch.rand_like(weight) < draw.random()] = 0
             if kind == 'ties': weight.copy_((weight * 4).round() / 4)
             if kind == 'filters' and weight.ndim > 1: weight[torch.rand(len(weight)) < .4] = 0
+
+
+def by_position(weight): return weight.float().cumsum(-1).abs()
 
 
 def case(seed):
@@ -102,8 +105,7 @@ def case(seed):
     inputs = example.to(dtype) if example.is_floating_point() else example
     granularity, context = draw.choice(GRANULARITIES), draw.choice(CONTEXTS)
     if ':' in context and draw.random() < .8: granularity = 'weight'
-    own = lambda weight: weight.float().cumsum(-1).abs()
-    criteria = draw.choice(['magnitude', 'magnitude', 'gradient', own])
+    criteria = draw.choice(['magnitude', 'magnitude', 'gradient', by_position])
     more = {}
     if draw.random() < .2: more['min_keep'] = draw.choice([1, 5, .05, .3])
     if granularity == 'filter' and draw.random() < .5: more['coupled'] = True

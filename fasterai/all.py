@@ -1,11 +1,23 @@
-"All that one needs, for `from fasterai.all import *`."
+"Import all that one needs: `from fasterai.all import *`."
 from fasterai.callback import KeepSparse, SparsifyCallback
 from fasterai.granularity import add_layer_type, block, head
 from fasterai.plot import plot_kernels, plot_tradeoff, plot_weights
 from fasterai.report import Report
-from fasterai.schedule import cosine, dense_sparse_dense, gradual, iterative, linear, one_cycle, one_shot, plot_schedule
+from fasterai.schedule import (
+    cosine,
+    dense_sparse_dense,
+    gradual,
+    iterative,
+    linear,
+    one_cycle,
+    one_shot,
+    plot_schedule,
+)
 from fasterai.sensitivity import sensitivity
 from fasterai.sparsifier import Sparsifier
 
-__all__ = ['SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type', 'one_shot', 'iterative', 'gradual',
-           'linear', 'cosine', 'one_cycle', 'dense_sparse_dense', 'plot_schedule', 'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff']
+__all__ = [
+    'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type',
+    'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense', 'plot_schedule',
+    'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
+]

@@ -50,7 +50,8 @@ class KeepSparse(FastaiCallback):
 
     def before_step(self):
         if not self.active: return
-        self.sparsifier.evidence.step()
+        self.sparsifier.evidence.step()  # from gradients as they are, before any is masked
+        self._prune()
         if not self.state_masked: self._mask_optimizer_state()
         self.sparsifier.mask_gradients()
 
@@ -60,6 +61,8 @@ class KeepSparse(FastaiCallback):
     def after_train(self):
         "Mask again: another callback may have moved weights, and they are validated and saved next."
         if self.active: self.sparsifier.apply_masks()
+
+    def _prune(self): "Make an event. This callback only keeps zeros, and makes none."
 
     def _only_validates(self):
         "Tell whether this is `validate` or `get_preds`, perhaps in the middle of a fit. They hold the lock."
@@ -159,11 +162,6 @@ class SparsifyCallback(KeepSparse):
         if not self.active or not self.training or self.state_masked: return
         self.sparsifier.selected.resolve()
         self._wanted()
-
-    def before_step(self):
-        if not self.active: return
-        self._prune()
-        super().before_step()
 
     def after_train(self):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."

@@ -155,7 +155,7 @@ def prune_together(
                  if cost and layer.remaining - cost < floors[layer]]
         if not below and not at_floor and not everything:
             below = _best_of_all(order.layers, removed)
-            floors |= {layer: 1 for layer in below}
+            floors |= dict.fromkeys(below, 1)
         if not below: break
         at_floor |= {layer: _keep_floor(layer, floors[layer]) for layer in below}
         warned += [layer.name for layer in below if layer.floor is None]

@@ -10,7 +10,6 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 

@@ -181,7 +181,7 @@ def _flow(model, example):
         warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code '
                       f'({type(error).__name__}: {error}), so its output layer is not left alone '
                       'and the BatchNorm of a dead filter stays: '
-                      'pass Sparsifier(…, example=one batch of inputs)')
+                      'pass Sparsifier(…, example=one batch of inputs)', stacklevel=2)
         return None
 
 

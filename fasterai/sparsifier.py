@@ -193,7 +193,8 @@ def _warn_nearly_empty(budgets, change):
     "Name the layers that an event took below 1 % of their weights, where less than 99 % was asked for."
     layers = [layer for budget in budgets if budget.fraction < Fraction(99, 100) for layer in budget.layers]
     before, after = change.before, change.after
-    names = [l.name for l in layers if after[l.name].nearly_empty and not before[l.name].nearly_empty]
+    names = [layer.name for layer in layers]
+    names = [name for name in names if after[name].nearly_empty and not before[name].nearly_empty]
     if not names: return
     have = 'have' if len(names) > 1 else 'has'
     warnings.warn(f'sparsity: {", ".join(map(repr, names))} {have} less than 1 % of the weights left, '

@@ -1,56 +1,62 @@
-"How do other libraries and papers call it? Words that people type, and what they are called here."
+"List what other libraries and papers call things, and what to write here. The errors for unknown words look it up."
 
-# For each argument: a word in lower case, with underscores, and what to write here.
+
+def _rows(table):
+    "Return {word: what to write} of a table {what to write: words}."
+    return {word: meant for meant, words in table.items() for word in words.split()}
+
+
+# For each argument what to write, and the words that mean it: in lower case, with underscores.
 VALUES = {
-    'granularity': {
-        **dict.fromkeys(('unstructured', 'fine_grained', 'element', 'elementwise', 'individual', 'parameter'), "'weight'"),
-        **dict.fromkeys(('structured', 'output_channel', 'out_channel', 'out_channels', 'neuron', 'neurons', 'unit'), "'filter'"),
-        **dict.fromkeys(('input_channel', 'in_channel', 'in_channels'), "'channel'"),
-        **dict.fromkeys(('2:4', 'n:m', 'nm', 'semi_structured'), "context='2:4'"),
-        **dict.fromkeys(('block', 'blocks', 'block_sparse'), 'block(4, 4)'),
-        **dict.fromkeys(('head', 'heads', 'attention_head'), 'head(8), with the number of heads'),
-    },
-    'context': {
-        **dict.fromkeys(('layerwise', 'layer_wise', 'layer', 'per_layer', 'uniform'), "'local'"),
-        **dict.fromkeys(('globally', 'network', 'model', 'all', 'unstructured'), "'global'"),
-        **dict.fromkeys(('er', 'erdos_renyi', 'erdos_renyi_kernel'), "'erk'"),
-        **dict.fromkeys(('2_4', '2/4', '2of4', 'n:m', 'nm', 'semi_structured'), "'2:4'"),
-    },
-    'criteria': {
-        **dict.fromkeys(('l1', 'l1_norm', 'l1norm', 'ln', 'l2', 'l2_norm', 'abs', 'weight', 'large_final'), "'magnitude'"),
-        **dict.fromkeys(('saliency', 'taylor', 'snip', 'grad', 'gradients', 'first_order', 'sensitivity'), "'gradient'"),
-        **dict.fromkeys(('random', 'rand'), 'lambda weight: torch.rand_like(weight)'),
-    },
-    'schedule': {
-        **dict.fromkeys(('agp', 'cubic', 'polynomial', 'poly', 'zhu_gupta', 'sched_agp'), "'gradual'"),
-        **dict.fromkeys(('oneshot', 'sched_oneshot', 'immediate', 'once'), "'one_shot'"),
-        **dict.fromkeys(('multi_step', 'steps', 'sched_iterative', 'imp'), "'iterative'"),
-        **dict.fromkeys(('cos', 'sched_cos', 'annealing_cos', 'cosine_annealing'), "'cosine'"),
-        **dict.fromkeys(('lin', 'sched_lin'), "'linear'"),
-        **dict.fromkeys(('onecycle', 'sched_onecycle'), "'one_cycle'"),
-        **dict.fromkeys(('dsd', 'sched_dsd'), "'dense_sparse_dense'"),
-    },
+    'granularity': _rows({
+        "'weight'": 'unstructured fine_grained element elementwise individual parameter',
+        "'filter'": 'structured output_channel out_channel out_channels neuron neurons unit',
+        "'channel'": 'input_channel in_channel in_channels',
+        "context='2:4'": '2:4 n:m nm semi_structured',
+        'block(4, 4)': 'block blocks block_sparse',
+        'head(8), with the number of heads': 'head heads attention_head',
+    }),
+    'context': _rows({
+        "'local'": 'layerwise layer_wise layer per_layer uniform',
+        "'global'": 'globally network model all unstructured',
+        "'erk'": 'er erdos_renyi erdos_renyi_kernel',
+        "'2:4'": '2_4 2/4 2of4 n:m nm semi_structured',
+    }),
+    'criteria': _rows({
+        "'magnitude'": 'l1 l1_norm l1norm ln l2 l2_norm abs weight large_final',
+        "'gradient'": 'saliency taylor snip grad gradients first_order sensitivity',
+        'lambda weight: torch.rand_like(weight)': 'random rand',
+    }),
+    'schedule': _rows({
+        "'gradual'": 'agp cubic polynomial poly zhu_gupta sched_agp',
+        "'one_shot'": 'oneshot sched_oneshot immediate once',
+        "'iterative'": 'multi_step steps sched_iterative imp',
+        "'cosine'": 'cos sched_cos annealing_cos cosine_annealing',
+        "'linear'": 'lin sched_lin',
+        "'one_cycle'": 'onecycle sched_onecycle',
+        "'dense_sparse_dense'": 'dsd sched_dsd',
+    }),
 }
 
-# Names of arguments, and what to write here.
-ARGUMENTS = {
-    **dict.fromkeys(('criterion', 'importance', 'method', 'saliency'), 'criteria='),
-    **dict.fromkeys(('amount', 'target_sparsity', 'final_sparsity', 'end_sparsity', 'ratio', 'pruning_ratio', 'sparsities'), 'sparsity='),
-    **dict.fromkeys(('scope', 'local', 'global_pruning', 'pattern'), 'context='),
-    **dict.fromkeys(('structure', 'pruning_type', 'group'), 'granularity='),
-    **dict.fromkeys(('sched', 'sched_func', 'schedule_func', 'scheduler'), 'schedule='),
-    **dict.fromkeys(('start', 'end', 'start_epoch', 'end_epoch', 'begin_step', 'end_step'), 'schedule=gradual(start=.1, end=.75)'),
-    **dict.fromkeys(('layer', 'layer_type', 'modules', 'parameters', 'targets'), 'layers='),
-    **dict.fromkeys(('example_input', 'example_inputs', 'inputs', 'x'), 'example='),
-    **dict.fromkeys(('min_weights', 'floor'), 'min_keep='),
-}
+# Names of arguments.
+ARGUMENTS = _rows({
+    'criteria=': 'criterion importance method saliency',
+    'sparsity=': 'amount target_sparsity final_sparsity end_sparsity ratio pruning_ratio sparsities',
+    'context=': 'scope local global_pruning pattern',
+    'granularity=': 'structure pruning_type group',
+    'schedule=': 'sched sched_func schedule_func scheduler',
+    'schedule=gradual(start=.1, end=.75)': 'start end start_epoch end_epoch begin_step end_step',
+    'layers=': 'layer layer_type modules parameters targets',
+    'example=': 'example_input example_inputs inputs x',
+    'min_keep=': 'min_weights floor',
+})
 
-# Names of methods and attributes of a Sparsifier, and what to write here.
-METHODS = {
-    **dict.fromkeys(('prune', 'sparsify', 'prune_model', 'step', 'compress', 'apply'), 'sparsify_model(50)'),
-    **dict.fromkeys(('prune_layer',), "sparsify_layer('name', 50)"),
-    **dict.fromkeys(('mask', 'get_masks'), "masks['name']"),
-    **dict.fromkeys(('mask_weights', 'mask_model', 'apply_mask', 'restore_masks'), 'apply_masks()'),
-    **dict.fromkeys(('summary', 'print_sparsity', 'get_sparsity', 'stats'), 'report()'),
-    **dict.fromkeys(('remove', 'finalize', 'make_permanent'), 'detach(); the weights hold the zeros, and there is nothing to remove'),
-}
+# Names of methods and attributes of a Sparsifier.
+METHODS = _rows({
+    'sparsify_model(50)': 'prune sparsify prune_model step compress apply',
+    "sparsify_layer('name', 50)": 'prune_layer',
+    "masks['name']": 'mask get_masks',
+    'apply_masks()': 'mask_weights mask_model apply_mask restore_masks',
+    'report()': 'summary print_sparsity get_sparsity stats',
+    'detach(); the weights hold the zeros, and there is nothing to remove': 'remove finalize make_permanent',
+})

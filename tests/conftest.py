@@ -1,4 +1,5 @@
 "Small networks and learners that the tests share."
+from fractions import Fraction
 from functools import partial
 
 import matplotlib
@@ -11,6 +12,9 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import TensorDataset
+
+from fasterai.context import CONTEXTS
+from fasterai.selection import LayerGroups
 
 matplotlib.use('Agg')
 torch.set_num_threads(1)  # the tests run side by side, and small networks gain nothing
@@ -45,3 +49,37 @@ def new_learner(path, model=None, batches=4, bs=8, **kwargs):
 
 @pytest.fixture
 def make_learner(tmp_path): return partial(new_learner, tmp_path)
+
+
+# Of a model and its Sparsifier
+
+def zeros(model):
+    "How many zeros there are in each weight."
+    weights = {n: p for n, p in model.named_parameters() if n.endswith('weight') and p.ndim > 1}
+    return {n: int((p == 0).sum()) for n, p in weights.items()}
+
+
+def tensors_of(sparsifier):
+    "Copies of all parameters and masks."
+    parameters = [p.detach().clone() for p in sparsifier.model.parameters()]
+    return parameters + [sparsifier.masks[n].clone() for n in sparsifier.layers]
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Of groups without a model
+
+INF = torch.inf
+
+
+def layer(name, scores, size=1, cost=None, **more):
+    "Groups with a score each; -inf is pruned already; one cost for all or one each."
+    scores = torch.tensor(scores, dtype=torch.float32)
+    costs = None if cost is None else torch.tensor(cost)
+    return LayerGroups(name, len(scores) * size, size, scores > -INF, lambda where: scores[where].nan_to_num(neginf=0.), costs, **more)
+
+
+def kept(context, layers, share):
+    "What a context keeps, as lists of 0 and 1."
+    return [keep.int().tolist() for keep in CONTEXTS[context](layers, Fraction(share))]

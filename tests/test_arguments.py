@@ -1,9 +1,20 @@
+import inspect
+import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from conftest import convnet
 
 from fasterai.arguments import nearest, one_of, percent
+from fasterai.callback import SparsifyCallback
+from fasterai.context import CONTEXTS
+from fasterai.criteria import CRITERIA
+from fasterai.granularity import GRANULARITIES, block, head
+from fasterai.schedule import SCHEDULES
+from fasterai.sparsifier import Sparsifier
+from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
 
 
 @pytest.mark.parametrize('written, share', [
@@ -34,3 +45,85 @@ def test_names():
         one_of('context', 'globl', table)
     with pytest.raises(TypeError, match='context: got 3, expected one of local, global'): one_of('context', 3, table)
     assert nearest('xyz', table) == ''
+
+
+# What people type in a first hour, and what they are told to write
+
+def new(**arguments): return Sparsifier(convnet(), **arguments)
+def cut(sparsity): return Sparsifier(convnet()).sparsify_model(sparsity)
+
+
+TYPED = [
+    (lambda: new(criteria='l1'), "criteria: got 'l1', expected one of magnitude, gradient, .*; did you mean 'magnitude'?"),
+    (lambda: new(criteria='L1-norm'), "did you mean 'magnitude'?"),
+    (lambda: new(criteria='l2'), "did you mean 'magnitude'?"),
+    (lambda: new(criteria='large_final'), "did you mean 'magnitude'?"),
+    (lambda: new(criteria='saliency'), "did you mean 'gradient'?"),
+    (lambda: new(criteria='taylor'), "did you mean 'gradient'?"),
+    (lambda: new(criteria='snip'), "did you mean 'gradient'?"),
+    (lambda: new(criteria='random'), r"did you mean lambda weight: torch.rand_like\(weight\)?"),
+    (lambda: new(granularity='unstructured'), "granularity: got 'unstructured', .*; did you mean 'weight'?"),
+    (lambda: new(granularity='fine-grained'), "did you mean 'weight'?"),
+    (lambda: new(granularity='structured'), "did you mean 'filter'?"),
+    (lambda: new(granularity='neuron'), "did you mean 'filter'?"),
+    (lambda: new(granularity='filters'), "did you mean 'filter'?"),
+    (lambda: new(granularity='out_channels'), "did you mean 'filter'?"),
+    (lambda: new(granularity='channel', coupled=True), "granularity='channel', expected 'filter', which prunes output channels"),
+    (lambda: new(granularity='2:4'), "did you mean context='2:4'?"),
+    (lambda: new(granularity='block'), r"did you mean block\(4, 4\)?"),
+    (lambda: new(context='layerwise'), "context: got 'layerwise', .*; did you mean 'local'?"),
+    (lambda: new(context='layer-wise'), "did you mean 'local'?"),
+    (lambda: new(context='uniform'), "did you mean 'local'?"),
+    (lambda: new(context='network'), "did you mean 'global'?"),
+    (lambda: new(context='erdos_renyi'), "did you mean 'erk'?"),
+    (lambda: new(context='2-4'), "did you mean '2:4'?"),
+    (lambda: SparsifyCallback(50, schedule='agp'), "schedule: got 'agp', .*; did you mean 'gradual'?"),
+    (lambda: SparsifyCallback(50, schedule='cubic'), "did you mean 'gradual'?"),
+    (lambda: SparsifyCallback(50, schedule='polynomial'), "did you mean 'gradual'?"),
+    (lambda: SparsifyCallback(50, schedule='one-shot'), "did you mean 'one_shot'?"),
+    (lambda: SparsifyCallback(50, schedule='dsd'), "did you mean 'dense_sparse_dense'?"),
+    (lambda: new(criterion='magnitude'), 'criterion: got an argument of this name, expected one of model, .*; did you mean criteria=?'),
+    (lambda: SparsifyCallback(50, criterion='l1'), 'did you mean criteria=?'),
+    (lambda: SparsifyCallback(amount=50), 'did you mean sparsity=?'),
+    (lambda: SparsifyCallback(50, sched_func='agp'), 'did you mean schedule=?'),
+    (lambda: SparsifyCallback(50, start_epoch=2), r'did you mean schedule=gradual\(start=.1, end=.75\)?'),
+    (lambda: new(example_inputs=1), 'did you mean example=?'),
+    (lambda: new(granularty='filter'), "did you mean 'granularity'?"),
+    (lambda: new().prune(50), r"Sparsifier has no 'prune'; did you mean sparsify_model\(50\)?"),
+    (lambda: new().sparsify(50), r'did you mean sparsify_model\(50\)?'),
+    (lambda: new().get_sparsity(), r'did you mean report\(\)?'),
+    (lambda: new().remove(), r'did you mean detach\(\)'),
+    (lambda: new().sparsify_modell(50), "did you mean 'sparsify_model'?"),
+    (lambda: cut(.5), 'sparsity: got 0.5, expected 0, or 1 to 100 percent: write 50 for 50 %'),
+    (lambda: cut('50%'), "sparsity: got '50%', expected a number from 0 to 100, the percentage of zeros; did you mean 50?"),
+    (lambda: cut(-1), 'expected a number from 0 to 100'),
+]
+
+
+@pytest.mark.parametrize('typed, says', TYPED, ids=[says[:40] for _, says in TYPED])
+def test_what_people_type_is_answered_by_what_to_write(typed, says):
+    with pytest.raises((ValueError, TypeError, AttributeError), match=says.replace('?', r'\?')): typed()
+
+
+@pytest.mark.parametrize('argument', VALUES)
+def test_a_synonym_means_something_that_there_is(argument):
+    "What the hint says can be written: it is tried."
+    read = {'granularity': lambda v: new(granularity=v, layers='0'), 'context': lambda v: new(context=v, layers='3'),
+            'criteria': lambda v: new(criteria=v), 'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
+    for meant in VALUES[argument].values():
+        if meant.startswith('context='): continue  # it belongs to another argument, and is tried there
+        read(eval(meant.split(',')[0] if meant.startswith('head') else meant, {'block': block, 'head': lambda n: head(2), 'torch': torch}))
+
+
+def test_names_of_arguments_and_methods_mean_something_that_there_is():
+    known = {*inspect.signature(Sparsifier).parameters, *inspect.signature(SparsifyCallback).parameters}
+    assert {meant.split('=')[0] for meant in ARGUMENTS.values()} <= known
+    for meant in METHODS.values(): assert hasattr(new(), re.match(r'\w+', meant)[0])
+
+
+def test_an_argument_that_is_there_is_no_synonym():
+    known = {*inspect.signature(Sparsifier).parameters, *inspect.signature(SparsifyCallback).parameters}
+    assert not known & set(ARGUMENTS)
+    assert not set(METHODS) & set(dir(new()))
+    tables = {'granularity': GRANULARITIES, 'context': CONTEXTS, 'criteria': CRITERIA, 'schedule': SCHEDULES}
+    for argument, table in tables.items(): assert not set(table) & set(VALUES[argument])

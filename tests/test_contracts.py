@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 import torch
-from fastai.optimizer import OptimWrapper, SGD, Adam
+from conftest import convnet
+from fastai.optimizer import SGD, Adam, OptimWrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,7 +17,6 @@ from fasterai.criteria import CRITERIA
 from fasterai.granularity import GRANULARITIES, block
 from fasterai.schedule import SCHEDULES
 from fasterai.sparsifier import Sparsifier
-from conftest import convnet
 
 LEVELS = (0, 1, 33, 50, 90, 99, 100)
 LAYERS = {

@@ -2,9 +2,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import convnet
 from torch import nn
 
-from conftest import convnet
 from fasterai.deploy.export import export_onnx
 from fasterai.sparsifier import Sparsifier
 

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
+from conftest import convnet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import convnet
 from fasterai.deploy.files import load_sparse, save_sparse
 
 

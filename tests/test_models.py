@@ -6,8 +6,8 @@ from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, noop
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.core import Categorify, Normalize
+from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model

@@ -7,8 +7,24 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai.operations import LAYERS, OPERATIONS, SETTINGS, Call, Node, follow, in_place, layer_call, zero_channels
-from fasterai.operations import addition, batch_norm, keeps_zeros, multiplication, plain, reduction
+from fasterai.operations import (
+    LAYERS,
+    OPERATIONS,
+    SETTINGS,
+    Call,
+    Node,
+    addition,
+    batch_norm,
+    follow,
+    in_place,
+    keeps_zeros,
+    layer_call,
+    multiplication,
+    plain,
+    reduction,
+    zero_channels,
+)
+
 
 def functions(space):
     "Return {name as the table has it: function}."

@@ -3,8 +3,18 @@ import pickle
 import pytest
 from fastai.callback.schedule import SchedCos, SchedLin
 
-from fasterai.schedule import (SCHEDULES, cosine, dense_sparse_dense, gradual, iterative, linear, one_cycle, one_shot, plot_schedule,
-                               read_schedule)
+from fasterai.schedule import (
+    SCHEDULES,
+    cosine,
+    dense_sparse_dense,
+    gradual,
+    iterative,
+    linear,
+    one_cycle,
+    one_shot,
+    plot_schedule,
+    read_schedule,
+)
 
 
 @pytest.mark.parametrize('schedule, values', [  # at 0, 1/4, 1/2, 3/4, 1

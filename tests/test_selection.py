@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fasterai import ranking, selection
 from fasterai.peers import ALONE
-from fasterai.selection import Lowest, LayerGroups
+from fasterai.selection import LayerGroups, Lowest
 
 INF = torch.inf
 
@@ -55,7 +55,7 @@ def brute(scores, costs, budget):
     sums = [0]
     for i in order: sums.append(sums[-1] + costs[i])
     take = min(range(len(sums)), key=lambda k: (abs(sums[k] - budget), -k))
-    return {i for i in order[:take]}
+    return set(order[:take])
 
 
 @settings(max_examples=300, deadline=None)
@@ -148,7 +148,7 @@ def test_nan_is_the_lowest_however_it_is_found(monkeypatch):
         assert n == 1000 == int((~keep).sum()) and not keep[scores.isnan()].any()
 
 
-def test_parts_on_the_host_beside_parts_that_are_not(monkeypatch):
+def test_layers_on_the_host_beside_layers_that_are_not(monkeypatch):
     monkeypatch.setattr(selection, 'SAMPLE', 64)
     for seed in range(30):
         torch.manual_seed(seed)

@@ -2,9 +2,9 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import convnet
 from torch import nn
 
-from conftest import convnet
 from fasterai.callback import SparsifyCallback
 from fasterai.sensitivity import Sensitivity, sensitivity
 

@@ -14,7 +14,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, Sa
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import Datasets
 from fastai.learner import load_learner
-from fastai.optimizer import SGD, Adam, Lookahead, OptimWrapper, RAdam, RMSProp, Lamb, QHAdam, ranger
+from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, ranger
 from torch import nn
 from torch.amp import GradScaler, autocast
 

@@ -1,0 +1,91 @@
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import convnet, kept, layer, zeros
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fasterai.allocation import erk_densities, fractions
+from fasterai.sparsifier import Sparsifier
+
+
+def published(shapes, density):
+    "The loop of the paper's code, word for word in mathematics: sum over product, what exceeds one is dense, once more."
+    dense = set()
+    while True:
+        divisor, right, raw = 0., 0., {}
+        for i, shape in enumerate(shapes):
+            n = float(torch.tensor(shape).prod())
+            if i in dense: right -= n * (1 - density)
+            else:
+                right += n * density
+                raw[i] = sum(shape) / n
+                divisor += raw[i] * n
+        epsilon = right / divisor
+        if max(raw.values()) * epsilon <= 1: return [1. if i in dense else raw[i] * epsilon for i in range(len(shapes))]
+        dense |= {i for i in raw if raw[i] == max(raw.values())}
+
+
+@given(st.lists(st.one_of(st.tuples(*[st.integers(1, 300)] * 2), st.tuples(st.integers(1, 64), st.integers(1, 64), st.integers(1, 7), st.integers(1, 7))),
+                min_size=1, max_size=8), st.floats(.01, .99))
+def test_erk_is_the_published_formula(shapes, density):
+    found = erk_densities(shapes, density)
+    sizes = [float(torch.tensor(s).prod()) for s in shapes]
+    assert sum(d * n for d, n in zip(found, sizes)) == pytest.approx(density * sum(sizes), rel=1e-6)
+    assert found == pytest.approx(published(shapes, density), abs=1e-6)
+
+
+def test_erk_by_eye():
+    assert erk_densities([(10, 10), (100, 100)], .5) == [1., pytest.approx((5050 - 100) / 10_000)]  # .2 × scale is more than 1, then the rest
+    parts = [layer('a', range(100), shape=(10, 10)), layer('b', range(10_000), shape=(100, 100))]
+    assert [sum(k) for k in kept('erk', parts, '1/2')] == [100, 4950]
+    parts = [layer('a', range(10), shape=(2, 5)), layer('b', range(10), shape=(2, 5)), layer('c', range(10), shape=(2, 5))]
+    assert sum(map(sum, kept('erk', parts, '1/4'))) == 22  # 7.5 each is 22 or 23 of 30: rounded together
+
+
+def test_uniform_plus():
+    def parts(): return [layer('a', range(10), axes={'O': 1, 'I': 1, 'k': 10}), layer('b', range(60), axes={'O': 6, 'I': 10}), layer('c', range(30), axes={'O': 3, 'I': 10})]
+    assert [sum(k) for k in kept('uniform_plus', parts(), '9/20')] == [10, 30, 15]
+    assert [sum(k) for k in kept('uniform_plus', parts(), '3/4')] == [10, 9, 6]  # 24 of the last, 51 of the middle
+    with pytest.raises(ValueError, match=r'sparsity: got 90 %, expected 84 % at most with uniform_plus here'): kept('uniform_plus', parts(), '9/10')
+    assert [sum(k) for k in kept('uniform_plus', parts()[1:], '1/2')] == [30, 15]  # no convolution
+
+
+def test_a_dict_goes_layer_by_layer(net):
+    Sparsifier(net).sparsify_model({'*': 10, '3': 50, nn.Linear: 90})
+    assert zeros(net) == {'0.weight': 5, '3.weight': 216, '8.weight': 8}  # a name goes first, then what stands first
+    net = convnet()
+    Sparsifier(net).sparsify_model({'3': 50})
+    assert zeros(net) == {'0.weight': 0, '3.weight': 216, '8.weight': 0}
+
+
+@pytest.mark.parametrize('context', ['erk', 'lamp', 'normalized', 'uniform_plus'])
+def test_allocations_reach_the_sparsity_of_all(context):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Linear(16, 30), nn.Linear(30, 10))
+    sparsifier = Sparsifier(net, context=context, layers=['0', '1', '2', '3'])
+    for sparsity in (30, 70):
+        sparsifier.sparsify_model(sparsity)
+        assert sparsifier.report().zeros == round(sparsity / 100 * sparsifier.report().weights)
+    if context == 'uniform_plus': assert [r.zeros for r in sparsifier.report().rows][0] == 0
+    sparsifier.sparsify_model(70, share=.2, regrow=True)
+    masks = [sparsifier.masks[n] for n in sparsifier.layers]
+    assert sum(int((~m).sum()) for m in masks) == round(.14 * sum(m.numel() for m in masks))
+
+
+def test_what_means_a_layer_outright_goes_first(net):
+    for sparsity in ({'*': 50, '8': 90}, {'*': 50, net[8]: 90}, {nn.Linear: 50, net[8].weight: 90}):
+        sparsifier = Sparsifier(net, layers=[nn.Linear, nn.Conv2d])
+        assert fractions(sparsity, sparsifier.rules, sparsifier.selected)['8'] == Fraction(9, 10)
+    for choice, says in (('1.bias', "means only '1.bias', and that is not chosen"), ('6', 'means none of the layers')):
+        with pytest.raises(ValueError, match=says): Sparsifier(net).sparsify_model({choice: 50})
+
+
+def test_uniform_plus_says_at_once_what_cannot_be():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 400))
+    sparsifier = Sparsifier(model, context='uniform_plus')
+    with pytest.raises(ValueError, match='got 90 %, expected .* % at most with uniform_plus here'): sparsifier.sparsify_model(90, .1)
+    assert sparsifier.sparsity == 0
+    sparsifier.sparsify_layer('1', 50)
+    assert sparsifier.report().rows[1].sparsity == 50

@@ -1,0 +1,92 @@
+
+import pytest
+import torch
+from conftest import convnet, same, tensors_of
+from torch import nn
+
+from fasterai.sparsifier import Sparsifier
+
+
+def test_a_tensor_that_is_all_zero_is_an_initialisation(net):
+    nn.init.zeros_(net[8].weight)
+    assert Sparsifier(net).masks['8'].all()
+
+
+def test_masks_win_over_nan(net):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    for p in net.parameters(): p.data.fill_(float('nan'))
+    sparsifier.apply_masks()
+    assert sparsifier.report().zeros == 283
+
+
+def test_a_filter_that_comes_back_can_learn(net):
+    sparsifier = Sparsifier(net, 'filter', 'local')
+    sparsifier.sparsify_model(50)
+    sparsifier.sparsify_model(0, regrow=True)
+    assert (net[1].weight == 1).all() and (net[4].weight == 1).all() and ((net[4].bias == 0) | (net[4].bias == .01)).all()
+    net(torch.randn(8, 1, 8, 8)).square().sum().backward()
+    assert (net[3].weight.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_state_dict_round_trip(net, tmp_path):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(70)
+    torch.save(sparsifier.state_dict(), tmp_path / 'masks.pt')
+    state = torch.load(tmp_path / 'masks.pt', weights_only=True)
+    assert state['0']['bits'].dtype == torch.uint8 and len(state['0']['bits']) == 7  # 54 weights
+    other = Sparsifier(convnet())
+    other.load_state_dict(state)
+    assert all(torch.equal(sparsifier.masks[n], other.masks[n]) for n in sparsifier.layers) and other.report().zeros == 396
+
+
+@pytest.mark.parametrize('spoil, says', [
+    (lambda s: s.pop('3'), 'got masks for 0, 8, expected those for 0, 3, 8'),
+    (lambda s: s.update(x=s['3']), 'got masks for 0, 3, 8, x'),
+    (lambda s: s['3'].update(shape=(8, 6, 9)), r"got a mask of shape \(8, 6, 9\) for '3', expected \(8, 6, 3, 3\)"),
+    (lambda s: s['3'].update(bits=s['3']['bits'][:-1]), "for '3'")])
+def test_masks_that_do_not_fit_are_refused(net, spoil, says):
+    sparsifier = Sparsifier(net)
+    state = sparsifier.state_dict()
+    spoil(state)
+    before = tensors_of(sparsifier)
+    with pytest.raises(ValueError, match=says): sparsifier.load_state_dict(state)
+    assert same(before, tensors_of(sparsifier))
+
+
+@pytest.mark.parametrize('state, error', [(None, TypeError), ({'0': {}, '3': {}, '8': {}}, ValueError)])
+def test_states_of_other_kinds_are_refused(net, state, error):
+    with pytest.raises(error, match='state: got'): Sparsifier(net).load_state_dict(state)
+
+
+def test_recurrent_weights_stay_sparse_and_flat():
+    lstm = nn.LSTM(6, 8, num_layers=2, bidirectional=True)
+    pointers = [p.data_ptr() for p in lstm.parameters()]
+    sparsifier = Sparsifier(lstm)
+    sparsifier.sparsify_model(80)
+    optimizer = torch.optim.Adam(lstm.parameters())
+    sparsifier.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        lstm(torch.randn(5, 2, 6))[0].square().mean().backward()
+        optimizer.step()
+    lstm.flatten_parameters()
+    report = sparsifier.report()
+    assert report.zeros == round(.8 * report.weights) and len(report.rows) == 8
+    assert [p.data_ptr() for p in lstm.parameters()] == pointers  # what cuDNN has flattened is where it was
+
+
+@pytest.mark.parametrize('kind', [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients(kind):
+    model = nn.Sequential(kind(20, 6, sparse=True))
+    def backward(): model(torch.tensor([[1, 2, 2], [3, 4, 5]])).square().sum().backward()
+    backward()
+    sparsifier = Sparsifier(model, criteria='gradient', layers=['0'])
+    sparsifier.sparsify_model(50)
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    sparsifier.attach(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward()
+        optimizer.step()
+    assert sparsifier.report().zeros == 60 and not model[0].weight.grad.to_dense()[model[0].weight == 0].any()

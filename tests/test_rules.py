@@ -1,0 +1,114 @@
+
+import inspect
+import pickle
+from copy import deepcopy
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from conftest import same, tensors_of
+from fastcore.docments import docments
+from torch import nn
+
+from fasterai.callback import SparsifyCallback
+from fasterai.granularity import block
+from fasterai.rules import Rules
+from fasterai.sparsifier import Sparsifier
+
+
+@pytest.mark.parametrize('arguments, error, says', [
+    (dict(granularity='filtr'), ValueError, "granularity: got 'filtr'.*did you mean 'filter'"),
+    (dict(context='globl'), ValueError, "context: got 'globl', expected one of local, global.*did you mean 'global'"),
+    (dict(criteria='magnitud'), ValueError, "criteria: got 'magnitud', expected one of magnitude, gradient.*did you mean 'magnitude'"),
+    (dict(criteria=lambda hessian: hessian), ValueError, "asks for 'hessian'"),
+    (dict(layers='conv9'), ValueError, "layers: got 'conv9'"),
+    (dict(granularity=('I', 'kh')), ValueError, "granularity: got axis 'kh', allowed for Linear '8'")])
+def test_bad_arguments_are_refused_when_built(net, arguments, error, says):
+    with pytest.raises(error, match=says): Sparsifier(net, **arguments)
+
+
+@pytest.mark.parametrize('sparsity, error, says', [
+    (-1, ValueError, 'expected a number from 0 to 100'), (101, ValueError, 'expected a number from 0 to 100'), (.9, ValueError, 'write 90 for 90 %'),
+    (True, TypeError, 'got True'), ('90', TypeError, "got '90'"), (float('nan'), ValueError, 'got nan'), (None, TypeError, 'got None'),
+    ({}, ValueError, 'got an empty dict'), ({'3': .5}, ValueError, r"sparsity\['3'\]: got 0.5"),
+    ({'conv9': 50}, ValueError, "sparsity: got 'conv9', which means none of the layers")])
+def test_bad_sparsities_are_refused(net, sparsity, error, says):
+    sparsifier = Sparsifier(net)
+    before = tensors_of(sparsifier)
+    with pytest.raises(error, match=says): sparsifier.sparsify_model(sparsity)
+    with pytest.raises(ValueError, match='share: got 1.5, expected a number from 0 to 1'): sparsifier.sparsify_model(50, share=1.5)
+    assert same(before, tensors_of(sparsifier))
+
+
+def test_min_keep_is_a_floor_for_each_layer(net):
+    Sparsifier(net, layers=['0', '3', '8'], min_keep=.3).sparsify_model(60)
+    for i in (0, 3, 8): assert int((net[i].weight != 0).sum()) >= .3 * net[i].weight.numel()
+    assert sum(int((net[i].weight == 0).sum()) for i in (0, 3, 8)) == round(.6 * sum(net[i].weight.numel() for i in (0, 3, 8)))
+    Sparsifier(net, layers='8', min_keep=5).sparsify_model(100)
+    assert int((net[8].weight != 0).sum()) == 5
+    Sparsifier(net, layers='8', min_keep=0).sparsify_model(99)
+    assert int((net[8].weight != 0).sum()) == 1
+
+
+@pytest.mark.parametrize('arguments, sparsity, says', [
+    (dict(context='2:4'), 75, "sparsity: got 75, expected 50, which context='2:4' implies"),
+    (dict(context='1:4'), {'0': 75, '8': 50}, r"sparsity\['8'\]: got 50, expected 75, which context='1:4' implies"),
+    (dict(context='2:4', granularity='kernel'), 50, "granularity: got 'kernel', expected 'weight' with context='2:4'"),
+    (dict(context='2:4', layers='1.bias'), 50, "got '2:4', but '1.bias' has no input axis I"),
+    (dict(context='2:4', min_keep=3), 50, "min_keep: got 3, expected None with context='2:4'"),
+    (dict(min_keep=1.5), 50, 'min_keep: got 1.5, expected a whole number of weights, or a share between 0 and 1'),
+    (dict(min_keep=True), 50, 'min_keep: got True'), (dict(min_keep=-1), 50, 'min_keep: got -1')])
+def test_what_does_not_go_together_is_refused(net, arguments, sparsity, says):
+    with pytest.raises(ValueError, match=says): Sparsifier(net, **arguments).sparsify_model(sparsity)
+    assert not any((p == 0).all() for n, p in net.named_parameters() if n.endswith('weight'))
+
+
+def test_a_pattern_takes_its_sparsity_rounded():
+    model = nn.Sequential(nn.Linear(48, 4))
+    for sparsity in (200 / 3, 66.67, 66.7): Sparsifier(model, context='1:3').sparsify_model(sparsity)
+    assert int((model[0].weight != 0).sum()) == 64
+    with pytest.raises(ValueError, match="got 66, expected 66.67, which context='1:3' implies"): Sparsifier(model, context='1:3').sparsify_model(66)
+
+
+def test_min_keep_is_counted_as_it_was_written():
+    model = nn.Sequential(nn.Linear(10, 10))
+    Sparsifier(model, context='local', min_keep=.07).sparsify_model(95)
+    assert int((model[0].weight != 0).sum()) == 7
+
+
+# One frozen value
+
+CHOSEN = [{}, dict(granularity='filter', coupled=True), dict(granularity=('I', 'kh'), context='2:4'),
+          dict(granularity=block(4, 4), layers=['0', 'conv*'], min_keep=.05), dict(context='erk', criteria='gradient')]
+
+
+@pytest.mark.parametrize('chosen', CHOSEN)
+def test_it_prints_as_one_types_it(chosen):
+    rules = Rules(**chosen)
+    assert rules.given == chosen
+    assert eval(repr(rules), {'Rules': Rules, 'block': block}) == rules
+
+
+@pytest.mark.parametrize('chosen', CHOSEN)
+def test_copies_are_equal(chosen):
+    rules = Rules(**chosen)
+    for copy in (deepcopy(rules), pickle.loads(pickle.dumps(rules))):
+        assert copy == rules
+        assert copy.criterion == rules.criterion
+
+
+def test_it_is_frozen():
+    with pytest.raises(FrozenInstanceError): Rules().context = 'local'
+
+
+def test_the_sparsifier_prints_as_one_types_it(net):
+    assert repr(Sparsifier(net)) == 'Sparsifier(model)'
+    assert repr(Sparsifier(net, 'filter', min_keep=3, layers='0')) == "Sparsifier(model, granularity='filter', layers='0', min_keep=3)"
+
+
+def test_sparsifier_and_callback_take_the_same_rules():
+    "Each rule is an argument of both, with the same default and, but for `layers`, the same words."
+    ours, theirs = inspect.signature(Sparsifier).parameters, inspect.signature(SparsifyCallback).parameters
+    words, other_words = docments(Sparsifier), docments(SparsifyCallback)
+    for field in fields(Rules):
+        assert ours[field.name].default == theirs[field.name].default == field.default
+        if field.name != 'layers': assert words[field.name] == other_words[field.name]

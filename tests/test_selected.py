@@ -1,0 +1,128 @@
+
+import pytest
+import torch
+from torch import nn
+
+from fasterai.sparsifier import Sparsifier
+
+
+def test_a_tied_weight_is_one_weight():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    net[2].weight = net[0].weight
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    report = sparsifier.report()
+    assert (report.weights, report.zeros) == (48, 24) and report.skipped == {'2': "shares the weight of '0'"}
+    assert report.parameters == 36 + 6 + 6 + 12 + 2
+
+
+@pytest.mark.parametrize('example', [None, torch.randn(2, 1, 8, 8), (torch.randn(2, 1, 8, 8),)], ids=['traced', 'tensor', 'tuple'])
+def test_a_dead_filter_puts_out_zero_behind_its_norm(net, example):
+    with torch.no_grad():  # a network that has seen something
+        for norm in (net[1], net[4]):
+            for t in (norm.weight, norm.bias, norm.running_mean): t.uniform_(.5, 1)
+    sparsifier = Sparsifier(net, 'filter', 'local', example=example)
+    sparsifier.sparsify_model(50)
+    assert list(sparsifier.layers) == ['0', '3'] and "makes the network's output" in sparsifier.skipped['8']
+    opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9, weight_decay=.1)
+    for training in (False, True, True, True, False):
+        net.train(training)
+        net(torch.randn(8, 1, 8, 8)).square().sum().backward()
+        if training:
+            opt.step()
+            opt.zero_grad()
+            sparsifier.apply_masks()
+        x = torch.randn(8, 1, 8, 8)
+        for conv, norm in ((0, 1), (3, 4)):
+            dead = ~sparsifier.masks[str(conv)].flatten(1).any(1)
+            x = net[norm](net[conv](x))
+            assert int(dead.sum()) == len(dead) // 2
+            assert (x[:, dead] == 0).all() and (x[:, ~dead] != 0).any()
+            x = net[norm + 1](x)
+
+
+def test_other_granularities_leave_bias_and_norm_alone(net):
+    before = {n: p.clone() for n, p in net.named_parameters() if p.ndim == 1}
+    Sparsifier(net, 'kernel').sparsify_model(90)
+    assert all(torch.equal(p, dict(net.named_parameters())[n]) for n, p in before.items())
+
+
+def test_the_output_layer_is_taken_where_it_is_named(net):
+    assert '8' in Sparsifier(net, 'filter', layers=['0', '8']).layers
+    assert '8' not in Sparsifier(net, 'filter', layers=['0', nn.Linear]).layers
+    assert '8' in Sparsifier(net, 'kernel').layers
+    with pytest.raises(ValueError, match="layers: no layer selected: '' makes the network's output, .*: name it in layers="):
+        Sparsifier(nn.Linear(3, 3), 'filter')
+
+
+class Branch(nn.Module):
+    "fx cannot trace it."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x): return self.b(self.a(x).mean((2, 3)) if x.sum() > 0 else x)
+
+
+def test_unknown_flow_is_said():
+    with pytest.warns(UserWarning, match='example: how Branch runs cannot be told from its code .* pass Sparsifier'):
+        assert list(Sparsifier(Branch(), 'filter').layers) == ['a', 'b']
+    assert list(Sparsifier(Branch(), 'filter', example=torch.ones(1, 1, 4, 4)).layers) == ['a']
+    with pytest.raises(ValueError, match=r'example: got \[\(1, 9, 4, 4\)\], on which the model fails: RuntimeError'):
+        Sparsifier(Branch(), 'filter', example=torch.ones(1, 9, 4, 4))
+
+
+def test_an_example_can_come_later():
+    asked = []
+    sparsifier = Sparsifier(Branch(), 'filter', example=lambda: asked.append(1) or torch.ones(1, 1, 4, 4))
+    assert asked == []
+    sparsifier.sparsify_model(50)
+    sparsifier.sparsify_model(75)
+    assert asked == [1] and list(sparsifier.layers) == ['a']
+
+
+def test_the_biases_of_a_tied_weight_die_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.n, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+            self.b.weight = self.a.weight
+
+        def forward(self, x): return self.out(self.a(x) + self.n(self.b(x)))
+    model = Tied()
+    Sparsifier(model, 'filter', 'local', example=torch.randn(5, 4)).sparsify_model(50)
+    x = model.b(torch.randn(9, 4))
+    assert torch.equal((x == 0).all(0), model.n.weight == 0) and (model.n.weight == 0).sum() == 2
+
+
+def test_a_layer_that_did_not_run_is_left_alone():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.aux, self.out = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x): return (self.out(self.a(x)), self.aux(self.a(x))) if self.training else self.out(self.a(x))
+    sparsifier = Sparsifier(Auxiliary(), 'filter', example=torch.randn(2, 4))
+    assert list(sparsifier.layers) == ['a'] and sparsifier.skipped['aux'].startswith('did not run')
+
+
+def test_layers_without_weights_are_left_out():
+    assert Sparsifier(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))).skipped == {'1': 'has no weights'}
+
+
+def test_the_biases_of_dead_rows_go_too():
+    net = nn.ModuleDict({'lstm': nn.LSTM(4, 3), 'attn': nn.MultiheadAttention(6, 2)})
+    with torch.no_grad(): net['attn'].in_proj_bias.fill_(1)
+    sparsifier = Sparsifier(net, 'filter', 'local', layers=['lstm', 'attn'], example=None)
+    sparsifier.sparsify_model(50)
+    assert torch.equal(net['lstm'].bias_ih_l0 == 0, (net['lstm'].weight_ih_l0 == 0).all(1)) and int((net['lstm'].bias_ih_l0 == 0).sum()) == 6
+    assert torch.equal(net['attn'].in_proj_bias == 0, (net['attn'].in_proj_weight == 0).all(1)) and int((net['attn'].in_proj_bias == 0).sum()) == 9
+
+
+def test_a_dead_layer_is_dead_altogether():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+    with torch.no_grad(): net[0].weight /= 100
+    sparsifier = Sparsifier(net, 'layer', example=torch.randn(2, 4))
+    assert list(sparsifier.layers) == ['0', '3']
+    with pytest.warns(UserWarning, match="'0' has less than 1 %"): sparsifier.sparsify_model(20)
+    assert not net[0].weight.any() and not net[0].bias.any() and not net[1].weight.any() and not net[1].bias.any() and net[3].weight.all()
