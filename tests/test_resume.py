@@ -1,11 +1,11 @@
 "A fit that ends anywhere, by SIGKILL too, goes on from its last file as if nothing had happened."
+import io
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,31 @@ from fasterai.schedule import linear
 EPOCHS, WEIGHTS = 64, 566  # so that no step is due half a weight
 
 
-class Slow(Callback):
-    def after_batch(self): time.sleep(.004)
+class Die(Callback):
+    "SIGKILL at the n-th step from here on, at one of its events; or, for 'save', with half of the next file written."
+    order = 100
+
+    def __init__(self, steps, event): self.steps, self.event = steps, event
+
+    def __call__(self, name):
+        if name == 'before_batch' and self.training: self.steps -= 1
+        if self.steps > 0: return
+        if name == self.event: die()
+        if self.event == 'save':
+            die_in_the_next_save()
+            self.event = None
+
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_the_next_save():
+    def half(content, file, *args, **kwargs):
+        whole = io.BytesIO()
+        save(content, whole, *args, **kwargs)
+        with open(file, 'wb') as opened: opened.write(whole.getvalue()[:whole.tell() // 2])
+        die()
+    save, torch.save = torch.save, half
 
 
 def zeros(state): return sum(int((state[f'{i}.weight'] == 0).sum()) for i in (0, 3, 8))
@@ -47,24 +70,25 @@ def go_on(make_learner, folder, *cbs):
     return learn
 
 
-def test_killed_ten_times(make_learner, tmp_path):
-    moments, fork = random.Random(0), multiprocessing.get_context('fork')
-    reached, kills = [], 0
-    while kills < 10:
-        process = fork.Process(target=go_on, args=(make_learner, tmp_path, Slow()))
+MOMENTS = ['before_batch', 'after_backward', 'before_step', 'after_step', 'after_batch', 'after_train', 'before_validate', 'after_epoch']
+
+
+def test_killed_twelve_times(make_learner, tmp_path):
+    draw, fork, reached = random.Random(0), multiprocessing.get_context('fork'), []
+    for event in [*MOMENTS, 'save', 'save', 'after_step', 'save']:
+        process = fork.Process(target=go_on, args=(make_learner, tmp_path, Die(draw.randint(1, 24), event)))
         process.start()
-        time.sleep(moments.uniform(.05, .4))
-        os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL  # it was still at work
-        kills += 1
         epoch, state = newest(tmp_path)
         if state is not None: assert zeros(state) == due(epoch)
         reached.append(epoch)
-    assert reached == sorted(reached) and 0 < reached[-1] < EPOCHS - 1
+    assert reached == sorted(reached)
+    assert 0 < reached[-1] < EPOCHS - 1
     learn = go_on(make_learner, tmp_path)
     assert zeros(learn.model.state_dict()) == due(EPOCHS - 1) == round(.9 * WEIGHTS)
-    for epoch in range(EPOCHS): assert zeros(torch.load(tmp_path / 'models' / f'model_{epoch}.pth', weights_only=True)) == due(epoch)
+    for epoch in range(EPOCHS):
+        assert zeros(torch.load(tmp_path / 'models' / f'model_{epoch}.pth', weights_only=True)) == due(epoch)
 
 
 SCRIPT = '''
