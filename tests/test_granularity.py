@@ -33,7 +33,8 @@ def test_groups_of_a_convolution_by_eye():
     layer = nn.Conv2d(1, 2, 2)  # two filters, each one 2 × 2 kernel of two vectors
     scores = T([[[[1., 2.], [3., 4.]]], [[[5., 6.], [7., 8.]]]])
     means = {g: mean(Grouping(layer, g), scores).tolist() for g in ('weight', 'vector', 'kernel', 'filter')}
-    assert means == {'weight': [1, 2, 3, 4, 5, 6, 7, 8], 'vector': [1.5, 3.5, 5.5, 7.5], 'kernel': [2.5, 6.5], 'filter': [2.5, 6.5]}
+    assert means == {'weight': [1, 2, 3, 4, 5, 6, 7, 8], 'vector': [1.5, 3.5, 5.5, 7.5],
+                     'kernel': [2.5, 6.5], 'filter': [2.5, 6.5]}
     assert Grouping(layer, 'vector').expand(T([True, False, False, True])).tolist() == [
         [[[True, True], [False, False]]], [[[False, False], [True, True]]]]
 
@@ -67,7 +68,8 @@ def test_axes_by_name():
     assert Grouping(layer, ['O']).groups == 3 * 4 * 5
 
 
-@pytest.mark.parametrize('layer, attr, groups', [  # vector, column, kernel, horizontal_slice, vertical_slice, filter, channel, layer
+# groups at: vector, column, kernel, horizontal_slice, vertical_slice, filter, channel, layer
+@pytest.mark.parametrize('layer, attr, groups', [
     (nn.Conv2d(4, 6, (2, 3)), 'weight', (48, 72, 24, 12, 18, 6, 4, 1)),
     (nn.Conv2d(4, 6, 3, groups=2), 'weight', (36, 36, 12, 18, 18, 6, 4, 1)),
     (nn.ConvTranspose2d(4, 6, 3, groups=2), 'weight', (36, 36, 12, 18, 18, 6, 4, 1)),
@@ -88,11 +90,14 @@ def test_how_many_groups_of_other_shapes(layer, attr, groups):
     assert found[-1].one_layer and not any(g.one_layer for g in found[:-1])
 
 
-@pytest.mark.parametrize('granularity', [*GRANULARITIES, ('O',), ('I',), block(4, 4), block(1, 16), block(3, 2), block(64, 64), head(1), head(2)], ids=str)
-@pytest.mark.parametrize('layer', [nn.Linear(6, 4), nn.Conv2d(6, 4, (2, 3)), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose1d(6, 4, 3, groups=2),
-                                   nn.Embedding(6, 4), nn.LSTM(6, 4), nn.MultiheadAttention(4, 2), nn.Bilinear(3, 2, 4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize('granularity', [
+    *GRANULARITIES, ('O',), ('I',), block(4, 4), block(1, 16), block(3, 2), block(64, 64), head(1), head(2)], ids=str)
+@pytest.mark.parametrize('layer', [
+    nn.Linear(6, 4), nn.Conv2d(6, 4, (2, 3)), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose1d(6, 4, 3, groups=2),
+    nn.Embedding(6, 4), nn.LSTM(6, 4), nn.MultiheadAttention(4, 2), nn.Bilinear(3, 2, 4),
+], ids=lambda m: type(m).__name__)
 def test_every_pair_works(layer, granularity):
-    "Each weight is in one group; what is kept of groups is kept of weights."
+    "Check that each weight is in one group, and that weights are kept exactly where their groups are."
     for attr in weights_of(layer):
         grouping = Grouping(layer, granularity, '', attr)
         shape = getattr(layer, attr).shape
@@ -110,7 +115,8 @@ def test_every_pair_works(layer, granularity):
 def test_blocks_by_eye():
     grouping = Grouping(nn.Linear(5, 3), block(2, 2))  # 3 × 5: the last row and the last column are smaller blocks
     assert grouping.groups == 6 and grouping.sizes.tolist() == [4, 4, 2, 2, 2, 1]
-    assert grouping.expand(T([True, False, True, False, True, False])).int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 0]]
+    assert grouping.expand(T([True, False, True, False, True, False])).int().tolist() == [
+        [1, 1, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 0]]
     assert mean(grouping, torch.arange(15.).view(3, 5)).tolist() == [3, 5, 6.5, 10.5, 12.5, 14]
     conv = Grouping(nn.Conv2d(4, 4, 3), block(2, 4))  # one for each place of the kernel
     assert conv.groups == 2 * 9 and conv.size == 8 and not conv.whole_filters
@@ -125,39 +131,45 @@ def test_heads_by_eye():
     assert out.expand(T([False, True]))[0].int().tolist() == [0, 0, 1, 1] and not out.whole_filters
 
 
-def test_a_dead_head_changes_nothing_of_the_others():
+def test_a_pruned_head_changes_nothing_of_the_others():
     attention, x = nn.MultiheadAttention(8, 4, batch_first=True), torch.randn(2, 3, 8)
     keep = T([True, False, True, True])
     with torch.no_grad():
         attention.in_proj_weight *= Grouping(attention, head(4), '', 'in_proj_weight').expand(keep)
         out = attention(x, x, x)[0]
         attention.out_proj.weight *= Grouping(attention.out_proj, head(4, 'I')).expand(keep)
-        assert torch.allclose(out, attention(x, x, x)[0], atol=1e-6)  # what the head puts out is zero already
+        assert torch.allclose(out, attention(x, x, x)[0], atol=1e-6)  # the output of the head is zero already
 
 
-def test_units_of_an_lstm_are_its_gates_together():
+def test_a_unit_of_an_lstm_is_all_its_gates():
     lstm = nn.LSTM(3, 2)
     grouping = Grouping(lstm, ('S', 'I'), '', 'weight_ih_l0')
     assert grouping.expand(T([True, False]))[:, 0].int().tolist() == [1, 0] * 4
 
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: block(0, 4), 'rows of a block: got 0'), (lambda: block(4, 2.), 'columns of a block: got 2.0'), (lambda: head(True), 'heads: got True'),
-    (lambda: head(2, 'kh'), "head: got 'kh' as axis, allowed is 'O' or 'I'"),
-    (lambda: Grouping(nn.Linear(4, 6), head(4), 'q'), r"granularity: got head\(4\), and 4 heads cannot share O = 6; allowed for Linear 'q' is one of weight"),
-    (lambda: Grouping(nn.Embedding(4, 6), ('kh',), 'e'), "got axis 'kh', allowed for Embedding 'e' .* axes I, O"),
-    (lambda: Grouping(nn.LayerNorm(4), 'filter', 'n'), "got 'filter', allowed for LayerNorm 'n' is one of weight, layer, or a tuple of its axes d0"),
-    (lambda: Grouping(nn.LayerNorm(4), block(2, 2), 'n'), "got block\\(2, 2\\), allowed for LayerNorm 'n' is one of weight, layer")])
-def test_shapes_that_cannot_be_are_refused(make, says):
+    (lambda: block(0, 4), 'rows of a block: got 0'),
+    (lambda: block(4, 2.), 'columns of a block: got 2.0, expected an integer of 1 or more'),
+    (lambda: head(True), 'heads: got True'),
+    (lambda: head(2, 'kh'), "head: got 'kh' as axis, expected 'O' or 'I'"),
+    (lambda: Grouping(nn.Linear(4, 6), head(4), 'q'),
+     r"granularity: got head\(4\), and 4 heads cannot share O = 6; expected for Linear 'q' one of weight"),
+    (lambda: Grouping(nn.Embedding(4, 6), ('kh',), 'e'), "got axis 'kh', expected for Embedding 'e' .* axes I, O"),
+    (lambda: Grouping(nn.LayerNorm(4), 'filter', 'n'),
+     "got 'filter', expected for LayerNorm 'n' one of weight, layer, or a tuple of its axes d0"),
+    (lambda: Grouping(nn.LayerNorm(4), block(2, 2), 'n'),
+     r"got block\(2, 2\), expected for LayerNorm 'n' one of weight, layer")])
+def test_impossible_groups_are_refused(make, says):
     with pytest.raises(ValueError, match=says): make()
 
 
 @pytest.mark.parametrize('layer, granularity, error, says', [
-    (nn.Conv2d(1, 1, 1), 'filtr', ValueError, r"granularity: got 'filtr', allowed is one of weight, vector, .* vertical_slice, a tuple of axes, "
-                                                 r"block\(…\), or head\(…\); did you mean 'filter'"),
-    (nn.Linear(1, 1), ('I', 'kh'), ValueError, r"granularity: got axis 'kh', allowed for Linear 'c' is .* axes O, I"),
-    (nn.Linear(1, 1), 4, TypeError, 'granularity: got 4, allowed is one of weight')])
-def test_what_a_layer_cannot_have_is_refused(layer, granularity, error, says):
+    (nn.Conv2d(1, 1, 1), 'filtr', ValueError,
+     r"granularity: got 'filtr', .*one of weight, vector, .* vertical_slice, a tuple of axes, "
+     r"block\(…\), or head\(…\); did you mean 'filter'"),
+    (nn.Linear(1, 1), ('I', 'kh'), ValueError, r"granularity: got axis 'kh', expected for Linear 'c' .* axes O, I"),
+    (nn.Linear(1, 1), 4, TypeError, 'granularity: got 4, .*one of weight')])
+def test_groups_that_a_layer_cannot_have_are_refused(layer, granularity, error, says):
     with pytest.raises(error, match=says): Grouping(layer, granularity, 'c')
 
 

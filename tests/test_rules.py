@@ -21,7 +21,7 @@ from fasterai.sparsifier import Sparsifier
     (dict(criteria='magnitud'), ValueError, "criteria: got 'magnitud', expected one of magnitude, gradient.*did you mean 'magnitude'"),
     (dict(criteria=lambda hessian: hessian), ValueError, "asks for 'hessian'"),
     (dict(layers='conv9'), ValueError, "layers: got 'conv9'"),
-    (dict(granularity=('I', 'kh')), ValueError, "granularity: got axis 'kh', allowed for Linear '8'")])
+    (dict(granularity=('I', 'kh')), ValueError, "granularity: got axis 'kh', expected for Linear '8'")])
 def test_bad_arguments_are_refused_when_built(net, arguments, error, says):
     with pytest.raises(error, match=says): Sparsifier(net, **arguments)
 
