@@ -1,4 +1,4 @@
-"Which weights take part: those of layers chosen by type, by name or glob, by module."
+"Find the weights to prune: those of layers that are chosen by type, by name or glob, or by module."
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -14,131 +14,211 @@ LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # left alone unless they are chosen
 
 
 class Weight(NamedTuple):
-    "Where a weight is: a parameter of a module."
+    "Name one weight of a model: a parameter of a module."
     module: nn.Module
-    attr: str = 'weight'
+    attr: str = 'weight'  # the parameter's name in the module
 
     @property
     def tensor(self) -> nn.Parameter:
-        own = self.module._parameters.get(self.attr)  # several times as fast as getattr, which is for those that are computed
+        "Return the parameter, or the tensor that is computed in its place."
+        own = self.module._parameters.get(self.attr)  # several times as fast as getattr, which computed ones need
         return getattr(self.module, self.attr) if own is None else own
 
 
 class Choice(NamedTuple):
-    "Weights by name, in the model's order: a layer's that has one are called as the layer."
-    chosen: dict  # name: `Weight`; one that several layers share stands once, under the first
-    by_name: set  # the names of those that were asked for one by one
-    skipped: dict  # name: reason, for every other weight of a layer
+    "Hold the chosen weights by name, in the model's order; a layer's `weight` has the name of the layer."
+    chosen: dict  # {name: `Weight`}; one that several layers share stands once, under the first name
+    by_name: set  # the names of those that were chosen one by one
+    skipped: dict  # {name: reason}, for every other weight of a layer
 
 
 class Named:
-    "All that may be chosen in a model, by name."
+    "Find all weights of a model by name: `weights` of known layer types, `others`, and `every` one of both."
 
     def __init__(self, model: nn.Module):
         self.modules = dict(model.named_modules())
-        self.weights = {_called(n, a): Weight(m, a) for n, m in self.modules.items() for a in weights_of(m)}
+        self.weights = {}  # {name: `Weight`} of the layer types in `AXES`
+        self.others = {}  # {name: `Weight`} of other parameters, such as biases: they must be chosen by name
+        for name, module in self.modules.items():
+            for attr in weights_of(module): self.weights[_weight_name(name, attr)] = Weight(module, attr)
         known = {(w.module, w.attr) for w in self.weights.values()}
-        self.bare = {f'{n}.{a}'.lstrip('.'): Weight(m, a) for n, m in self.modules.items() for a, p in m._parameters.items()
-                     if p is not None and (m, a) not in known}  # other parameters, which must be named
-        self.every = self.weights | self.bare
+        for name, module in self.modules.items():
+            for attr, parameter in module._parameters.items():
+                if parameter is None or (module, attr) in known: continue
+                self.others[_join(name, attr)] = Weight(module, attr)
+        self.every = self.weights | self.others
 
+
+def _weight_name(module, attr): return module if attr == 'weight' else _join(module, attr)
+def _join(module, attr): return f'{module}.{attr}'.lstrip('.')  # the name of the model itself is empty
+
+
+# ---- Which weights are chosen, and why others are not
 
 def choose(
     model: nn.Module,
-    layers=None,  # None for all; a type, a name, a glob, a module, a parameter, or a list of these; what holds layers stands for them
+    layers=None,  # a type, name, glob, module, parameter, or a list of these; a module stands for all layers in it; None for all
 ) -> Choice:
-    "The weights that are meant; `ValueError` where something means none or cannot take part."
-    named = Named(model)
-    usual = {n for n, w in named.weights.items() if not isinstance(w.module, LOOKUPS)}
-    wanted, by_name = usual if layers is None else set(), set()
-    for choice in [] if layers is None else _listed(layers):
-        found = matching(choice, named, named.weights)
-        wanted.update(found)
-        if not isinstance(choice, type): by_name.update(n for n in found if means_by_name(choice, n, named.every[n]))
+    """Find the weights that the user means by `layers`.
 
-    chosen, skipped, first = {}, {}, {}
+    `ValueError` if an entry means none, or means a weight that cannot be pruned; `TypeError` if it is none of
+    these kinds."""
+    named = Named(model)
+    wanted, by_name = _wanted(named, layers)
+    chosen, skipped = {}, {}
+    owners = {}  # {tensor: the first name under which it was chosen}
     for name, weight in named.every.items():
-        if name in wanted:
-            _check_fit(name, weight)
-            if not weight.tensor.numel():
-                skipped[name] = 'has no weights'
-                continue
-            owner = first.setdefault(weight.tensor, name)
-            if owner == name: chosen[name] = weight
-            else: skipped[name] = f'shares the weight of {owner!r}'
-        elif name in named.weights:
-            skipped[name] = 'a lookup table: name it in layers= to include it' if layers is None else 'not chosen'
-        elif weight.attr == 'weight' and getattr(weight.tensor, 'ndim', 0) > 1:
-            kind = type(weight.module).__name__
-            skipped[name.removesuffix('.weight')] = f"{kind} is no known layer type: add_layer_type({kind}, weight='O I') makes it one"
+        if name not in wanted:
+            skipped |= _not_wanted(name, weight, named, layers)
+            continue
+        _check_fit(name, weight)
+        if not weight.tensor.numel():
+            skipped[name] = 'has no weights'
+            continue
+        owner = owners.setdefault(weight.tensor, name)
+        if owner == name: chosen[name] = weight
+        else: skipped[name] = f'shares the weight of {owner!r}'
     if not chosen:
-        hint = f'; name a parameter, as layers={next(iter(named.bare))!r}' if named.bare else ''
-        raise ValueError(f'layers: no layer selected: {type(model).__name__} has none of {_kinds()}{hint}')
+        none = f'{type(model).__name__} has none of {_known_types()}'
+        hint = f'; name a parameter, as layers={next(iter(named.others))!r}' if named.others else ''
+        raise ValueError(f'layers: no layer selected: {none}{hint}')
     return Choice(chosen, by_name, skipped)
 
 
-def _called(module, attr): return module if attr == 'weight' else f'{module}.{attr}'.lstrip('.')
-def means_by_name(
-    choice,  # one entry of `layers`
-    name: str,
-    weight: Weight,
-) -> bool:
-    "Does the choice mean this weight, or its module, by_name?"
-    if isinstance(choice, str): return choice in (name, f'{name}.weight') or name == f'{choice}.{weight.attr}'
-    return choice is weight.module or choice is weight.tensor or isinstance(choice, Weight) and choice == weight
+def _wanted(named, layers):
+    "Return the names of all weights that are meant, and of those that were chosen one by one."
+    if layers is None:
+        usual = {name for name, weight in named.weights.items() if not isinstance(weight.module, LOOKUPS)}
+        return usual, set()
+    wanted, by_name = set(), set()
+    for choice in _as_list(layers):
+        found = matching(choice, named, named.weights)
+        wanted.update(found)
+        if isinstance(choice, type): continue
+        by_name.update(name for name in found if means_by_name(choice, name, named.every[name]))
+    return wanted, by_name
 
 
-def _kinds(): return ', '.join(t.__name__ for t in AXES if not issubclass(t, LOOKUPS))
-
-
-def _listed(layers):
+def _as_list(layers):
     one = isinstance(layers, (str, type, nn.Module, torch.Tensor, Weight)) or not isinstance(layers, Iterable)
     layers = [layers] if one else list(layers)
-    if not layers: raise ValueError('layers: got an empty list, so no layer is selected; allowed is None for all, or at least one')
+    if not layers:
+        raise ValueError('layers: got an empty list, so no layer is selected; '
+                         'expected None for all, or at least one')
     return layers
+
+
+def _not_wanted(name, weight, named, layers):
+    "Return {name: reason} for a weight that is not chosen; nothing for biases and their like."
+    if name in named.weights:
+        if layers is None: return {name: 'a lookup table: name it in layers= to include it'}
+        return {name: 'not chosen'}
+    if weight.attr == 'weight' and getattr(weight.tensor, 'ndim', 0) > 1:
+        kind = type(weight.module).__name__
+        reason = f"{kind} is no known layer type: add_layer_type({kind}, weight='O I') makes it one"
+        return {name.removesuffix('.weight'): reason}
+    return {}
+
+
+def _check_fit(name, weight):
+    "Raise `ValueError` if a weight cannot be pruned."
+    tensor = weight.module._parameters.get(weight.attr)
+    if tensor is None:
+        raise ValueError(f'layers: the weight of {name!r} is not a parameter of its own but computed from '
+                         'others (a parametrization, weight_norm, spectral_norm): remove that first, '
+                         'or leave the layer out')
+    if isinstance(tensor, UninitializedParameter):
+        raise ValueError(f'layers: {name!r} is lazy and has no weight yet: '
+                         'run one batch through the model first')
+    if not tensor.is_floating_point():
+        raise ValueError(f'layers: the weight of {name!r} is {tensor.dtype}, expected floating-point weights')
+
+
+# ---- What one entry of `layers` means
+
+def means_by_name(
+    choice,  # one entry of `layers`
+    name: str,  # a weight that it means
+    weight: Weight,
+) -> bool:
+    "Return True if an entry of `layers` is this weight itself or its own module, by name or as an object."
+    if isinstance(choice, str):
+        return choice in (name, f'{name}.weight') or name == f'{choice}.{weight.attr}'
+    if isinstance(choice, Weight): return choice == weight
+    return choice is weight.module or choice is weight.tensor
 
 
 def matching(
     choice,  # a type, a name, a glob, a module, a parameter, or a `Weight`
-    named: Named,  # all of the model
-    able: dict,  # name: `Weight`, those to choose from
-    argument: str = 'layers',  # how the error calls it
-) -> list:  # names in `able`, or of a parameter that must be named
-    "The weights that one entry of `layers` means."
-    allowed = 'allowed is a type, a name or glob, a module or parameter of the model, or a list of these'
-    if isinstance(choice, type):
-        found = [n for n, w in able.items() if isinstance(w.module, choice)]
-    elif isinstance(choice, nn.Module):
-        at = next((n for n, m in named.modules.items() if m is choice), None)
-        if at is None: raise ValueError(f'{argument}: got a {type(choice).__name__} that is not a part of the model, {allowed}')
-        found = _within(at, able)
-    elif isinstance(choice, (torch.Tensor, Weight)):
-        weight = (lambda w: w == choice) if isinstance(choice, Weight) else lambda w: w.tensor is choice
-        found = [n for n, w in (named.bare | able).items() if weight(w)]
-        if not found: raise ValueError(f'{argument}: got a parameter that is not a part of the model, {allowed}')
-    elif isinstance(choice, str):
-        found = _within(choice.removesuffix('.weight'), able) if choice.removesuffix('.weight') in named.modules else []
-        found = found or [n for n in able if fnmatchcase(n, choice)] or [n for n in named.bare if fnmatchcase(n, choice)]
-    else: raise TypeError(f'{argument}: got {choice!r}, {allowed}')
+    named: Named,  # all weights of the model
+    weights: dict,  # {name: `Weight`}, those to choose from
+    argument: str = 'layers',  # the argument's name, for the error
+) -> list:  # names in `weights`, or in `named.others`
+    """Find the weights that one entry of `layers` means.
+
+    `ValueError` if it means none, `TypeError` if it is none of these kinds."""
+    find = next((find for kinds, find in FINDERS if isinstance(choice, kinds)), None)
+    if find is None: raise TypeError(f'{argument}: got {choice!r}, {_EXPECTED}')
+    found = find(choice, named, weights)
+    if found is None:
+        kind = type(choice).__name__ if isinstance(choice, nn.Module) else 'parameter'
+        raise ValueError(f'{argument}: got a {kind} that is not a part of the model, {_EXPECTED}')
     if not found:
-        hint = ''
-        if isinstance(choice, str):
-            hint = f'; for a type write nn.{choice}' if choice in _kinds().split(', ') else nearest(choice, [*able, *named.bare])
-        raise ValueError(f'{argument}: got {choice!r}, which means none of the layers here, {", ".join(map(repr, list(able)[:6]))}'
-                         f'{", …" if len(able) > 6 else ""}; {allowed}{hint}')
+        some = ', '.join(repr(name) for name in list(weights)[:6])
+        more = ', …' if len(weights) > 6 else ''
+        raise ValueError(f'{argument}: got {choice!r}, which means none of the layers here, {some}{more}; '
+                         f'{_EXPECTED}{_hint(choice, named, weights)}')
     return found
 
 
-def _within(name, able):
-    return [n for n in able if n == name or not name or n.startswith(name + '.')]
+_EXPECTED = 'expected a type, a name or glob, a module or parameter of the model, or a list of these'
 
 
-def _check_fit(name, weight):
-    tensor = weight.module._parameters.get(weight.attr)
-    if tensor is None:
-        raise ValueError(f'layers: the weight of {name!r} is not a parameter of its own but computed from others (a parametrization, '
-                         'weight_norm, spectral_norm): remove that first, or leave the layer out')
-    if isinstance(tensor, UninitializedParameter):
-        raise ValueError(f'layers: {name!r} is lazy and has no weight yet: run one batch through the model first')
-    if not tensor.is_floating_point():
-        raise ValueError(f'layers: the weight of {name!r} is {tensor.dtype}, allowed are floating-point weights')
+def _of_type(kind, named, weights):
+    return [name for name, weight in weights.items() if isinstance(weight.module, kind)]
+
+
+def _in_module(module, named, weights):
+    at = next((name for name, m in named.modules.items() if m is module), None)
+    return None if at is None else _within(at, weights)
+
+
+def _of_parameter(parameter, named, weights):
+    return [n for n, weight in (named.others | weights).items() if weight.tensor is parameter] or None
+
+
+def _of_weight(wanted, named, weights):
+    return [n for n, weight in (named.others | weights).items() if weight == wanted] or None
+
+
+def _of_name(pattern, named, weights):
+    "Find by the name of a module, then by a glob among the weights, then by a glob among other parameters."
+    module = pattern.removesuffix('.weight')
+    found = _within(module, weights) if module in named.modules else []
+    found = found or [name for name in weights if fnmatchcase(name, pattern)]
+    return found or [name for name in named.others if fnmatchcase(name, pattern)]
+
+
+# (kinds of a choice, how the names of its weights are found: None if it is not a part of the model)
+FINDERS = [
+    (type, _of_type),
+    (nn.Module, _in_module),
+    (torch.Tensor, _of_parameter),
+    (Weight, _of_weight),
+    (str, _of_name),
+]
+
+
+def _within(module, weights):
+    "Return the names of the weights in a module; the model itself has the name ''."
+    return [name for name in weights if name == module or not module or name.startswith(module + '.')]
+
+
+def _hint(choice, named, weights):
+    "Return the end of an error message: for the name of a type the type, else the nearest name."
+    if not isinstance(choice, str): return ''
+    if choice in _known_types().split(', '): return f'; for a type write nn.{choice}'
+    return nearest(choice, [*weights, *named.others])
+
+
+def _known_types(): return ', '.join(kind.__name__ for kind in AXES if not issubclass(kind, LOOKUPS))
