@@ -1,4 +1,4 @@
-"How much, and when: functions of progress (0 to 1) that give the share of the sparsity that is due."
+"Schedules: functions that say when, during training, which share of the target sparsity should be reached."
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, cos, exp, pi
@@ -6,113 +6,151 @@ from numbers import Real
 
 from fasterai.arguments import name_of, one_of
 
+Schedule = Callable[[float], float]
+"""A function of the progress of training, 0 to 1, that returns the share of the target sparsity that should
+be reached, 0 to 1."""
+
 
 @dataclass(frozen=True)
-class Schedule:
-    "Called with the progress of training, 0 to 1, it returns the share that is due, 0 to 1."
+class Curve:
+    """Hold the parameters of a schedule, check them, and draw it; each schedule of this file is a subclass.
+
+    `ValueError` if a time is not a share of training, 0 to 1, or two times are not in order."""
 
     def __post_init__(self):
-        times = [(n, v) for n, v in vars(self).items() if n in ('at', 'start', 'end')]
+        times = [(name, value) for name, value in vars(self).items() if name in ('at', 'start', 'end')]
         for name, value in times:
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-                raise ValueError(f'schedule: got {name}={value!r}, allowed is a share of training, 0 to 1')
+            if not _is_share(value):
+                raise ValueError(f'schedule: got {name}={value!r}, expected a share of training, 0 to 1')
         for (first, a), (second, b) in zip(times, times[1:]):
-            if a >= b: raise ValueError(f'schedule: got {first}={a!r} and {second}={b!r}, allowed is {first} < {second}')
+            if a < b: continue
+            raise ValueError(f'schedule: got {first}={a!r} and {second}={b!r}, expected {first} < {second}')
 
-    def plot(self, ax=None):
-        "Draw the curve; returns the matplotlib axes."
+    def plot(self,
+        ax=None,  # matplotlib axes to draw on; new ones if None
+    ):
+        "Draw the share of the target sparsity in percent over the progress of training; return the axes."
         return plot_schedule(self, ax=ax)
 
 
+def _is_share(value):
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 @dataclass(frozen=True)
-class one_shot(Schedule):
-    "All at once."
-    at: float = .5  # the share of training after which it happens
+class one_shot(Curve):
+    "Prune to the target sparsity in one step (one-shot pruning)."
+    at: float = .5  # the share of training, 0 to 1, after which the network is pruned
 
     def __call__(self, progress): return float(progress >= self.at)
 
 
 @dataclass(frozen=True)
-class dense_sparse_dense(Schedule):
-    "All at once, and later all back, from zero on (DSD, Han et al. 2017)."
-    start: float = .25  # the share of training after which the network is sparse
-    end: float = .75  # the share of training after which it is dense again
+class dense_sparse_dense(Curve):
+    """Prune to the target sparsity in one step, and later let all weights train again.
+
+    This is dense-sparse-dense training (DSD; Han et al. 2017). Pruned weights start again from zero."""
+    start: float = .25  # the share of training, 0 to 1, after which the network is sparse
+    end: float = .75  # the share of training, 0 to 1, after which it is dense again
 
     def __call__(self, progress): return float(self.start <= progress < self.end)
 
 
 @dataclass(frozen=True)
-class Ramp(Schedule):
-    "From 0 at `start` to 1 at `end`; a kind of ramp says how."
-    start: float = .1  # the share of training after which it begins
-    end: float = .75  # the share of training after which all is due; what follows is recovery
+class Ramp(Curve):
+    """Prune more and more from `start` on, up to the target sparsity at `end`.
+
+    A subclass has a method `climb`: from the share of the ramp that has passed, 0 to 1, to the share of the
+    target sparsity, 0 to 1."""
+    start: float = .1  # the share of training, 0 to 1, after which pruning begins
+    end: float = .75  # the share of training, 0 to 1, after which the target is reached; then the network recovers
 
     def __call__(self, progress):
         if progress <= self.start: return 0.
         if progress >= self.end: return 1.
-        return self.climb((progress - self.start) / (self.end - self.start))
+        passed = (progress - self.start) / (self.end - self.start)
+        return self.climb(passed)
 
 
 class gradual(Ramp):
-    "Fast first, slow at the end: the cubic of Zhu & Gupta 2017."
-    def climb(self, u): return 1 - (1 - u) ** 3
+    """Prune fast at first and slowly at the end, by a cubic.
+
+    This is gradual pruning, also called automated gradual pruning (AGP; Zhu & Gupta 2017)."""
+    def climb(self, passed): return 1 - (1 - passed) ** 3
 
 
 class linear(Ramp):
-    "The same amount at every step."
-    def climb(self, u): return u
+    "Prune by the same amount at every step."
+    def climb(self, passed): return passed
 
 
 class cosine(Ramp):
-    "Slow, fast, slow: half a wave."
-    def climb(self, u): return (1 - cos(pi * u)) / 2
+    "Prune slowly, then fast, then slowly: half a cosine wave (cosine annealing)."
+    def climb(self, passed): return (1 - cos(pi * passed)) / 2
 
 
 class one_cycle(Ramp):
-    "Slow, steep, slow: the logistic of One-Cycle Pruning (Hubens et al. 2021), α = 14, β = 5."
-    def climb(self, u): return (1 + exp(-14 + 5)) / (1 + exp(-14 * u + 5))
+    """Prune slowly, then fast, then slowly, by a logistic curve.
+
+    This is One-Cycle Pruning (Hubens et al. 2021), with α = 14 and β = 5."""
+    def climb(self, passed): return (1 + exp(-14 + 5)) / (1 + exp(-14 * passed + 5))
 
 
 @dataclass(frozen=True, kw_only=True)
 class iterative(Ramp):
-    "Equal steps, with training between them (Han et al. 2015)."
-    n_steps: int = 3  # how many
+    """Prune in equal steps, with training between them (iterative pruning; Han et al. 2015).
+
+    `ValueError` if `n_steps` is not an integer of 1 or more."""
+    n_steps: int = 3  # how many steps
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.n_steps, bool) or not isinstance(self.n_steps, int) or self.n_steps < 1:
-            raise ValueError(f'schedule: got n_steps={self.n_steps!r}, allowed is a whole number from 1 on')
+            raise ValueError(f'schedule: got n_steps={self.n_steps!r}, expected an integer of 1 or more')
 
-    def climb(self, u): return ceil(u * self.n_steps) / self.n_steps
+    def climb(self, passed): return ceil(passed * self.n_steps) / self.n_steps
 
 
-SCHEDULES = {s.__name__: s for s in (one_shot, iterative, gradual, linear, cosine, one_cycle, dense_sparse_dense)}
+SCHEDULES = {
+    'one_shot': one_shot,
+    'iterative': iterative,
+    'gradual': gradual,
+    'linear': linear,
+    'cosine': cosine,
+    'one_cycle': one_cycle,
+    'dense_sparse_dense': dense_sparse_dense,
+}
 
 
 def read_schedule(
-    schedule: str | Callable,  # a name in `SCHEDULES`, or any function of progress
-) -> Callable:
-    "The schedule that is meant; `ValueError` if it leaves 0 to 1 anywhere on the way."
+    schedule: str | Schedule,  # a name in `SCHEDULES`, or a function from the progress of training to a share, each 0 to 1
+) -> Schedule:
+    """Return the schedule for what the user gave.
+
+    `ValueError` if a name is unknown or the schedule leaves 0 to 1 at one of 21 points of training;
+    `TypeError` if it is neither a name nor a function."""
     schedule = one_of('schedule', schedule, SCHEDULES, 'or a function of progress')
     if isinstance(schedule, type): schedule = schedule()
     for progress in (i / 20 for i in range(21)):
-        due = schedule(progress)
-        if not isinstance(due, Real) or not 0 <= due <= 1:
-            raise ValueError(f'schedule: got {name_of(schedule)}, which gives {due!r} at progress {progress:g}, allowed is 0 to 1')
+        share = schedule(progress)
+        if not isinstance(share, Real) or not 0 <= share <= 1:
+            gives = f'gives {share!r} at progress {progress:g}'
+            raise ValueError(f'schedule: got {name_of(schedule)}, which {gives}, expected 0 to 1')
     return schedule
 
 
 def plot_schedule(
-    schedule: str | Callable,  # a name, or a function of progress
+    schedule: str | Schedule,  # a name, or a function from the progress of training to a share, each 0 to 1
     ax=None,  # matplotlib axes to draw on; new ones if None
-    **line,  # how the line is drawn, as in matplotlib's `plot`
+    **line,  # arguments of matplotlib's `plot`, for the line
 ):
-    "Draw the share that is due over training; returns the axes."
+    "Draw the share of the target sparsity in percent over the progress of training; return the axes."
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(5, 3))
     schedule = read_schedule(schedule)
     progress = [i / 500 for i in range(501)]
-    ax.plot(progress, [100 * schedule(p) for p in progress], **{'label': name_of(schedule)} | line)
-    ax.set(xlabel='progress of training', ylabel='share of the sparsity due (%)', ylim=(-5, 105))
+    percents = [100 * schedule(p) for p in progress]
+    ax.plot(progress, percents, **{'label': name_of(schedule)} | line)
+    ax.set(xlabel='progress of training', ylabel='share of the target sparsity (%)', ylim=(-5, 105))
     return ax

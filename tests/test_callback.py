@@ -134,7 +134,7 @@ def test_an_exception_leaves_nothing_behind(make_learner):
     (dict(sparsity=90, context=lambda parts: parts), TypeError, 'context: got <lambda>, expected a function of layers and fraction'),
     (dict(sparsity=90, criteria='grad'), ValueError, "criteria: got 'grad'"),
     (dict(sparsity=90, schedule='gradul'), ValueError, "did you mean 'gradual'"),
-    (dict(sparsity=90, schedule=lambda p: 2 * p), ValueError, 'allowed is 0 to 1')])
+    (dict(sparsity=90, schedule=lambda p: 2 * p), ValueError, 'expected 0 to 1')])
 def test_what_needs_no_model_is_refused_when_built(arguments, error, says):
     with pytest.raises(error, match=says): SparsifyCallback(**arguments)
 

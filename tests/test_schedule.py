@@ -38,7 +38,7 @@ def test_tables(schedule, values):
 def test_contracts(name):
     schedule = SCHEDULES[name]()
     assert read_schedule(name) == schedule == read_schedule(SCHEDULES[name])
-    assert eval(repr(schedule)) == schedule  # the repr is what one types
+    assert eval(repr(schedule)) == schedule  # the repr is the code that makes it
     assert pickle.loads(pickle.dumps(schedule)) == schedule and hash(schedule) == hash(SCHEDULES[name]())
     values = [schedule(i / 1000) for i in range(1001)]
     assert all(0 <= v <= 1 for v in values) and values[0] == 0
@@ -56,16 +56,16 @@ def test_plot(name):
 
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: gradual(start=.8, end=.2), r'got start=0.8 and end=0.2, allowed is start < end'),
-    (lambda: gradual(end=1.5), r'got end=1.5, allowed is a share of training'),
+    (lambda: gradual(start=.8, end=.2), r'got start=0.8 and end=0.2, expected start < end'),
+    (lambda: gradual(end=1.5), r'got end=1.5, expected a share of training'),
     (lambda: one_shot(at=-1), 'got at=-1'),
     (lambda: one_shot(at=float('nan')), 'got at=nan'),
     (lambda: linear(start='a'), "got start='a'"),
-    (lambda: iterative(n_steps=0), 'got n_steps=0, allowed is a whole number from 1'),
+    (lambda: iterative(n_steps=0), 'got n_steps=0, expected an integer of 1 or more'),
     (lambda: iterative(n_steps=2.5), 'got n_steps=2.5'),
     (lambda: iterative(start=.9, end=.1), 'start < end'),
-    (lambda: read_schedule('gradul'), "schedule: got 'gradul', allowed is one of .* did you mean 'gradual'"),
-    (lambda: read_schedule(lambda p: 90 * p), 'gives 4.5 at progress 0.05, allowed is 0 to 1'),
+    (lambda: read_schedule('gradul'), "schedule: got 'gradul', .*one of .* did you mean 'gradual'"),
+    (lambda: read_schedule(lambda p: 90 * p), 'gives 4.5 at progress 0.05, expected 0 to 1'),
     (lambda: read_schedule(lambda p: float('nan')), 'gives nan at progress 0'),
     (lambda: read_schedule(lambda p: None), 'gives None at progress 0'),
 ])
