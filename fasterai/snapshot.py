@@ -1,7 +1,24 @@
-"How was it before? Modes that are changed for a while and put back."
+"Remember how a model was, and put it back: its values, and its modes."
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+class Snapshot:
+    "Copy all parameters and buffers of a model, so that `restore` can bring their values back."
+
+    def __init__(self,
+        model: nn.Module,
+    ):
+        # `parameters` and `buffers` give a tensor that several modules share only once
+        tensors = [*model.parameters(), *model.buffers()]
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore(self):
+        "Write the values back bit for bit, in place: the model keeps its tensors. Can be called again."
+        for tensor, value in self._saved: tensor.copy_(value)
 
 
 @contextmanager

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch import nn
+
+from fasterai.snapshot import Snapshot
+
+
+def tensors(model): return [*model.parameters(), *model.buffers()]
+
+
+def bits(model):
+    "Return the bytes of every tensor, so that 0. and -0. differ and NaN is equal to itself."
+    return [tensor.detach().contiguous().view(-1).view(torch.uint8).tolist() for tensor in tensors(model)]
+
+
+def changed(model):
+    "Change every value of a model in place."
+    with torch.no_grad():
+        for tensor in tensors(model): tensor.add_(1)
+
+
+@pytest.fixture
+def model():
+    "A network whose two Linear layers share a weight, with a BatchNorm's buffers, negative zeros, infinity and NaN."
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 2).half())
+    model[2].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight[0] = torch.tensor([-0., float('inf'), float('nan')])
+        model[1].running_mean.copy_(torch.randn(3))
+        model[1].num_batches_tracked.fill_(7)  # an int64 buffer
+    return model
+
+
+def test_values_come_back_bit_for_bit(model):
+    before, snapshot = bits(model), Snapshot(model)
+    for _ in range(2):
+        changed(model)
+        assert all(one != other for one, other in zip(bits(model), before))
+        snapshot.restore()
+        assert bits(model) == before
+
+
+def test_restored_in_place_and_still_shared(model):
+    before, snapshot = tensors(model), Snapshot(model)
+    changed(model)
+    snapshot.restore()
+    assert all(one is other for one, other in zip(tensors(model), before, strict=True))
+    assert model[2].weight is model[0].weight and all(p.requires_grad and p.grad_fn is None for p in model.parameters())
+
+
+def test_only_one_copy_of_a_shared_weight(model):
+    assert len(Snapshot(model)._saved) == len({id(tensor) for tensor in tensors(model)})
+
+
+def test_a_model_without_tensors(): Snapshot(nn.ReLU()).restore()
