@@ -1,113 +1,165 @@
-"Which layers bear it: each one alone made sparse, level by level, and what that costs."
+"Sensitivity analysis: measure how much each layer alone can be pruned, and what that costs."
 from bisect import bisect_left
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import escape
 
-import torch
 from torch import nn
 
+from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.tables import as_html, as_text
 
-LEVELS = (10, 25, 50, 75, 90, 95)
+LEVELS = (10, 25, 50, 75, 90, 95)  # percent of a layer's weights
+SMALLEST = 1  # percent, the least sparsity above zero that can be asked for
+HALVINGS = 60  # of the interval in which the common damage lies: more change nothing in float64
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    "What was measured, layer by layer; prints as a table, shows as HTML in a notebook."
-    values: dict  # layer's name: {level in percent: the metric}
-    weights: dict  # layer's name: how many
-    dense: float  # the metric before
-    metric: str  # its name
-    higher_is_better: bool
+    """Hold what a sensitivity analysis has measured; it prints as a table, and shows as HTML in a notebook.
+
+    Damage is how much worse the metric is than that of the dense network, in the metric's unit."""
+    values: dict  # {layer's name: {level in percent: the metric}}
+    weights: dict  # {layer's name: how many weights it has}
+    dense: float  # the metric of the network before any layer is pruned
+    metric: str  # the metric's name
+    higher_is_better: bool  # False for a loss
 
     @property
-    def levels(self) -> list:
-        "In percent."
+    def levels(self) -> list:  # of float
+        "Return all levels that were measured, in percent, from low to high."
         return sorted({level for row in self.values.values() for level in row})
 
-    def damage(self, layer: str) -> dict:  # level: how much worse than dense, never falling
-        "What a layer's sparsity costs."
+    def damage(self,
+        layer: str,  # its name
+    ) -> dict:  # {level in percent: damage, at least that of the level before}
+        "Return how much worse the metric becomes with a layer's sparsity."
         worst, found = 0., {}
         for level, value in sorted(self.values[layer].items()):
-            worst = max(worst, self.dense - value if self.higher_is_better else value - self.dense)
+            damage = self.dense - value if self.higher_is_better else value - self.dense
+            worst = max(worst, damage)
             found[level] = worst
         return found
 
     def suggest(self,
         sparsity: float,  # percent of all the weights together
-    ) -> dict:  # layer's name: percent, as `SparsifyCallback` takes it
-        "The sparsities with which no layer alone costs more than need be: all are taken to the same damage."
-        curves = {n: [(0., 0.), *self.damage(n).items()] for n in self.values if self.values[n]}
-        if not curves: raise ValueError('sparsity: nothing was measured, so nothing can be suggested')
-        total = sum(self.weights[n] for n in curves)
-        most = sum(self.weights[n] * curve[-1][0] for n, curve in curves.items()) / total
-        if not 0 <= sparsity <= most: raise ValueError(f'sparsity: got {sparsity!r}, allowed is 0 to {most:g}, the highest level that was measured')
-        slope = 1e-3 * max((d for curve in curves.values() for _, d in curve), default=0) + 1e-9  # where nothing is lost, less is lost with less
+    ) -> dict:  # {layer's name: percent}, as `SparsifyCallback` takes it
+        """Suggest a sparsity for each layer, so that all layers are pruned up to the same damage.
 
-        def reached(damage):
-            return {n: _level([(level, d + slope * level / 100) for level, d in curve], damage) for n, curve in curves.items()}
-        low, high = 0., max(d for curve in curves.values() for _, d in curve) + slope
-        for _ in range(60):
+        Layers that can be pruned at little damage get a high sparsity. The damage between two levels is
+        interpolated. `ValueError` if nothing was measured, or `sparsity` is above what was measured."""
+        curves = {name: [(0., 0.), *self.damage(name).items()] for name in self.values if self.values[name]}
+        if not curves: raise ValueError('sparsity: nothing was measured, so nothing can be suggested')
+        total = sum(self.weights[name] for name in curves)
+        highest = {name: curve[-1][0] for name, curve in curves.items()}  # levels
+        most = self._pruned(highest) / total
+        if not 0 <= sparsity <= most:
+            raise ValueError(f'sparsity: got {sparsity!r}, expected 0 to {most:g}, '
+                             'the highest level that was measured')
+        levels = self._at_equal_damage(curves, sparsity * total)
+        return self._without_small_ones(levels, highest)
+
+    def _pruned(self, levels):
+        "Return how many weights are pruned at {layer's name: percent}, times 100."
+        return sum(self.weights[name] * level for name, level in levels.items())
+
+    def _at_equal_damage(self, curves, wanted):
+        "Return {layer's name: percent} at the one damage that prunes the wanted weights, times 100."
+        worst = max(damage for curve in curves.values() for _, damage in curve)
+        slope = 1e-3 * worst + 1e-9  # added, so that a level that costs nothing costs more than a lower one
+        rising = {name: [(level, damage + slope * level / 100) for level, damage in curve]
+                  for name, curve in curves.items()}
+        low, high = 0., worst + slope
+        for _ in range(HALVINGS):
             middle = (low + high) / 2
-            if sum(self.weights[n] * s for n, s in reached(middle).items()) < sparsity * total: low = middle
+            too_few = self._pruned(_levels(rising, middle)) < wanted
+            if too_few: low = middle
             else: high = middle
-        found = reached(high)
-        tiny = {n for n, s in found.items() if s < 1}  # no sparsity that can be asked for: the others take it over
-        room = {n: curves[n][-1][0] - s for n, s in found.items() if n not in tiny}
-        lost, space = sum(self.weights[n] * found[n] for n in tiny), sum(self.weights[n] * r for n, r in room.items())
-        return {n: 0. if n in tiny else round(s + (lost / space * room[n] if space else 0), 2) for n, s in found.items()}
+        return _levels(rising, high)
+
+    def _without_small_ones(self, levels, highest):
+        """Set levels below `SMALLEST` to 0 and round the others to 0.01 %.
+
+        The other layers are pruned more instead, each by the same share of what it could still lose."""
+        small = {name: level for name, level in levels.items() if level < SMALLEST}
+        room = {name: highest[name] - level for name, level in levels.items() if name not in small}
+        lost, space = self._pruned(small), self._pruned(room)
+        found = {}
+        for name, level in levels.items():
+            if name in small:
+                found[name] = 0.
+                continue
+            more = lost / space * room[name] if space else 0
+            found[name] = round(level + more, 2)
+        return found
 
     def to_frame(self):
-        "A pandas DataFrame, a row for each layer, a column for each level."
+        "Return a pandas DataFrame of the metric, a row for each layer, a column for each level in percent."
         import pandas as pd
-        return pd.DataFrame.from_dict(self.values, orient='index', columns=self.levels).rename_axis(index='layer', columns='sparsity (%)')
+        frame = pd.DataFrame.from_dict(self.values, orient='index', columns=self.levels)
+        return frame.rename_axis(index='layer', columns='sparsity (%)')
 
     def _cells(self):
+        "Yield the rows of the table as strings, the head first."
         yield 'layer', 'weights', *(f'{level:g} %' for level in self.levels)
         for name, row in self.values.items():
-            yield name or '(the model)', f'{self.weights[name]:,}', *(f'{row[level]:.4g}' if level in row else '' for level in self.levels)
+            measured = [f'{row[level]:.4g}' if level in row else '' for level in self.levels]
+            yield name or '(the model)', f'{self.weights[name]:,}', *measured
 
     def _title(self): return f'{self.metric}, dense: {self.dense:.4g}; with one layer alone at'
 
-    def __str__(self):
-        return f'{self._title()}\n{as_text(self._cells())}'
+    def __str__(self): return f'{self._title()}\n{as_text(self._cells())}'
 
-    def _repr_html_(self):
-        return f'<div>{escape(self._title())}</div>{as_html(self._cells())}'
+    def _repr_html_(self): return f'<div>{escape(self._title())}</div>{as_html(self._cells())}'
 
-    def plot(self, ax=None):
-        "Draw a curve for each layer; returns the matplotlib axes."
+    def plot(self,
+        ax=None,  # matplotlib axes to draw on; new ones if None
+    ):
+        "Draw the metric against the sparsity of one layer alone, a curve for each layer; return the axes."
         import matplotlib
-        if ax is None:
-            import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(7, 4), layout='constrained')
+        if ax is None: ax = _new_axes(7, 4)
         ax.axhline(self.dense, color='#606060', ls='--', lw=1, label='dense')
-        colours = matplotlib.colormaps['viridis']([.95 * i / max(len(self.values) - 1, 1) for i in range(len(self.values))])
+        last = max(len(self.values) - 1, 1)
+        places = [.95 * i / last for i in range(len(self.values))]  # the end of the colour map is too light
+        colours = matplotlib.colormaps['viridis'](places)
         for (name, row), colour in zip(self.values.items(), colours):
-            ax.plot([0, *sorted(row)], [self.dense, *(row[level] for level in sorted(row))], marker='.', color=colour, label=name or '(the model)')
+            levels = sorted(row)
+            metrics = [self.dense, *(row[level] for level in levels)]
+            ax.plot([0, *levels], metrics, marker='.', color=colour, label=name or '(the model)')
         ax.set(xlabel='sparsity of one layer alone (%)', ylabel=self.metric)
-        ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=1 + len(self.values) // 24)
+        columns = 1 + len(self.values) // 24
+        ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=columns)
         return ax
 
-    def heatmap(self, ax=None):
-        "Draw layers against levels; dark is what costs most; returns the matplotlib axes."
-        if ax is None:
-            import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(2 + .7 * len(self.levels), 1 + .35 * len(self.values)), layout='constrained')
-        cells = [[self.values[n].get(level, float('nan')) for level in self.levels] for n in self.values]
+    def heatmap(self,
+        ax=None,  # matplotlib axes to draw on; new ones if None
+    ):
+        "Draw the metric of each layer at each level, dark where the damage is greatest; return the axes."
+        if ax is None: ax = _new_axes(2 + .7 * len(self.levels), 1 + .35 * len(self.values))
+        cells = [[row.get(level, float('nan')) for level in self.levels] for row in self.values.values()]
         image = ax.imshow(cells, aspect='auto', cmap='cividis' if self.higher_is_better else 'cividis_r')
         ax.set_xticks(range(len(self.levels)), [f'{level:g}' for level in self.levels])
-        ax.set_yticks(range(len(self.values)), [n or '(the model)' for n in self.values])
+        ax.set_yticks(range(len(self.values)), [name or '(the model)' for name in self.values])
         ax.set(xlabel='sparsity of one layer alone (%)')
         ax.figure.colorbar(image, ax=ax, label=self.metric)
         return ax
 
 
+def _new_axes(width, height):
+    import matplotlib.pyplot as plt
+    _, ax = plt.subplots(figsize=(width, height), layout='constrained')
+    return ax
+
+
+def _levels(curves, damage):
+    "Return {layer's name: the level at which its curve reaches a damage}."
+    return {name: _level(curve, damage) for name, curve in curves.items()}
+
+
 def _level(curve, damage):
-    "How far along a rising curve of (level, damage)."
+    "Return the level at which a rising curve of (level, damage) reaches a damage; its end if it does not."
     i = bisect_left(curve, damage, key=lambda point: point[1])
     if i == 0: return curve[0][0]
     if i == len(curve): return curve[-1][0]
@@ -121,51 +173,81 @@ def sensitivity(
     granularity='weight',  # as in `Sparsifier`
     criteria='magnitude',  # as in `Sparsifier`
     layers=None,  # as in `Sparsifier`
-    levels: tuple = LEVELS,  # percent
-    higher_is_better: bool | None = None,  # of the metric; None: yes, but of a loss
+    levels: tuple = LEVELS,  # sparsities to measure, percent of a layer's weights
+    higher_is_better: bool | None = None,  # of the metric; None is True, but False for the loss of a Learner
     example=None,  # as in `Sparsifier`
 ) -> Sensitivity:
-    "Make each layer alone sparse, at each level, and measure. The weights are as before in the end, to the bit; Ctrl-C gives what is done."
-    learner = None if isinstance(model, nn.Module) else model
-    if learner is not None:
-        if not hasattr(learner, 'validate') or not isinstance(getattr(learner, 'model', None), nn.Module):
-            raise TypeError(f'model: got {type(model).__name__}, allowed is a torch.nn.Module or a fastai Learner')
-        model = learner.model
-        if metric is None:
-            at = int(bool(learner.metrics))
-            name = learner.metrics[0].name if at else 'valid_loss'
-            if higher_is_better is None: higher_is_better = bool(at)
-            def metric(_): return float(learner.validate()[at])
-            metric.__name__ = name
-    elif metric is None: raise ValueError('metric: got None, allowed with a network is a function from it to a number')
-    levels = sorted({float(level) for level in levels})
-    if not levels or not 0 < levels[0] <= levels[-1] <= 100: raise ValueError(f'levels: got {levels}, allowed are percents from 1 to 100')
-    sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
-    names, untouched = list(sparsifier.layers), sparsifier.state_dict()
-    before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    """Measure how much each layer alone can be pruned: prune it to each level, and evaluate the network.
 
-    def restore():
-        sparsifier.load_state_dict(untouched)
-        with torch.no_grad():
-            for tensor, value in before: tensor.copy_(value)
-    values = {}
-    with ExitStack() as quiet:
-        for silence in ('no_bar', 'no_logging'):
-            if hasattr(learner, silence): quiet.enter_context(getattr(learner, silence)())
-        dense = float(metric(model))
-        try:
-            for name, level in _progress([(n, level) for n in names for level in levels]):
-                try:
-                    sparsifier.sparsify_layer(name, level)
-                    values.setdefault(name, {})[level] = float(metric(model))
-                finally: restore()
-        except KeyboardInterrupt: pass
-    return Sensitivity(values, {n: sparsifier.layers[n].weight.numel() for n in names}, dense, getattr(metric, '__name__', 'metric'),
-                       True if higher_is_better is None else higher_is_better)
+    The weights are restored to the bit. Ctrl-C ends the analysis and returns the part that was measured.
+    `TypeError` if `model` is neither a network nor a Learner, `ValueError` if a network has no `metric` or a
+    level is not a percentage."""
+    learner = None if isinstance(model, nn.Module) else model
+    if learner is not None: model = _network_of(learner)
+    better = True
+    if metric is None: metric, better = _metric_of(learner)
+    if higher_is_better is None: higher_is_better = better
+    levels = _read_levels(levels)
+    sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
+    with _without_output(learner):
+        dense, values = _measure(sparsifier, levels, metric)
+    weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}
+    return Sensitivity(values, weights, dense, getattr(metric, '__name__', 'metric'), higher_is_better)
+
+
+def _network_of(learner):
+    if not hasattr(learner, 'validate') or not isinstance(getattr(learner, 'model', None), nn.Module):
+        kind = type(learner).__name__
+        raise TypeError(f'model: got {kind}, expected a torch.nn.Module or a fastai Learner')
+    return learner.model
+
+
+def _metric_of(learner):
+    "Return the first metric of a Learner, or its loss, as a function; and True if higher is better."
+    if learner is None:
+        raise ValueError('metric: got None, expected with a network a function from it to a number')
+    has_metrics = bool(learner.metrics)
+    place = int(has_metrics)  # `validate` returns the loss, then the metrics
+    def metric(_): return float(learner.validate()[place])
+    metric.__name__ = learner.metrics[0].name if has_metrics else 'valid_loss'
+    return metric, has_metrics
+
+
+def _read_levels(levels):
+    levels = sorted({float(level) for level in levels})
+    if not levels or not 0 < levels[0] <= levels[-1] <= 100:
+        raise ValueError(f'levels: got {levels}, expected percentages from 1 to 100')
+    return levels
+
+
+def _measure(sparsifier, levels, metric):
+    "Return the metric of the dense network, and {layer's name: {level: metric}} with one layer pruned."
+    model, names = sparsifier.model, list(sparsifier.layers)
+    masks, snapshot = sparsifier.state_dict(), Snapshot(model)
+    dense, values = float(metric(model)), {}
+    try:
+        for name, level in _progress([(name, level) for name in names for level in levels]):
+            try:
+                sparsifier.sparsify_layer(name, level)
+                values.setdefault(name, {})[level] = float(metric(model))
+            finally:  # also where the metric fails or Ctrl-C comes
+                sparsifier.load_state_dict(masks)
+                snapshot.restore()
+    except KeyboardInterrupt: pass  # the part that was measured is returned
+    return dense, values
+
+
+@contextmanager
+def _without_output(learner):
+    "Show neither the bar nor the table of a Learner; do nothing for None."
+    with ExitStack() as stack:
+        for name in ('no_bar', 'no_logging'):
+            if hasattr(learner, name): stack.enter_context(getattr(learner, name)())
+        yield
 
 
 def _progress(steps):
-    "With fastprogress's bar where there is one."
+    "Show fastprogress's bar where that is installed."
     try: from fastprogress.fastprogress import progress_bar
     except ImportError: return steps
     return progress_bar(steps, leave=False)

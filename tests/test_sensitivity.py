@@ -9,7 +9,9 @@ from fasterai.callback import SparsifyCallback
 from fasterai.sensitivity import Sensitivity, sensitivity
 
 
-def kept(model): return [float((m.weight != 0).float().mean()) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+def kept(model):
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return [float((layer.weight != 0).float().mean()) for layer in layers]
 
 
 def bits(model): return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
@@ -23,10 +25,12 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 def test_each_layer_alone_and_all_as_before(granularity):
     net, seen = convnet(), []
     net(torch.randn(8, 1, 8, 8))
-    with torch.no_grad(): net[0].weight[0] = 0  # what is zero before stays so
+    with torch.no_grad(): net[0].weight[0] = 0  # zeros from before are kept
     before = bits(net)
-    found = sensitivity(net, lambda m: seen.append(kept(m)) or 1., granularity, levels=(50, 90), example=torch.randn(2, 1, 8, 8))
-    assert same(before, bits(net)) and list(found.values) == (['0', '3', '8'] if granularity == 'weight' else ['0', '3'])
+    example = torch.randn(2, 1, 8, 8)
+    found = sensitivity(net, lambda m: seen.append(kept(m)) or 1., granularity, levels=(50, 90), example=example)
+    assert same(before, bits(net))
+    assert list(found.values) == (['0', '3', '8'] if granularity == 'weight' else ['0', '3'])
     dense, *rest = seen
     assert len(rest) == 2 * len(found.values)
     for i, shares in enumerate(rest):
@@ -39,27 +43,32 @@ def test_a_learner_is_validated(make_learner):
     learn = make_learner(convnet(), cbs=SparsifyCallback(50))
     before = bits(learn.model)
     found = sensitivity(learn, levels=[50])
-    assert found.metric == 'accuracy' and found.higher_is_better and found.dense == learn.validate()[1] and same(before, bits(learn.model))
+    assert found.metric == 'accuracy' and found.higher_is_better and found.dense == learn.validate()[1]
+    assert same(before, bits(learn.model))
     learn = make_learner(convnet(), metrics=[])
     found = sensitivity(learn, levels=[50])
-    assert found.metric == 'valid_loss' and not found.higher_is_better and found.dense == learn.validate()[0]
+    assert found.metric == 'valid_loss' and not found.higher_is_better
+    assert found.dense == learn.validate()[0]
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
-def test_what_is_broken_off_leaves_the_weights_as_they_were(error):
+def test_an_interrupted_analysis_leaves_the_weights_as_they_were(error):
     net, calls = convnet(), []
     before = bits(net)
     def metric(model):
         calls.append(0)
         if len(calls) == 4: raise error
         return 1.
-    if error is KeyboardInterrupt: assert sensitivity(net, metric, levels=(50, 90)).values == {'0': {50: 1., 90: 1.}}
+    if error is KeyboardInterrupt:
+        assert sensitivity(net, metric, levels=(50, 90)).values == {'0': {50: 1., 90: 1.}}
     else:
         with pytest.raises(RuntimeError): sensitivity(net, metric, levels=(50, 90))
     assert same(before, bits(net))
 
 
-def measured(): return Sensitivity({'a': {50: .9, 90: .9}, 'b': {50: .8, 90: .1}}, {'a': 100, 'b': 300}, .9, 'accuracy', True)
+def measured():
+    values = {'a': {50: .9, 90: .9}, 'b': {50: .8, 90: .1}}
+    return Sensitivity(values, {'a': 100, 'b': 300}, .9, 'accuracy', True)
 
 
 def test_damage_never_falls():
@@ -71,8 +80,9 @@ def test_damage_never_falls():
 @pytest.mark.parametrize('sparsity', [0, 20, 22.5, 40, 60, 80, 90])
 def test_suggestions_add_up(sparsity):
     given = measured().suggest(sparsity)
-    assert (100 * given['a'] + 300 * given['b']) / 400 == pytest.approx(sparsity, abs=.1 if sparsity else 1) and all(0 <= s <= 90 for s in given.values())
-    assert given['a'] >= given['b']  # what costs nothing goes first
+    assert (100 * given['a'] + 300 * given['b']) / 400 == pytest.approx(sparsity, abs=.1 if sparsity else 1)
+    assert all(0 <= s <= 90 for s in given.values())
+    assert given['a'] >= given['b']  # pruning it costs nothing up to 90 %
     if sparsity in (22.5,): assert given['a'] > 80
 
 
@@ -94,12 +104,13 @@ def test_how_it_shows():
 
 
 @pytest.mark.parametrize('arguments, error, says', [
-    (dict(model=3), TypeError, 'model: got int, allowed is a torch.nn.Module or a fastai Learner'),
-    (dict(model=nn.Linear(2, 2)), ValueError, 'metric: got None'), (dict(model=nn.Linear(2, 2), metric=len, levels=[0]), ValueError, 'levels: got'),
+    (dict(model=3), TypeError, 'model: got int, expected a torch.nn.Module or a fastai Learner'),
+    (dict(model=nn.Linear(2, 2)), ValueError, 'metric: got None'),
+    (dict(model=nn.Linear(2, 2), metric=len, levels=[0]), ValueError, 'levels: got'),
     (dict(model=nn.Linear(2, 2), metric=len, levels=[]), ValueError, 'levels: got')])
 def test_bad_arguments(arguments, error, says):
     with pytest.raises(error, match=says): sensitivity(**arguments)
-    with pytest.raises(ValueError, match='sparsity: got 95, allowed is 0 to 90'): measured().suggest(95)
+    with pytest.raises(ValueError, match='sparsity: got 95, expected 0 to 90'): measured().suggest(95)
 
 
 def test_copies_stay_apart():
