@@ -1,4 +1,4 @@
-"What is zero, measured from the weights alone."
+"Report which weights are zero, layer by layer, counted in the weights themselves."
 from dataclasses import asdict, dataclass
 from html import escape
 
@@ -7,78 +7,96 @@ from fasterai.tables import as_html, as_text
 
 @dataclass(frozen=True)
 class Row:
-    "One layer."
-    layer: str
-    kind: str  # its type
+    "Hold the counts of one layer."
+    layer: str  # its name
+    kind: str  # the name of its type
     shape: tuple  # of its weight
-    weights: int
-    zeros: int  # weights that are exactly zero
-    groups: int  # what the granularity makes live and die together
-    dead: int  # groups of which every weight is zero
+    weights: int  # how many
+    zeros: int  # how many of the weights are exactly zero
+    groups: int  # how many groups of weights are pruned together, by the granularity
+    dead: int  # how many of the groups have only zeros
 
     @property
-    def sparsity(self): return _percent(self.zeros, self.weights)
+    def sparsity(self) -> float:
+        "Return the percentage of the layer's weights that are zero."
+        return _percent(self.zeros, self.weights)
 
 
 @dataclass(frozen=True)
 class Report:
-    "Rows and totals; prints as a table, shows as HTML in a notebook."
-    rows: tuple  # of `Row`, one a selected layer
-    parameters: int  # numbers in all parameters of the model, selected or not
+    "Hold the counts of every selected layer and the totals; prints as a table, shows as HTML in a notebook."
+    rows: tuple  # of `Row`, one for each selected layer
+    parameters: int  # how many numbers all parameters of the model have, selected or not
     parameter_zeros: int  # how many of them are exactly zero
-    skipped: dict  # name: reason, for layers that were left out
+    skipped: dict  # {name: reason}, for layers that were left out
 
     @property
-    def weights(self): return sum(r.weights for r in self.rows)
+    def weights(self) -> int:
+        "Count the selected weights."
+        return sum(r.weights for r in self.rows)
 
     @property
-    def zeros(self): return sum(r.zeros for r in self.rows)
+    def zeros(self) -> int:
+        "Count the selected weights that are exactly zero."
+        return sum(r.zeros for r in self.rows)
 
     @property
-    def sparsity(self):
-        "Percent of the selected weights that are zero."
+    def sparsity(self) -> float:
+        "Return the percentage of the selected weights that are zero."
         return _percent(self.zeros, self.weights)
 
     def _totals(self):
-        return (('selected weights', self.weights, self.zeros), ('all parameters', self.parameters, self.parameter_zeros))
+        "Return (name, numbers, zeros) of each total."
+        return [('selected weights', self.weights, self.zeros),
+                ('all parameters', self.parameters, self.parameter_zeros)]
 
     def _notes(self):
-        "What was left alone, once for each reason, and no more than a few names."
+        "Yield (names of layers that were left alone, reason), once for each reason, with a few names each."
         for reason in dict.fromkeys(self.skipped.values()):
-            names = [n or '(the model)' for n, r in self.skipped.items() if r == reason]
-            yield ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else ''), reason
+            names = [name or '(the model)' for name, why in self.skipped.items() if why == reason]
+            some, others = names[:4], len(names) - 4
+            more = f' and {others} more' if others > 0 else ''
+            yield ', '.join(some) + more, reason
 
     def _cells(self):
-        "The table as text, header first."
+        "Yield the rows of the table as strings, the head first."
         yield 'layer', 'kind', 'shape', 'weights', 'zeros', 'sparsity', 'groups dead'
         for r in self.rows:
-            yield (r.layer or '(the model)', r.kind, '×'.join(map(str, r.shape)), f'{r.weights:,}', f'{r.zeros:,}',
-                   f'{r.sparsity:.2f} %', f'{r.dead:,} of {r.groups:,}')
+            shape = '×'.join(map(str, r.shape))
+            counts = f'{r.weights:,}', f'{r.zeros:,}', f'{r.sparsity:.2f} %', f'{r.dead:,} of {r.groups:,}'
+            yield r.layer or '(the model)', r.kind, shape, *counts
         for name, weights, zeros in self._totals():
             yield name, '', '', f'{weights:,}', f'{zeros:,}', f'{_percent(zeros, weights):.2f} %', ''
 
     def __str__(self):
-        return '\n'.join([as_text(self._cells(), left=3, foot=2), *(f'left alone: {names}: {reason}' for names, reason in self._notes())])
+        notes = [f'left alone: {names}: {reason}' for names, reason in self._notes()]
+        return '\n'.join([as_text(self._cells(), left=3, foot=2), *notes])
 
     def _repr_html_(self):
-        notes = ''.join(f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>' for names, reason in self._notes())
-        return as_html(self._cells(), left=3) + notes
+        notes = [f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>'
+                 for names, reason in self._notes()]
+        return as_html(self._cells(), left=3) + ''.join(notes)
 
     def to_frame(self):
-        "A pandas DataFrame, one row a selected layer."
+        "Return a pandas DataFrame with one row for each selected layer."
         import pandas as pd
-        return pd.DataFrame([asdict(r) | {'sparsity': r.sparsity} for r in self.rows],
-                            columns=['layer', 'kind', 'shape', 'weights', 'zeros', 'sparsity', 'groups', 'dead'])
+        columns = ['layer', 'kind', 'shape', 'weights', 'zeros', 'sparsity', 'groups', 'dead']
+        return pd.DataFrame([asdict(r) | {'sparsity': r.sparsity} for r in self.rows], columns=columns)
 
-    def plot(self, ax=None):
-        "Draw the sparsity of each layer and of all; returns the matplotlib axes."
+    def plot(self,
+        ax=None,  # matplotlib axes to draw on; new ones if None
+    ):
+        "Draw the sparsity of each layer, and of all selected weights as a line, in percent; return the axes."
         if ax is None:
             import matplotlib.pyplot as plt
             _, ax = plt.subplots(figsize=(6, 1.2 + .28 * len(self.rows)))
-        bars = ax.barh([r.layer or '(the model)' for r in self.rows], [r.sparsity for r in self.rows], color='#0072B2')
-        ax.bar_label(bars, [f'{r.sparsity:.1f} % of {r.weights:,}' for r in self.rows], padding=3, fontsize='small',
-                     bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1})  # the dashed line may pass behind it
-        ax.axvline(self.sparsity, color='#D55E00', ls='--', label=f'all selected weights: {self.sparsity:.2f} %')
+        names = [r.layer or '(the model)' for r in self.rows]
+        labels = [f'{r.sparsity:.1f} % of {r.weights:,}' for r in self.rows]
+        bars = ax.barh(names, [r.sparsity for r in self.rows], color='#0072B2')
+        box = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 1}  # the dashed line may pass behind a label
+        ax.bar_label(bars, labels, padding=3, fontsize='small', bbox=box)
+        average = f'all selected weights: {self.sparsity:.2f} %'
+        ax.axvline(self.sparsity, color='#D55E00', ls='--', label=average)
         ax.invert_yaxis()
         ax.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel='sparsity (%)')
         ax.legend(fontsize='small', loc='lower right')
@@ -90,14 +108,20 @@ def _percent(part, whole): return 100 * part / whole if whole else 0.
 
 def measure(
     model,  # the network
-    layers: list,  # (name, `layers.Weight`, grouping) of the selected ones
-    skipped: dict,  # name: reason
+    layers: list,  # of (name, `layers.Weight`, `granularity.Grouping`), the selected ones
+    skipped: dict,  # {name: reason}, for layers that were left out
 ) -> Report:
-    "Count the zeros."
-    rows = []
-    for name, weight, grouping in layers:
-        zero = weight.tensor.detach().cpu() == 0
-        dead = int((grouping.count(zero) == grouping.sizes).sum())
-        rows.append(Row(name, type(weight.module).__name__, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead))
+    "Count the zeros of the selected layers and of the whole model."
+    rows = tuple(_row(name, weight, grouping) for name, weight, grouping in layers)
     parameters = list(model.parameters())
-    return Report(tuple(rows), sum(p.numel() for p in parameters), sum(int((p.detach() == 0).sum()) for p in parameters), dict(skipped))
+    total = sum(p.numel() for p in parameters)
+    zeros = sum(int((p.detach() == 0).sum()) for p in parameters)
+    return Report(rows, total, zeros, dict(skipped))
+
+
+def _row(name, weight, grouping):
+    "Count the zeros of one layer."
+    zero = weight.tensor.detach().cpu() == 0
+    dead = int((grouping.count(zero) == grouping.sizes).sum())
+    kind = type(weight.module).__name__
+    return Row(name, kind, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead)
