@@ -1,4 +1,4 @@
-"Handwritten digits, a small network, and what can go from it: `python -m fasterai.demo`."
+"Train a small network on handwritten digits and prune it in several ways: `python -m fasterai.demo`."
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import OrderedDict
@@ -7,7 +7,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
-warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)  # fastai's own, when it is imported beside a new PyTorch
+# fastai itself causes this one, when it is imported beside a new PyTorch
+warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)
 
 import torch
 from fastai.basics import Callback, DataLoaders, Learner, accuracy, set_seed
@@ -27,56 +28,72 @@ from fasterai.report import Report
 from fasterai.sparsifier import Sparsifier
 from fasterai.tables import as_text
 
-BLUE, VERMILION, GREEN, ORANGE = '#0072B2', '#D55E00', '#009E73', '#E69F00'  # told apart by the colour-blind (Okabe & Ito 2008)
+# the colour-blind can tell these apart (Okabe & Ito 2008)
+BLUE, VERMILION, GREEN, ORANGE = '#0072B2', '#D55E00', '#009E73', '#E69F00'
+MAX_SEED = 2 ** 32 - 1
 
 
-class Run(NamedTuple):
-    "What came of one training."
-    name: str
-    asked: float | None  # percent, None for the dense network
-    model: nn.Module
-    report: Report
-    accuracy: float  # percent of the validation digits
-    seconds: float  # of training
-    course: list  # (epochs done, percent of zeros) after each step
-    accuracies: list  # percent, after each epoch
-
-
-class Course(Callback):
-    "Counts the zeros after each step."
-    order = SparsifyCallback.order + 1
-
-    def __init__(self, sparsify): self.sparsify, self.points = sparsify, []
-
-    def after_step(self): self.points.append((self.epoch + (self.iter + 1) / self.n_iter, self.sparsify.sparsifier.sparsity))
-
+# ---- The data and the network
 
 def digits(
     seed: int,  # of the split
-) -> tuple:  # training set, validation set: images (1, 8, 8) from 0 to 1, and classes
-    "The 1,797 handwritten digits that come with scikit-learn, a quarter of them for validation."
+) -> tuple:  # (training set, validation set): images (1, 8, 8) from 0 to 1, and classes
+    "Load the 1,797 handwritten digits that come with scikit-learn, a quarter of them for validation."
     images, classes = load_digits(return_X_y=True)
-    images, classes = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(classes)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    classes = torch.tensor(classes)
     parts = train_test_split(range(len(classes)), test_size=.25, stratify=classes, random_state=seed)
     return tuple(TensorDataset(images[part], classes[part]) for part in parts)
 
 
 def conv_block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    "Convolution, BatchNorm, ReLU."
+    "Build a convolution, a BatchNorm and a ReLU."
     conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), relu=nn.ReLU()))
 
 
 def network() -> nn.Module:
-    "A small convolutional network: 56,224 weights in three convolutions and a Linear."
-    return nn.Sequential(OrderedDict(block1=conv_block(1, 32, 1), block2=conv_block(32, 64, 2), block3=conv_block(64, 64, 2),
-                                     pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), output=nn.Linear(64, 10)))
+    "Build a small convolutional network: 56,224 weights in three convolutions and a Linear."
+    return nn.Sequential(OrderedDict(
+        block1=conv_block(1, 32, 1),
+        block2=conv_block(32, 64, 2),
+        block3=conv_block(64, 64, 2),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        output=nn.Linear(64, 10)))
+
+
+# ---- The trainings
+
+class Run(NamedTuple):
+    "Hold the results of one training."
+    name: str
+    asked: float | None  # the sparsity that was asked for, in percent; None for the dense network
+    model: nn.Module  # the trained network
+    report: Report  # of its zeros
+    accuracy: float  # percent of the validation digits
+    seconds: float  # of training
+    course: list  # (epochs done, percent of zeros) after each step
+    accuracies: list  # percent of the validation digits, after each epoch
+
+
+class Course(Callback):
+    "Record the sparsity after each step."
+    order = SparsifyCallback.order + 1
+
+    def __init__(self, sparsify): self.sparsify, self.points = sparsify, []
+
+    def after_step(self):
+        epochs = self.epoch + (self.iter + 1) / self.n_iter
+        self.points.append((epochs, self.sparsify.sparsifier.sparsity))
 
 
 def callbacks(
-    sparsity: float,  # percent, where single weights go
-) -> dict:  # name of a run: callback
-    "What is trained. The filters compete within their layer, so that each becomes half as wide and none a bottleneck."
+    sparsity: float,  # percent of the weights, of the runs that prune single weights
+) -> dict:  # {name of a run: callback, or None for the dense network}
+    """List the trainings that the demo compares.
+
+    Filters are pruned within each layer, so that each layer becomes half as wide and none a bottleneck."""
     weights = {'granularity': 'weight', 'context': 'global', 'criteria': 'magnitude'}
     filters = {'granularity': 'filter', 'context': 'local', 'criteria': 'magnitude'}
     return {
@@ -91,12 +108,12 @@ def callbacks(
 def train(
     name: str,  # of the run
     sparsify: SparsifyCallback | None,  # None leaves the network dense
-    datasets: tuple,  # training set, validation set
+    datasets: tuple,  # (training set, validation set)
     start: nn.Module,  # the initial network, which is left as it is
     epochs: int,
     seed: int,  # of the order of the digits
 ) -> Run:
-    "Train once, from the same weights and in the same order each time."
+    "Train once; every run starts from the same weights and sees the digits in the same order."
     print(f'training: {name}', flush=True)
     set_seed(seed)
     dls = DataLoaders.from_dsets(*datasets, bs=64, num_workers=0, device=torch.device('cpu'))
@@ -106,63 +123,89 @@ def train(
         began = perf_counter()
         learn.fit_one_cycle(epochs, 1e-2, cbs=[sparsify, course] if sparsify else None)
         seconds = perf_counter() - began
-        accuracies = [100 * values[2] for values in learn.recorder.values]  # after the losses of training and validation
-        right = 100 * learn.validate()[1]
+        # the losses of training and validation come before the accuracy
+        accuracies = [100 * values[2] for values in learn.recorder.values]
+        final_accuracy = 100 * learn.validate()[1]
+    asked = sparsify.sparsity if sparsify else None
     sparsifier = sparsify.sparsifier if sparsify else Sparsifier(learn.model)
-    return Run(name, sparsify and sparsify.sparsity, learn.model, sparsifier.report(), right, seconds, course.points, accuracies)
+    report = sparsifier.report()
+    return Run(name, asked, learn.model, report, final_accuracy, seconds, course.points, accuracies)
 
 
 def table(
     runs: list,  # of `Run`
 ) -> str:
-    "One line a run, and what was left out of the counts."
+    "Return a table with one line for each run, and below it the layers that were left out of the counts."
     lines = [('run', 'asked', 'measured sparsity', 'weights left', 'validation accuracy', 'seconds')]
     for r in runs:
         asked = '' if r.asked is None else f'{r.asked:g} %'
         left = f'{r.report.weights - r.report.zeros:,} of {r.report.weights:,}'
-        lines.append((r.name, asked, f'{r.report.sparsity:.2f} %', left, f'{r.accuracy:.2f} %', f'{r.seconds:.1f}'))
-    notes = [f'{r.name}: left alone: {layer}: {reason}' for r in runs for layer, reason in r.report.skipped.items()]
+        measured = f'{r.report.sparsity:.2f} %', left, f'{r.accuracy:.2f} %', f'{r.seconds:.1f}'
+        lines.append((r.name, asked, *measured))
+    notes = [f'{r.name}: left alone: {layer}: {reason}'
+             for r in runs for layer, reason in r.report.skipped.items()]
     return '\n'.join([as_text(lines), *notes])
 
+
+# ---- The pictures
 
 def draw_training(
     dense: Run,
     sparse: Run,  # one with a course
-    left: dict,  # what: percent that is left of it
+    left: dict,  # {name of a count: percent of the dense network that is left}
 ) -> Figure:
-    "Zeros and accuracy over training, and what is left in the end."
+    "Draw sparsity and accuracy over training, and beside them the size of the pruned networks."
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     figure.get_layout_engine().set(wspace=.06)
-    ax, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    curves, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    _draw_course(curves, dense, sparse)
+    _draw_left(bars, left)
+    for ax in (curves, bars): ax.spines[['top', 'right']].set_visible(False)
+    return figure
+
+
+def _draw_course(ax, dense, sparse):
+    "Draw sparsity and accuracy over training."
     times, zeros = zip((0, 0), *sparse.course)
     epochs = range(1, len(dense.accuracies) + 1)
     ax.fill_between(times, zeros, step='post', color=DEAD)
-    ax.text(times[-1] * .97, zeros[-1] / 2, f'weights that are zero: {zeros[-1]:.0f} %', ha='right', va='center')
-    ax.plot(epochs, dense.accuracies, color=ORANGE, ls='--', marker='o', ms=4, label=f'dense: {dense.accuracy:.1f} % accuracy')
-    ax.plot(epochs, sparse.accuracies, color=BLUE, marker='o', ms=4, label=f'with the callback: {sparse.accuracy:.1f} % accuracy')
+    label = f'weights that are zero: {zeros[-1]:.0f} %'
+    ax.text(times[-1] * .97, zeros[-1] / 2, label, ha='right', va='center')
+    ax.plot(epochs, dense.accuracies, color=ORANGE, ls='--', marker='o', ms=4,
+            label=f'dense: {dense.accuracy:.1f} % accuracy')
+    ax.plot(epochs, sparse.accuracies, color=BLUE, marker='o', ms=4,
+            label=f'with the callback: {sparse.accuracy:.1f} % accuracy')
     ax.set_title('While it trains', loc='left')
     ax.set(xlabel='epoch', ylabel='%', xlim=(0, times[-1] * 1.02), ylim=(0, 103))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='lower right', framealpha=1)
-    bars.bar_label(bars.barh(list(left), list(left.values()), color=BLUE, height=.6), [f'{v:.0f} %' for v in left.values()], padding=3)
-    bars.axvline(100, color='#606060', ls='--', lw=1)
-    bars.invert_yaxis()
-    bars.set(xlabel='of the dense network (%)', xlim=(0, 105))
-    bars.set_title('What is left of two networks', loc='left')
-    for a in (ax, bars): a.spines[['top', 'right']].set_visible(False)
-    return figure
+
+
+def _draw_left(ax, left):
+    "Draw a bar for each count of the pruned networks, in percent of the dense one."
+    percents = list(left.values())
+    bars = ax.barh(list(left), percents, color=BLUE, height=.6)
+    ax.bar_label(bars, [f'{p:.0f} %' for p in percents], padding=3)
+    ax.axvline(100, color='#606060', ls='--', lw=1)
+    ax.invert_yaxis()
+    ax.set(xlabel='of the dense network (%)', xlim=(0, 105))
+    ax.set_title('What is left of two networks', loc='left')
 
 
 def draw_schedules(
     runs: list,  # of `Run`, three with a course
 ) -> Figure:
-    "Sparsity over training."
+    "Draw sparsity over training, a curve for each run."
     figure = Figure(figsize=(9, 4.2), layout='constrained')
     ax = figure.subplots()
     for run, colour, line in zip(runs, (BLUE, VERMILION, GREEN), ('-', '--', '-.')):
-        ax.step(*zip((0, 0), *run.course), where='post', color=colour, ls=line, lw=2.5, label=f'{run.name}: {run.accuracy:.2f} % accuracy')
-    ax.set_title('Three ways to the same sparsity, counted in the weights after each training step', loc='left')
-    ax.set(xlabel='epoch', ylabel='weights that are zero (%)', xlim=(0, runs[0].course[-1][0]), ylim=(-3, 103))
+        times, zeros = zip((0, 0), *run.course)
+        label = f'{run.name}: {run.accuracy:.2f} % accuracy'
+        ax.step(times, zeros, where='post', color=colour, ls=line, lw=2.5, label=label)
+    title = 'Three ways to the same sparsity, counted in the weights after each training step'
+    last = runs[0].course[-1][0]
+    ax.set_title(title, loc='left')
+    ax.set(xlabel='epoch', ylabel='weights that are zero (%)', xlim=(0, last), ylim=(-3, 103))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='lower right', bbox_to_anchor=(1, .1))
     ax.grid(alpha=.3)
@@ -170,22 +213,29 @@ def draw_schedules(
 
 
 def draw_layers(
-    runs: dict,  # title: `Run`
+    runs: dict,  # {title: `Run`}
 ) -> Figure:
-    "Sparsity of each layer."
+    "Draw the sparsity of each layer, a picture for each run."
     sizes = [len(run.report.rows) for run in runs.values()]
     figure = Figure(figsize=(9, 1.8 + .5 * sum(sizes)), layout='constrained')
-    for ax, (title, run) in zip(figure.subplots(len(runs), height_ratios=sizes), runs.items()):
+    pictures = figure.subplots(len(runs), height_ratios=sizes)
+    for ax, (title, run) in zip(pictures, runs.items()):
         run.report.plot(ax=ax).set_title(title, loc='left')
     return figure
 
 
-# A group of each granularity: its colour, what it is, and (width, height) in the picture, where six kernels of 3 × 3 lie side by side.
-GRAINS = {
-    'weight': (BLUE, 'one number', (1, 1)),
-    'vector': (VERMILION, 'one row of a kernel', (3, 1)),
-    'kernel': (GREEN, 'one filter, one channel', (3, 3)),
-    'filter': (ORANGE, 'all kernels of one output', (6 * 3 + 5 * GAP, 3)),
+class Example(NamedTuple):
+    "Say how one group of a granularity is drawn where six kernels of 3 × 3 lie side by side."
+    colour: str
+    meaning: str  # for the legend
+    size: tuple  # (width, height), in cells
+
+
+EXAMPLES = {
+    'weight': Example(BLUE, 'one number', (1, 1)),
+    'vector': Example(VERMILION, 'one row of a kernel', (3, 1)),
+    'kernel': Example(GREEN, 'one filter, one channel', (3, 3)),
+    'filter': Example(ORANGE, 'all kernels of one output', (6 * 3 + 5 * GAP, 3)),
 }
 
 
@@ -193,21 +243,18 @@ def draw_granularities(
     model: nn.Module,  # a dense network, which is left as it is
     name: str = 'block2.conv',  # of the layer
 ) -> Figure:
-    "One layer's kernels, and which of them go at each granularity."
+    "Draw the kernels of one layer, and which of their weights are pruned at each granularity."
     figure = Figure(figsize=(9, 6.6), layout='constrained')
     figure.get_layout_engine().set(w_pad=.12, h_pad=.1)
-    figure.suptitle(f'Half of the weights of {name} zeroed, in four granularities (the first 6 × 6 of its 64 × 32 kernels)')
+    figure.suptitle(f'Half of the weights of {name} zeroed, in four granularities '
+                    '(the first 6 × 6 of its 64 × 32 kernels)')
     dense, *sparse, key = figure.subplots(2, 3).flat
     weight = model.get_submodule(name).weight
     plot_kernels(weight, ax=dense).set_title('dense', loc='left')
     handles = []
-    for row, (ax, (granularity, (colour, what, size))) in enumerate(zip(sparse, GRAINS.items())):
-        pruned = deepcopy(model)
-        Sparsifier(pruned, granularity, layers=name).sparsify_model(50)
-        plot_kernels(weight, pruned.get_submodule(name).weight != 0, ax=ax).set_title(granularity, loc='left', color=colour, weight='bold')
-        ax.set(xlabel='', ylabel='')
-        corner = (0, (row + 1) * (3 + GAP))
-        handles.append(dense.add_patch(Rectangle(corner, *size, fill=False, ec=colour, lw=2.5, label=f'{granularity}: {what}', clip_on=False)))
+    for row, (granularity, ax) in enumerate(zip(EXAMPLES, sparse), start=1):
+        _draw_pruned(ax, model, name, granularity)
+        handles.append(_mark_group(dense, granularity, row))
     handles.append(Patch(facecolor=DEAD, edgecolor=CROSS, hatch='xxx', label='zero'))
     key.axis('off')
     key.legend(handles=handles, loc='center', frameon=False, labelspacing=1)
@@ -215,77 +262,128 @@ def draw_granularities(
     return figure
 
 
-def accounts(
+def _draw_pruned(ax, model, name, granularity):
+    "Draw a layer's kernels, with half of the weights pruned at a granularity."
+    pruned = deepcopy(model)
+    Sparsifier(pruned, granularity, layers=name).sparsify_model(50)
+    keep = pruned.get_submodule(name).weight != 0
+    plot_kernels(model.get_submodule(name).weight, keep, ax=ax)
+    ax.set_title(granularity, loc='left', color=EXAMPLES[granularity].colour, weight='bold')
+    ax.set(xlabel='', ylabel='')
+
+
+def _mark_group(ax, granularity, row):
+    "Draw a frame around one group, in a row of kernels, and return it for the legend."
+    colour, meaning, (width, height) = EXAMPLES[granularity]
+    corner = (0, row * (3 + GAP))
+    frame = Rectangle(corner, width, height, fill=False, ec=colour, lw=2.5,
+                      label=f'{granularity}: {meaning}', clip_on=False)
+    return ax.add_patch(frame)
+
+
+# ---- The savings
+
+def payoffs(
     dense: Run,
-    weights: Run,  # one whose single weights went
-    filters: Run,  # one whose filters went
+    weights: Run,  # one whose single weights were pruned
+    filters: Run,  # one whose filters were pruned
     digits: TensorDataset,  # of the validation
-    file: Path,  # where the one with single weights is saved
-) -> dict:  # title: what the zeros brought
-    "The filters that are zero removed, the single weights saved packed, and what came of both."
+    file: Path,  # where the network without single weights is saved
+) -> dict:  # {title: `deploy.payoff` of a pruned network against the dense one}
+    "Remove the pruned filters, save the network without single weights packed, and measure what both save."
     images, classes = digits.tensors
-    small = shrink(filters.model, images[:64])
+    example = images[:64]
+    small = shrink(filters.model, example)
     save_sparse(weights.model, file)
     batches = list(zip(images.split(64), classes.split(64)))
-    return {f'{name}': payoff(dense.model, model, images[:64], dls=batches, seconds=1) for name, model in (
-        (f'{filters.name}, {filters.asked:g} %, shrunk', small), (f'{weights.name}, {weights.asked:g} %, saved packed', weights.model))}
+    pruned = {f'{filters.name}, {filters.asked:g} %, shrunk': small,
+              f'{weights.name}, {weights.asked:g} %, saved packed': weights.model}
+    return {title: payoff(dense.model, model, example, dls=batches, seconds=1)
+            for title, model in pruned.items()}
 
 
-def draw_accounts(
-    found: dict,  # of `accounts`
+def draw_payoffs(
+    found: dict,  # of `payoffs`
 ) -> Figure:
-    "What is left of the dense network."
+    "Draw what is left of the dense network, a picture for each pruned one."
     figure = Figure(figsize=(9, 6.6), layout='constrained')
-    for ax, (title, one) in zip(figure.subplots(len(found)), found.items()): one.plot(ax=ax).set_title(title, loc='left')
+    for ax, (title, one) in zip(figure.subplots(len(found)), found.items()):
+        one.plot(ax=ax).set_title(title, loc='left')
     return figure
 
 
+def sizes_left(
+    weights: Run,  # one whose single weights were pruned
+    filters: Run,  # one whose filters were pruned
+    found: dict,  # of `payoffs`
+) -> dict:  # {name of a count: percent of the dense network}
+    "Return the sizes of the pruned networks that sum up the demo."
+    shrunk, saved = (one.to_frame().set_index('what').ratio for one in found.values())
+    without_weights = f'{weights.asked:g} % of weights zero:'
+    without_filters = f'{filters.asked:g} % of filters removed:'
+    ratios = {
+        f'{without_weights}\nweights': 1 - weights.report.sparsity / 100,
+        f'{without_weights}\nfile': saved['file, packed by save_sparse'],
+        f'{without_filters}\nparameters': shrunk['parameters'],
+        f'{without_filters}\nmultiply-adds': shrunk['multiply-adds'],
+    }
+    return {name: 100 * ratio for name, ratio in ratios.items()}
+
+
+# ---- The program
+
 def options(
-    arguments: list | None = None,  # None for the command line
+    arguments: list | None = None,  # as on the command line; None for the command line
 ):
-    "What was asked for; ends the program where it cannot be meant."
-    parser = ArgumentParser('python -m fasterai.demo', description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    "Read and check the options; end the program with one line where one is wrong."
+    parser = ArgumentParser('python -m fasterai.demo', description=__doc__,
+                            formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument('--epochs', type=int, default=12, help='of each training')
-    parser.add_argument('--sparsity', type=float, default=90, help='percent of zeros, of the runs that zero single weights')
+    parser.add_argument('--sparsity', type=float, default=90,
+                        help='percent of zeros, of the runs that zero single weights')
     parser.add_argument('--out', type=Path, default='demo', help='folder for the pictures')
-    parser.add_argument('--seed', type=int, default=0, help='of the split, the initial weights and the order of the digits')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='of the split, the initial weights and the order of the digits')
     chosen = parser.parse_args(arguments)
-    if chosen.epochs < 1: parser.error(f'--epochs: got {chosen.epochs}, allowed is a whole number from 1 on')
-    if not 0 <= chosen.seed < 2 ** 32: parser.error(f'--seed: got {chosen.seed}, allowed is a whole number from 0 to {2 ** 32 - 1}')
+    if chosen.epochs < 1:
+        parser.error(f'--epochs: got {chosen.epochs}, expected an integer of 1 or more')
+    if not 0 <= chosen.seed <= MAX_SEED:
+        parser.error(f'--seed: got {chosen.seed}, expected an integer from 0 to {MAX_SEED}')
     try: percent(chosen.sparsity, '--sparsity')
     except ValueError as error: parser.error(str(error))
     try: chosen.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error: parser.error(f'--out: got {str(chosen.out)!r}, which cannot be made a folder: {error.strerror}')
+    except OSError as error:
+        parser.error(f'--out: got {str(chosen.out)!r}, which cannot be made a folder: {error.strerror}')
     return chosen
 
 
 def main(arguments=None):
-    "Train, print the table, draw the pictures."
+    "Train the networks, print the tables and draw the pictures."
     chosen = options(arguments)
-    torch.set_num_threads(1)  # enough for so small a network; and sums then come out the same on any number of cores
+    torch.set_num_threads(1)  # enough for so small a network; and sums are then the same on any number of cores
     datasets = digits(chosen.seed)
     set_seed(chosen.seed)
     start = network()
-    runs = [train(name, sparsify, datasets, start, chosen.epochs, chosen.seed) for name, sparsify in callbacks(chosen.sparsity).items()]
-    dense, *weights, filters = runs
-    pictures = {
-        'schedules.png': draw_schedules(weights),
-        'layers.png': draw_layers({f'{weights[0].name}: the lowest {weights[0].asked:g} % of the whole network': weights[0],
-                                   f'{filters.name}: the lowest {filters.asked:g} % of each layer, in whole filters': filters}),
-        'granularity.png': draw_granularities(dense.model),
-    }
+    runs = [train(name, sparsify, datasets, start, chosen.epochs, chosen.seed)
+            for name, sparsify in callbacks(chosen.sparsity).items()]
+    dense, *pruned, filters = runs
+    weights = pruned[0]
     print('\n' + table(runs) + '\n')
-    packed = chosen.out / 'weights.safetensors'
-    found = accounts(dense, weights[0], filters, datasets[1], packed)
+    file = chosen.out / 'weights.safetensors'
+    found = payoffs(dense, weights, filters, datasets[1], file)
     for title, one in found.items(): print(f'\n{title}, against the dense network\n{one}')
-    shrunk, saved = (one.to_frame().set_index('what').ratio for one in found.values())
-    some, half = f'{weights[0].asked:g} % of weights zero:', f'{filters.asked:g} % of filters removed:'
-    left = {f'{some}\nweights': 1 - weights[0].report.sparsity / 100, f'{some}\nfile': saved['file, packed by save_sparse'],
-            f'{half}\nparameters': shrunk['parameters'], f'{half}\nmultiply-adds': shrunk['multiply-adds']}
-    pictures['training.png'] = draw_training(dense, weights[0], {what: 100 * ratio for what, ratio in left.items()})
-    pictures['payoff.png'] = draw_accounts(found)
+    layers = {f'{weights.name}: the lowest {weights.asked:g} % of the whole network': weights,
+              f'{filters.name}: the lowest {filters.asked:g} % of each layer, in whole filters': filters}
+    pictures = {
+        'schedules.png': draw_schedules(pruned),
+        'layers.png': draw_layers(layers),
+        'granularity.png': draw_granularities(dense.model),
+        'training.png': draw_training(dense, weights, sizes_left(weights, filters, found)),
+        'payoff.png': draw_payoffs(found),
+    }
     for name, picture in pictures.items(): picture.savefig(chosen.out / name, dpi=100)
-    print('\npictures:', ', '.join(str(chosen.out / name) for name in pictures), f'and {packed}')
+    names = ', '.join(str(chosen.out / name) for name in pictures)
+    print('\npictures:', names, f'and {file}')
 
 
 if __name__ == '__main__': main()

@@ -21,8 +21,11 @@ def test_a_short_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (['--sparsity', '.9'], 'write 90 for 90 %'), (['--sparsity', '101'], 'allowed is 0 to 100'), (['--epochs', '0'], '--epochs: got 0'),
-    (['--seed', '-1'], '--seed: got -1'), (['--out', __file__], 'which cannot be made a folder')])
+    (['--sparsity', '.9'], 'write 90 for 90 %'),
+    (['--sparsity', '101'], '--sparsity: got 101.0, '),
+    (['--epochs', '0'], '--epochs: got 0, expected an integer of 1 or more'),
+    (['--seed', '-1'], '--seed: got -1, expected an integer from 0 to 4294967295'),
+    (['--out', __file__], 'which cannot be made a folder')])
 def test_bad_options_end_with_one_line(arguments, says, capsys):
     with pytest.raises(SystemExit): options(arguments)
     assert says in capsys.readouterr().err
