@@ -1,4 +1,4 @@
-"Schedules: functions that say when, during training, which share of the target sparsity should be reached."
+"Say when, during training, which share of the target sparsity should be reached: schedules."
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, cos, exp, pi

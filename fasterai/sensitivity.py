@@ -1,4 +1,4 @@
-"Sensitivity analysis: measure how much each layer alone can be pruned, and what that costs."
+"Measure how much each layer alone can be pruned, and what that costs: sensitivity analysis."
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
