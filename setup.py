@@ -1,7 +1,7 @@
 "Reads settings.ini; everything that describes the package is there."
+import re
 from configparser import ConfigParser
 from pathlib import Path
-import re
 
 from setuptools import setup
 

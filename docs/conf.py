@@ -3,6 +3,7 @@ import inspect
 import re
 
 from fastcore.docments import docments
+
 from fasterai import __version__
 
 project, author, release = 'fasterai', 'fasterai developers', __version__

@@ -18,6 +18,6 @@ from fasterai.sparsifier import Sparsifier
 
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type',
-    'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense', 'plot_schedule',
-    'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
+    'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
+    'plot_schedule', 'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

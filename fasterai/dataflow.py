@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place, zero_channels
+from fasterai.snapshot import evaluation_mode
 
 
 class Flow:
@@ -118,21 +119,18 @@ def watch(
 
     Modes, buffers and random numbers are put back."""
     watcher = _Watcher(_norms(model))
-    with _evaluating(model), torch.no_grad(), watcher: out = model(*example)
+    with evaluation_mode(model), _unchanged(model), torch.no_grad(), watcher: out = model(*example)
     return Flow(watcher.tape, [watcher.node_of(t) for t in _tensors(out)])
 
 
 @contextmanager
-def _evaluating(model):
-    "Set the model to eval mode; afterwards put modes, buffers and random numbers back."
-    modes = {m: m.training for m in model.modules()}
+def _unchanged(model):
+    "Put the buffers and the random numbers back after a `with` block."
     buffers = {b: b.clone() for b in model.buffers()}
     devices = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
     try:
-        for module in modes: module.training = False  # not by eval(), which some models overload
         with torch.random.fork_rng(devices): yield
     finally:
-        for module, mode in modes.items(): module.training = mode
         for buffer, value in buffers.items():
             if not torch.equal(buffer, value): buffer.copy_(value)
 

@@ -248,6 +248,8 @@ def _without_output(learner):
 
 def _progress(steps):
     "Show fastprogress's bar where that is installed."
-    try: from fastprogress.fastprogress import progress_bar
-    except ImportError: return steps
+    try:
+        from fastprogress.fastprogress import progress_bar
+    except ImportError:
+        return steps
     return progress_bar(steps, leave=False)

@@ -1,4 +1,4 @@
-"List what other libraries and papers call things, and what to write here. The errors for unknown words look it up."
+"List what other libraries and papers call things, and what to write here: errors offer it for unknown words."
 
 
 def _rows(table):

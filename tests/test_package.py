@@ -1,5 +1,7 @@
+import ast
 import builtins
 import configparser
+import re
 from pathlib import Path
 
 import fasterai
@@ -13,6 +15,45 @@ def test_the_star_import_shadows_nothing():
     assert not set(fasterai.all.__all__) & set(dir(builtins))
     assert all(hasattr(fasterai.all, n) for n in fasterai.all.__all__)
     assert set(SCHEDULES) <= set(fasterai.all.__all__)
+
+
+# Who may import whom: a file imports from its own row and from those above it.
+ROWS = [
+    'synonyms arguments tables snapshot peers operations plot',  # leaves
+    'ranking selection dataflow',
+    'granularity evidence criteria layers pattern allocation context schedule regrowth rules',  # choices
+    'scoring event',
+    'selected masks',  # state
+    'report sparsifier sensitivity',
+    'epochs callback demo all',  # with fastai
+]
+
+
+def imported(file):
+    "The files of the package that one file imports, by their names without folder and suffix."
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and node.module == 'fasterai': found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('fasterai.'): found.add(node.module.split('.')[1])
+    return found
+
+
+def test_imports_point_one_way():
+    rows = [row.split() for row in ROWS]
+    files = {file.stem: file for file in (ROOT / 'fasterai').glob('*.py') if file.stem != '__init__'}
+    assert sorted(name for row in rows for name in row) == sorted(files)
+    for i, row in enumerate(rows):
+        allowed = {name for above in rows[:i + 1] for name in above}
+        for name in row: assert imported(files[name]) - {'deploy'} <= allowed, name
+
+
+def test_deploy_knows_nothing_of_training():
+    for file in (ROOT / 'fasterai/deploy').glob('*.py'): assert imported(file) <= {'deploy', 'arguments', 'tables', 'snapshot'}, file.name
+
+
+def test_only_the_last_row_needs_fastai():
+    needs = {file.stem for file in (ROOT / 'fasterai').rglob('*.py') if re.search(r'^(from|import) fastai\b', file.read_text(), re.MULTILINE)}
+    assert needs == {'callback', 'epochs', 'demo'}
 
 
 def test_settings_are_what_setup_reads():

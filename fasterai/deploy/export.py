@@ -25,7 +25,8 @@ def export_onnx(
 ) -> Path:  # the file
     """Write a model as ONNX, in eval mode.
 
-    The file is written only if onnxruntime computes the outputs of torch, for the example and random inputs."""
+    The file is written only if onnxruntime computes the outputs of torch, for the example and for random
+    inputs."""
     import onnxruntime
     check_module(model)
     inputs, path = example_inputs(example), Path(path)

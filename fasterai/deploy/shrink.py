@@ -216,7 +216,8 @@ def _summary(model, small, removed, remaining):
     for reason in dict.fromkeys(r for reasons in remaining.values() for r in reasons):
         counts = {name: reasons.count(reason) for name, reasons in remaining.items() if reason in reasons}
         lines.append(f'  {sum(counts.values()):,} zero filters stay in {_listed(list(counts))}: {reason}')
-    if not removed and not remaining: lines.append("  no filter is zero: prune with granularity='filter' first")
+    if not removed and not remaining:
+        lines.append("  no filter is zero: prune with granularity='filter' first")
     return '\n'.join(lines)
 
 
