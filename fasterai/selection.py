@@ -76,12 +76,13 @@ class LayerGroups:
         most, best = -np.inf, 0
         for where, scores, alive in self.chunks():
             scores, = self.peers.fetched([scores])
-            at = np.arange(len(scores)) if alive is None else np.flatnonzero(self.peers.fetched([alive])[0])
-            if not len(at): continue
-            scores = scores[at]
-            if scores.max() < most: continue
+            if alive is not None:
+                at = np.flatnonzero(self.peers.fetched([alive])[0])
+                scores = scores[at]
+            if not len(scores) or scores.max() < most: continue
             most = scores.max()
-            best = where.start + int(at[np.flatnonzero(scores == most)[-1]])
+            last = int(np.flatnonzero(scores == most)[-1])
+            best = where.start + (last if alive is None else int(at[last]))
         return best
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), alive (n,) or None where all groups are; as arrays on a CPU
