@@ -155,9 +155,10 @@ def fit(seed):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--cases', type=int, default=2000, help='how many random cases')
+    parser.add_argument('--first', type=int, default=0, help='seed of the first case')
     parser.add_argument('--fits', type=int, default=10, help='how many fits')
     chosen = parser.parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    for seed in range(chosen.cases): print('case', seed, case(seed), flush=True)
+    for seed in range(chosen.first, chosen.first + chosen.cases): print('case', seed, case(seed), flush=True)
     for seed in range(chosen.fits): print('fit', seed, fit(seed), flush=True)

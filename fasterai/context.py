@@ -70,14 +70,14 @@ def lamp(layers, fraction):
     def scores(layer, where):
         if layer.name not in latest:
             latest.clear()
-            latest[layer.name] = torch.from_numpy(_lamp(layer)).to(layer.alive.device)
+            latest[layer.name], = layer.peers.sent([_lamp(layer)], [layer.alive.device])
         return latest[layer.name][where]
     return global_([replace(layer, scores=partial(scores, layer)) for layer in layers], fraction)
 
 
 def _lamp(layer):
-    scores = layer.all_scores()
-    squares = np.where(layer.alive.cpu().numpy() & (scores > 0), scores, 0).astype(float) ** 2
+    scores, (alive,) = layer.all_scores(), layer.peers.fetched([layer.alive])
+    squares = np.where(alive & (scores > 0), scores, 0).astype(float) ** 2
     order = scores.argsort(kind='stable')
     not_lower = squares[order][::-1].cumsum()[::-1]
     found = np.empty_like(scores)

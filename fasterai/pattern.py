@@ -4,9 +4,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
-import torch
 
-from fasterai.peers import ALONE
 from fasterai.selection import Lowest
 
 
@@ -34,10 +32,12 @@ class pattern:
 
     def _prune(self, layer, share):
         "Return the keep mask of one layer, where this share of the pattern is wanted."
-        scores = np.where(layer.alive.cpu().numpy(), layer.all_scores(), -np.inf)
-        keep = torch.from_numpy(self._whole_pattern(scores, layer)).to(layer.alive.device) & layer.alive
+        alive, = layer.peers.fetched([layer.alive])
+        scores = np.where(alive, layer.all_scores(), -np.inf)
+        keep, = layer.peers.sent([self._whole_pattern(scores, layer)], [layer.alive.device])
+        keep = keep & layer.alive
         if share >= 1: return keep
-        to_prune = round(share * (layer.n_weights - ALONE.count(keep))) - layer.zeros
+        to_prune = round(share * (layer.n_weights - layer.peers.count(keep))) - layer.zeros
         if to_prune <= 0: return layer.alive
         order = Lowest([replace(layer, alive=layer.alive & ~keep)])
         (rest, _), = order.remove(order.cut(to_prune))

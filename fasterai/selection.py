@@ -293,7 +293,7 @@ def _sweep(layer, lo, hi):
     at, inside = joined(at), joined(inside)
     if layer.costs is None:
         return Found(keep, at, inside, layer.group_size, layer.group_size * (layer.n_alive - stay - len(at)))
-    costs = layer.costs.numpy()[at]
+    costs = layer.peers.array(layer.costs)[at]
     kept = int((layer.costs * keep).sum())
     return Found(keep, at, inside, costs, layer.remaining - kept - int(costs.sum()))
 
