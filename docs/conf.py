@@ -36,7 +36,7 @@ smartquotes = False
 PAGES = """
 ```{toctree}
 :hidden:
-:caption: Notebooks
+:caption: Tutorials
 :glob:
 
 nbs/*
@@ -44,7 +44,7 @@ nbs/*
 
 ```{toctree}
 :hidden:
-:caption: Pages
+:caption: Guide and reference
 
 docs/guide
 docs/layers
