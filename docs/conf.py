@@ -64,13 +64,21 @@ def add_pages(app, page, source):
 def _literal(text): return re.sub(r'(?<!\S)`(\.[^`]*)`', r'``\1``', text).replace('|', r'\|')  # |w| is no substitution, .05 no name to look up
 
 
+def _with_docments(thing):
+    "Return the class or function whose lines have comments: of a property its function, of a type alias None."
+    thing = getattr(thing, 'fget', None) or getattr(thing, 'func', thing)
+    return thing if inspect.isclass(thing) or inspect.isroutine(thing) else None
+
+
 def add_docments(app, what, name, thing, options, lines):
-    "What stands on a parameter's own line is its description; a dataclass has its fields from its bases too."
+    "Describe a parameter by the comment on its line. A dataclass has its fields from its bases too."
     lines[:] = [_literal(line) for line in lines]
+    thing = _with_docments(thing)
+    if thing is None: return
     meanings = {}
     for source in reversed(thing.__mro__) if inspect.isclass(thing) else [thing]:
-        if source is not object and callable(source): meanings |= {n: m for n, m in docments(source).items() if m}
-    taken = inspect.signature(thing).parameters if callable(thing) else ()
+        if source is not object: meanings |= {n: m for n, m in docments(source).items() if m}
+    taken = inspect.signature(thing).parameters
     lines += ['', *(f':param {n}: {_literal(meanings[n])}' for n in taken if n in meanings)]
     if 'return' in meanings: lines.append(f':returns: {_literal(meanings["return"])}')
 
