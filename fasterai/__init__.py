@@ -1,2 +1,2 @@
-"Networks that are sparse, stay sparse, and profit from it."
+"Prune PyTorch and fastai networks: exactly, so that the zeros stay, and so that they pay."
 __version__ = '0.1.0'

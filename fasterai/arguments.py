@@ -1,4 +1,4 @@
-"Check what the user gives: one clear error for what cannot be meant."
+"Check what the user gives: raise one clear error for what is wrong."
 from collections.abc import Callable
 from difflib import get_close_matches
 from fractions import Fraction
@@ -59,7 +59,7 @@ def one_of(
 
 
 def known_arguments(function: Callable) -> Callable:
-    "Have a function answer an argument that it does not have with the one that is meant."
+    "Make a function answer an argument that it does not have with the name of one that it has."
     names = [name for name in signature(function).parameters if name != 'self']
 
     @wraps(function)

@@ -111,8 +111,8 @@ class KeepSparse(FastaiCallback):
 class SparsifyCallback(KeepSparse):
     """Prune a network while fastai trains it. The zeros stay in later fits.
 
-    `TypeError` or `ValueError`, naming the argument, where something cannot be meant: when the callback is
-    made, or before the first batch where the model must be known."""
+    A wrong argument raises `TypeError` or `ValueError`, which names it: when the callback is made, or before
+    the first batch where the model must be known."""
     order = KeepSparse.order - .1
 
     @known_arguments

@@ -111,7 +111,8 @@ CONTEXTS = {
 def read_context(
     context: str | Context,  # a name in `CONTEXTS`, an N:M pattern as '2:4', or a function of layers and fraction
 ) -> ContextInfo:
-    "Find the context that is meant; `ValueError` or `TypeError` where there is none."
+    """Return the context of this name, or a row for a function; `ValueError` or `TypeError` where it is
+    neither."""
     found = read_pattern(context) if isinstance(context, str) else context
     if isinstance(found, pattern): return ContextInfo(found, single_weights=True, sparsity=found.sparsity)
     found = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")

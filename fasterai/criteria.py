@@ -80,8 +80,9 @@ CRITERIA = {
 def read_criterion(
     criterion: str | Criterion,  # a name in `CRITERIA`, or a function of evidence
 ) -> CriterionInfo:
-    """Find the criterion that is meant; `ValueError` or `TypeError` where there is none, or where it asks
-    for no evidence."""
+    """Return the criterion of this name, or a row for a function.
+
+    `ValueError` or `TypeError` where it is neither, or asks for no evidence."""
     known = ' and '.join(EVIDENCE)
     criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {known}')
     for row in CRITERIA.values():

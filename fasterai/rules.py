@@ -76,7 +76,7 @@ class Rules:
     def check_sparsity(self,
         sparsity,  # percent, or {…: percent}
     ):
-        "Raise `TypeError` or `ValueError` where a sparsity cannot be meant, whatever the model."
+        "Raise `TypeError` or `ValueError` where a sparsity is wrong for any model."
         if not isinstance(sparsity, Mapping):
             self.fraction(sparsity)
             return

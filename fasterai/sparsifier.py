@@ -21,9 +21,8 @@ from fasterai.selected import Selected
 class Sparsifier:
     """Prune a model, structured or unstructured: score its weights, zero the least important, keep them zero.
 
-    The model stays an ordinary one: the same classes, parameters, `state_dict` keys and hooks. Zeros that
-    it comes in with are kept. `TypeError` or `ValueError`, naming the argument, where something cannot be
-    meant."""
+    The model stays an ordinary one: the same classes, parameters, `state_dict` keys and hooks. Zeros that it
+    comes in with are kept. A wrong argument raises `TypeError` or `ValueError`, which names it."""
 
     @known_arguments
     def __init__(self,
