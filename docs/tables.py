@@ -9,10 +9,11 @@ from fasterai.callback import SparsifyCallback
 from fasterai.context import CONTEXTS
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import AXES, GRANULARITIES, read_axes
+from fasterai.regrowth import REGROWTHS
 from fasterai.schedule import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
-NAMES = {'granularity': [*GRANULARITIES], 'context': [*CONTEXTS, '2:4'], 'criteria': [*CRITERIA], 'schedule': [*SCHEDULES]}
+NAMES = {'granularity': [*GRANULARITIES], 'context': [*CONTEXTS, '2:4'], 'criteria': [*CRITERIA], 'schedule': [*SCHEDULES], 'regrow': [*REGROWTHS]}
 
 
 def options() -> str:

@@ -13,7 +13,7 @@ from fasterai.arguments import known_arguments, name_of
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.granularity import add_layer_type
 from fasterai.layers import Named, Weight, choose, matching
-from fasterai.rules import Rules, as_arguments
+from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import read_schedule
 from fasterai.sparsifier import Sparsifier
 
@@ -115,7 +115,7 @@ class SparsifyCallback(KeepSparse):
     the first batch where the model must be known."""
     order = KeepSparse.order - .1
 
-    @known_arguments
+    @takes_rules
     def __init__(self,
         sparsity,  # percent of the selected weights that shall be zero; or `{layer's name or glob: percent}`, for each layer
         granularity: str | tuple | Callable = 'weight',  # which weights are pruned as one: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
@@ -123,11 +123,10 @@ class SparsifyCallback(KeepSparse):
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         schedule: str | Callable = 'gradual',  # how much, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
-        min_keep: int | float | None = None,  # how many weights of each layer stay at least, or which share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
+        **kwargs,  # the other rules, as in `Rules`
     ):
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity) or None
-        self.rules = Rules(granularity, context, criteria, layers, min_keep, coupled)
+        self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self.keeper, self.history, self.trouble = None, [], ''
@@ -167,8 +166,8 @@ class SparsifyCallback(KeepSparse):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."
         if not self.active: return
         super().after_train()
-        is_last = self.epoch == self.n_epoch - 1 and self.iter == self.n_iter - 1
-        if not is_last: return
+        more_to_come = self.epoch < self.n_epoch - 1 or self.iter < self.n_iter - 1
+        if more_to_come: return
         try: self._prune()
         except ValueError as error: self.trouble = str(error)
 

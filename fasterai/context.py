@@ -116,8 +116,9 @@ def read_context(
     found = read_pattern(context) if isinstance(context, str) else context
     if isinstance(found, pattern): return ContextInfo(found, single_weights=True, sparsity=found.sparsity)
     found = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
+    if isinstance(found, ContextInfo): return found
     for row in CONTEXTS.values():
-        if found in (row, row.prune): return row
+        if found is getattr(row, 'prune', None): return row
     try: inspect.signature(found).bind([], 0)
     except ValueError: pass  # its arguments cannot be read
     except TypeError:
@@ -128,7 +129,7 @@ def read_context(
 
 def _checked(context, layers, fraction):
     "Call a user's context on copies of the masks, and check what it returns."
-    keeps = context([replace(layer, alive=layer.alive.clone()) for layer in layers], fraction)
+    keeps = list(context([replace(layer, alive=layer.alive.clone()) for layer in layers], fraction))
     shapes = [tuple(layer.alive.shape) for layer in layers]
     came = [tuple(getattr(keep, 'shape', ())) for keep in keeps]
     if came != shapes or any(keep.dtype != torch.bool for keep in keeps):

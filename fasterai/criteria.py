@@ -66,8 +66,11 @@ def evidence_of(
     return tuple(n for n, p in arguments if p.default is p.empty and p.kind not in several)
 
 
+def _is_elementwise(criterion): return getattr(criterion, 'elementwise', False)
+
+
 def _row(criterion):
-    return CriterionInfo(criterion, evidence_of(criterion), hasattr(criterion, 'elementwise'), pure=True)
+    return CriterionInfo(criterion, evidence_of(criterion), _is_elementwise(criterion), pure=True)
 
 
 # To add a criterion, write a function whose arguments name its evidence, and a row.
@@ -85,14 +88,15 @@ def read_criterion(
     `ValueError` or `TypeError` where it is neither, or asks for no evidence."""
     known = ' and '.join(EVIDENCE)
     criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {known}')
+    if isinstance(criterion, CriterionInfo): return criterion
     for row in CRITERIA.values():
-        if criterion in (row, row.score): return row
+        if criterion is getattr(row, 'score', None): return row
     try: asked = evidence_of(criterion)
     except (ValueError, TypeError):
         raise TypeError(f'criteria: got {criterion!r}, whose arguments cannot be read; '
                         f'expected a function of {known}, as lambda weight: weight.abs()') from None
     _check_evidence(criterion, asked)
-    return CriterionInfo(criterion, asked, hasattr(criterion, 'elementwise'))
+    return CriterionInfo(criterion, asked, _is_elementwise(criterion))
 
 
 def _check_evidence(criterion, asked):

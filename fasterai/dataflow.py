@@ -9,7 +9,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place, zero_channels
+from fasterai.operations import (
+    KINDS,
+    LAYERS,
+    SETTINGS,
+    Call,
+    Node,
+    follow,
+    in_place,
+    layers_behind,
+    zero_channels,
+)
 from fasterai.snapshot import evaluation_mode
 
 
@@ -64,8 +74,9 @@ class Flow:
         behind, sets = {}, []
         for node in self.tape:
             before = [behind.get(i) for i in node.inputs]
-            behind[node] = _layers_behind(node, before)
-            if node.op == 'addition' and behind[node]: sets = _tie(sets, behind[node])
+            behind[node] = layers_behind(node, before)
+            joins = node.op in KINDS and KINDS[node.op].joins
+            if joins and behind[node]: sets = _tie(sets, behind[node])
             if _depthwise(node) and before[0]: sets = _tie(sets, behind[node] | before[0])
         return [s for s in sets if len(s) > 1]
 
@@ -79,20 +90,6 @@ def _unread(tape):
 def _scale(norm):
     "Return what identifies a norm: two that share their scale count as one."
     return norm if norm.weight is None else id(norm.weight)
-
-
-def _layers_behind(node, before):
-    "Find the layers whose n-th channel is part of a node's n-th, from those of its inputs; None if unknown."
-    if node.op == 'layer': return frozenset([id(node.weight)])
-    if node.op in ('keeps_zeros', 'norm') and node.repeat == 1: return before[0]
-    if node.op == 'multiplication': return before[0]
-    if node.op == 'addition' and all(before) and _same_length(node): return before[0] | before[1]
-    return None
-
-
-def _same_length(node):
-    "Tell whether a node has as many channels as each of its inputs."
-    return {i.length for i in node.inputs} == {node.length}
 
 
 def _depthwise(node):

@@ -8,13 +8,12 @@ import torch
 
 from fasterai.evidence import Evidence
 from fasterai.peers import ALONE
-from fasterai.regrowth import Regrowth
 from fasterai.rules import Rules
 from fasterai.scoring import Scores
 from fasterai.selection import LayerGroups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     "Say which weights of one layer stay."
     keep: torch.Tensor  # bool, of the weight's shape, True = keep
@@ -50,13 +49,17 @@ class Mask:
 class Budget(NamedTuple):
     "Say which layers compete with each other, and which fraction of their weights shall be zero."
     tied: list  # of lists of layers; the n-th groups of the layers in one list are pruned together
-    fraction: Fraction
+    target: Fraction  # of zeros, in the end
+    share: Fraction  # how much of the target is wanted now
+
+    @property
+    def fraction(self): return self.target * self.share
 
     @property
     def layers(self): return [layer for layers in self.tied for layer in layers]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     "Hold a change of the masks, as an event decided it."
     before: dict  # layer's name: `Mask`
@@ -89,7 +92,7 @@ def decide(
     budgets: list,  # of `Budget`
     masks: dict,  # layer's name: `Mask`, before the event
     evidence: Evidence,
-    regrow: Regrowth | None = None,  # scores the pruned groups, so that they may come back; None: nothing comes back
+    regrow: bool = False,  # pruned groups compete again, with the scores of the rules' regrowth; False: nothing comes back
 ) -> Change:
     "Decide which weights stay. Nothing is changed, so an error leaves all as it was."
     layers = [layer for budget in budgets for layer in budget.layers]
@@ -123,14 +126,14 @@ def _groups(layer, mask, rules, scores, regrow):
     groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
                          mask.costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
                          grouping.axes, known)
-    return _all_competing(groups, grouping, regrow) if regrow else groups
+    return _all_competing(groups, grouping, rules.regrowth) if regrow else groups
 
 
-def _all_competing(groups, grouping, regrow):
+def _all_competing(groups, grouping, regrowth):
     "Return the groups of a layer with the pruned ones among them, which have the scores of the regrowth."
     pruned = ~groups.alive
 
-    def scores(where): return regrow(groups.scores(where), pruned[where])
+    def scores(where): return regrowth(groups.scores(where), pruned[where])
     return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=grouping.groups,
                    costs=_full_costs(grouping, pruned.device))
 

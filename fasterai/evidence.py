@@ -66,7 +66,10 @@ class Evidence:
     ):
         "Raise `ValueError` where there is no evidence about any of these layers."
         for name in self.names:
-            if EVIDENCE[name].check is not None: EVIDENCE[name].check(layers)
+            kind = EVIDENCE[name]
+            if kind.check is not None: kind.check(layers)
+            collected = any((name, layer.name) in self.states for layer in layers)
+            if kind.start is not None and not collected: raise _not_collected(name, kind)
 
     @property
     def weight_shaped(self) -> bool:
@@ -80,12 +83,15 @@ class Evidence:
         for name in self.names:
             update = EVIDENCE[name].on_step
             if update is None: continue
-            for layer in self.selected.layers.values(): self._update(name, layer, update)
+            for layer in self.selected.layers.values():
+                took_part = layer.weight.grad is not None  # a frozen layer has nothing to tell
+                if took_part: self._update(name, layer, update)
 
     def watching(self):
         """Return a context manager in which the inputs of layers update the evidence.
 
-        No hook is left on the model."""
+        No hook is left on the model. Seen are linear layers and convolutions, as modules and as functions;
+        not embeddings, attention and recurrent layers, nor what is compiled."""
         return _Inputs({id(layer.weight): layer for layer in self.selected.layers.values()}, self._input)
 
     def _input(self, layer, x):
@@ -101,6 +107,12 @@ class Evidence:
     @torch.no_grad()
     def _update(self, name, layer, update, *x):
         self.states[name, layer.name] = update(layer, self._state(name, layer), *x)
+
+
+def _not_collected(name, kind):
+    how = 'a training step does so, with attach or in a fit'
+    if kind.on_step is None: how = 'batches do so, inside evidence.watching()'
+    return ValueError(f'criteria: the evidence {name!r} was not collected yet: {how}; nothing was changed')
 
 
 class _Inputs(TorchFunctionMode):

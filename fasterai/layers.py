@@ -25,6 +25,9 @@ class Weight(NamedTuple):
         return getattr(self.module, self.attr) if own is None else own
 
 
+ONE_CHOICE = (str, type, nn.Module, torch.Tensor, Weight)  # what stands for itself, though some can be iterated
+
+
 class Choice(NamedTuple):
     "Hold the chosen weights by name, in the model's order; a layer's `weight` has the name of the layer."
     chosen: dict  # {name: `Weight`}; one that several layers share stands once, under the first name
@@ -100,7 +103,7 @@ def _wanted(named, layers):
 
 
 def _as_list(layers):
-    one = isinstance(layers, (str, type, nn.Module, torch.Tensor, Weight)) or not isinstance(layers, Iterable)
+    one = isinstance(layers, ONE_CHOICE) or not isinstance(layers, Iterable)
     layers = [layers] if one else list(layers)
     if not layers:
         raise ValueError('layers: got an empty list, so no layer is selected; '

@@ -95,9 +95,9 @@ class Masks:
         self._set(change.after, change.weights)
 
     def _set(self, masks, weights):
-        before = self._masked_along
-        self.of.update(masks)
-        self._dependents = self.selected.dependents(self.of)
+        before, after = self._masked_along, self.of | masks
+        dependents = self.selected.dependents(after)  # what may fail stands before what changes anything
+        self.of, self._dependents = after, dependents
         with torch.no_grad():
             self._start_again(before)
             for name, weight in weights.items(): self.selected.layers[name].weight.copy_(weight)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 @dataclass(frozen=True, eq=False)
 class Node:
     "Describe the result of one operation: where its channels are, and which layers they come from."
-    op: str = 'other'  # 'layer', 'norm', 'other', or a key of `ZERO_CHANNELS`
+    op: str = 'other'  # 'layer', 'other', or a key of `KINDS`
     inputs: tuple = ()  # the nodes it is computed from
     sources: frozenset = frozenset()  # ids of the weights of the layers that it comes from, with no other layer between
     axis: int | None = None  # of the channels; None if unknown, and then nothing is said of them
@@ -363,7 +363,7 @@ IN_PLACE = frozenset({'setitem', 'iadd', 'isub', 'imul', '__setitem__', '__iadd_
 SETTINGS = {'Flatten': ('start_dim',), 'Hardtanh': ('min_val', 'max_val')}
 
 
-# Which channels of a node are zero: `ZERO_CHANNELS` has a function for each kind of node. It takes the node
+# Which channels of a node are zero: `KINDS` has a function for each kind of node. It takes the node
 # and the zero channels of its inputs, and returns bool (channels,), or None where nothing is known.
 
 def zero_channels(
@@ -374,9 +374,18 @@ def zero_channels(
 ) -> np.ndarray | None:  # bool (channels,)
     "Find the channels of a node that are zero for every input of the network; None if nothing is known."
     if node.op == 'layer': return _zero_layer(node, dead, biases)
-    rule = ZERO_CHANNELS.get(node.op)
-    if rule is None: return None
-    return rule(node, inputs)
+    if node.op not in KINDS: return None
+    return KINDS[node.op].zero(node, inputs)
+
+
+def layers_behind(
+    node: Node,
+    inputs: list,  # the layers behind each input: frozenset of ids of weights, None if unknown
+) -> frozenset | None:
+    "Find the layers whose n-th output channel is part of the n-th channel of a node; None if unknown."
+    if node.op == 'layer': return frozenset([id(node.weight)])
+    if node.op not in KINDS: return None
+    return KINDS[node.op].behind(node, inputs)
 
 
 def _zero_layer(node, dead, biases):
@@ -416,10 +425,30 @@ def _zero_multiplication(node, inputs):
     return np.any(known, axis=0)
 
 
-ZERO_CHANNELS = {
-    'keeps_zeros': _zero_kept,
-    'norm': _zero_norm,
-    'cat': _zero_cat,
-    'addition': _zero_addition,
-    'multiplication': _zero_multiplication,
+# Which layers are behind the channels of a node: a function for each kind too
+
+def _unknown_behind(node, inputs): return None
+def _behind_first(node, inputs): return inputs[0]
+def _behind_kept(node, inputs): return inputs[0] if node.repeat == 1 else None
+
+
+def _behind_addition(node, inputs):
+    same_length = {i.length for i in node.inputs} == {node.length}
+    return inputs[0] | inputs[1] if all(inputs) and same_length else None
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    "Describe a kind of node, as a row of `KINDS`: what follows for its channels from those of its inputs."
+    zero: Callable  # (node, zero channels of the inputs) -> which channels are zero
+    behind: Callable  # (node, layers behind the inputs) -> the layers behind its channels
+    joins: bool = False  # the layers behind it meet channel by channel, so that they must be pruned together
+
+
+KINDS = {
+    'keeps_zeros': NodeKind(_zero_kept, _behind_kept),
+    'norm': NodeKind(_zero_norm, _behind_kept),
+    'cat': NodeKind(_zero_cat, _unknown_behind),
+    'addition': NodeKind(_zero_addition, _behind_addition, joins=True),
+    'multiplication': NodeKind(_zero_multiplication, _behind_first),
 }

@@ -3,6 +3,8 @@ from collections.abc import Callable
 
 import torch
 
+from fasterai.arguments import one_of
+
 Regrowth = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A function of scores (n,) and pruned, bool (n,), that returns the scores with those of pruned groups
 below all others."""
@@ -20,3 +22,10 @@ def by_position(
 
 # To add a way to regrow, write a function of scores and pruned, and a row.
 REGROWTHS = {'position': by_position}
+
+
+def read_regrowth(
+    regrow: str | Regrowth,  # a name in `REGROWTHS`, or a function of scores and pruned
+) -> Regrowth:
+    "Return the regrowth of this name, or a function; `ValueError` or `TypeError` where it is neither."
+    return one_of('regrow', regrow, REGROWTHS, 'or a function of scores and pruned')

@@ -1,15 +1,21 @@
 "Hold what the user has chosen: one frozen value, read and checked once, printed as one types it."
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
 from numbers import Integral, Real
 
-from fasterai.arguments import percent
+from fastcore.meta import delegates
+
+from fasterai.arguments import known_arguments, percent
 from fasterai.context import CONTEXTS, Context, ContextInfo, read_context
 from fasterai.criteria import Criterion, CriterionInfo, read_criterion
 from fasterai.granularity import GRANULARITIES, GranularityInfo, read_granularity
+from fasterai.layers import ONE_CHOICE
+from fasterai.regrowth import Regrowth, read_regrowth
+
+READ = 'granularity_info', 'context_info', 'criterion', 'regrowth', 'floor'  # when the rules are made
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,11 +27,14 @@ class Rules:
     context: str | Context = 'global'  # a name in `CONTEXTS`, an N:M pattern, or a function
     criteria: str | Criterion = 'magnitude'  # a name in `CRITERIA`, or a function of evidence
     layers: object = None  # as `layers.choose` takes it
-    min_keep: int | float | None = None  # number or share of a layer's weights that stay at least
-    coupled: bool = False  # prune filters together whose outputs are added
+    min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group
+    coupled: bool = False  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
+    regrow: str | Regrowth = 'position'  # which pruned weights come back first where the sparsity falls: a name, or a function
 
     def __post_init__(self):
-        for read in ('granularity_info', 'context_info', 'criterion', 'floor'): getattr(self, read)
+        is_several = isinstance(self.layers, Iterable) and not isinstance(self.layers, ONE_CHOICE)
+        if is_several: object.__setattr__(self, 'layers', list(self.layers))  # a generator gives its items once
+        for read in READ: getattr(self, read)
         if self.coupled: self._check_coupled()
 
     @cached_property
@@ -36,6 +45,14 @@ class Rules:
 
     @cached_property
     def criterion(self) -> CriterionInfo: return read_criterion(self.criteria)
+
+    @cached_property
+    def regrowth(self) -> Regrowth: return read_regrowth(self.regrow)
+
+    @property
+    def evidence(self) -> tuple:  # names in `EVIDENCE`
+        "Return what must be known of the layers."
+        return self.criterion.evidence
 
     @cached_property
     def floor(self) -> int | Fraction | None:  # number of weights, or share of a layer's
@@ -54,7 +71,7 @@ class Rules:
         n_weights: int,  # of a layer
     ) -> int | None:  # None: one group, unless 100 % is asked
         "Return how many weights of a layer stay at least."
-        if not self.floor: return self.floor
+        if not self.floor: return self.floor  # None, or 0: a layer may be emptied
         floor = ceil(self.floor * n_weights) if isinstance(self.floor, Fraction) else self.floor
         return min(floor, n_weights)
 
@@ -118,8 +135,15 @@ class Rules:
 
     def __repr__(self): return f'Rules({as_arguments(self.given)})'
 
-    def __reduce__(self):  # a copy reads anew what it was given
+    def __reduce__(self):  # a copy gets what the user gave, and reads it anew: what was read may not be picklable
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
+def takes_rules(function: Callable) -> Callable:
+    "Add the rules that a function does not name itself to its signature, and refuse other arguments."
+    function = delegates(Rules)(function)
+    function.__delwrap__ = Rules  # whoever reads the comments on arguments finds them at the fields
+    return known_arguments(function)
 
 
 def as_arguments(

@@ -1,6 +1,7 @@
 "Say when, during training, which share of the target sparsity should be reached: schedules."
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil, cos, exp, pi
 from numbers import Real
 
@@ -137,6 +138,15 @@ def read_schedule(
             gives = f'gives {share!r} at progress {progress:g}'
             raise ValueError(f'schedule: got {name_of(schedule)}, which {gives}, expected 0 to 1')
     return schedule
+
+
+def read_share(
+    share: float,  # of the target sparsity, 0 to 1, as a schedule returns it
+) -> Fraction:
+    "Read how much of the target sparsity is wanted; `ValueError` where it is not between 0 and 1."
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+        raise ValueError(f'share: got {share!r}, expected a number from 0 to 1')
+    return Fraction(float(share))
 
 
 def plot_schedule(

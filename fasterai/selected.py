@@ -94,8 +94,9 @@ class Selected:
         example = self.example() if _is_function(self.example) else self.example
         flow = _flow(self.model, example)
         if flow is not None: self._leave_out(self._without_filters(flow))
-        self.flow, self.resolved, self.example = flow, True, None
+        self.flow, self.example = flow, None
         if self.rules.coupled: self._couple()
+        self.resolved = True
 
     def _without_filters(self, flow):
         "Find the layers whose filters cannot be pruned, unless they were named: {name: reason}."

@@ -43,7 +43,7 @@ class LayerGroups:
     @property
     def all_alive(self) -> bool:
         "Tell whether no group is pruned."
-        return self.n_alive == len(self.alive)
+        return self.n_alive == self.peers.total(len(self.alive))
 
     @cached_property
     def remaining(self) -> int:

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from fasterai.allocation import fractions
-from fasterai.arguments import known_arguments, method_hint, nearest
+from fasterai.arguments import method_hint, nearest
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.layers import Named
 from fasterai.masks import Masks
-from fasterai.regrowth import REGROWTHS
 from fasterai.report import Report, measure
-from fasterai.rules import Rules, as_arguments
+from fasterai.rules import Rules, as_arguments, takes_rules
+from fasterai.schedule import read_share
 from fasterai.selected import Selected
 
 
@@ -24,7 +24,7 @@ class Sparsifier:
     The model stays an ordinary one: the same classes, parameters, `state_dict` keys and hooks. Zeros that it
     comes in with are kept. A wrong argument raises `TypeError` or `ValueError`, which names it."""
 
-    @known_arguments
+    @takes_rules
     def __init__(self,
         model: nn.Module,  # any model; it is changed in place, and only in its zeros
         granularity: str | tuple | Callable = 'weight',  # which weights are pruned as one: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
@@ -32,23 +32,23 @@ class Sparsifier:
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that returns one when needed
-        min_keep: int | float | None = None,  # how many weights of each layer stay at least, or which share, as `.05`; None: one group
-        coupled: bool = False,  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
+        **kwargs,  # the other rules, as in `Rules`
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
         self.model = model
-        self.rules = Rules(granularity, context, criteria, layers, min_keep, coupled)
+        self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.selected = Selected(model, self.rules, example)
         self.masks = Masks(self.selected)
-        self.evidence = Evidence(self.rules.criterion.evidence, self.selected)
+        self.evidence = Evidence(self.rules.evidence, self.selected)
         self._hooks = []  # in optimizers
 
     def __repr__(self):
         given = as_arguments(self.rules.given)
         return f'Sparsifier(model, {given})' if given else 'Sparsifier(model)'
 
-    def __getattr__(self, name):  # called only for what there is not
+    def __getattr__(self, name):  # called where an attribute is not found, or a property raises AttributeError
+        if hasattr(type(self), name): return object.__getattribute__(self, name)  # the property's own error
         raise AttributeError(f'{type(self).__name__} has no {name!r}{method_hint(name, dir(type(self)))}')
 
     def __getstate__(self): return self.__dict__ | {'_hooks': []}  # an attached optimizer does not go along
@@ -74,12 +74,10 @@ class Sparsifier:
 
         Weights that are zero already count, and stay zero without `regrow`. An error leaves the model as
         it was."""
-        if isinstance(share, bool) or not 0 <= share <= 1:
-            raise ValueError(f'share: got {share!r}, expected a number from 0 to 1')
-        names, share = list(self.layers), Fraction(float(share))
+        names, share = list(self.layers), read_share(share)
         wanted = fractions(sparsity, self.rules, self.selected)
         if isinstance(sparsity, Mapping): return self._event(self._budget_each(wanted, share), regrow)
-        return self._event([Budget(self.selected.tied(names), wanted[names[0]] * share)], regrow)
+        return self._event([Budget(self.selected.tied(names), wanted[names[0]], share)], regrow)
 
     def sparsify_layer(self,
         layer,  # a selected layer: its name, module or parameter; each weight within it to the same sparsity
@@ -88,11 +86,12 @@ class Sparsifier:
         """Prune one layer to a sparsity, whatever the others have.
 
         Weights that are zero already count and stay zero."""
+        self.selected.resolve()
         if isinstance(layer, str) and layer not in {*Named(self.model).modules, *self.layers}:
             raise ValueError(f'layer: got {layer!r}, '
                              f'expected one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
         wanted = fractions({layer: sparsity}, self.rules, self.selected, 'layer')
-        return self._event(self._budget_each(wanted, 1), regrow=False)
+        return self._event(self._budget_each(wanted, Fraction(1)), regrow=False)
 
     def _budget_each(self, wanted, share):
         "Return a budget for each layer, or for each set of layers that are pruned as one."
@@ -102,14 +101,13 @@ class Sparsifier:
             if any(wanted.get(other) != fraction for other in tied):
                 raise ValueError(f'sparsity: got one for {name!r} alone, expected the same for all of '
                                  f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
-            if name not in done: budgets.append(Budget(self.selected.tied(tied), fraction * share))
+            if name not in done: budgets.append(Budget(self.selected.tied(tied), fraction, share))
             done.update(tied)
         return budgets
 
     def _event(self, budgets, regrow):
         self.masks.to_devices()
-        regrowth = REGROWTHS['position'] if regrow else None
-        change = decide(self.rules, budgets, self.masks.of, self.evidence, regrowth)
+        change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
         self.masks.apply(change)
         _warn_nearly_empty(budgets, change)
         return change

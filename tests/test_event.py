@@ -49,6 +49,12 @@ def test_a_context_of_ones_own_is_checked(net, context, says):
     with pytest.raises(ValueError, match=says): Sparsifier(net, context=context).sparsify_model(50)
 
 
+def test_a_context_may_give_an_iterator(net):
+    sparsifier = Sparsifier(net, context=lambda layers, fraction: (layer.alive & False for layer in layers))
+    sparsifier.sparsify_model(50)
+    assert sparsifier.sparsity == 100
+
+
 def test_a_context_of_ones_own_does_not_free_what_is_gone(net):
     net[3].weight.data[0] = 0
     sparsifier = Sparsifier(net, context=lambda parts, fraction: [torch.ones_like(p.alive) for p in parts])
@@ -111,10 +117,10 @@ def test_what_a_context_of_ones_own_changes_is_counted(monkeypatch):
 
 # The decision as a value
 
-def decided(sparsifier, sparsity, regrow=None):
+def decided(sparsifier, sparsity):
     tied = sparsifier.selected.tied(list(sparsifier.layers))
-    budget = Budget(tied, Fraction(sparsity, 100))
-    return decide(sparsifier.rules, [budget], sparsifier.masks.of, sparsifier.evidence, regrow)
+    budget = Budget(tied, Fraction(sparsity, 100), Fraction(1))
+    return decide(sparsifier.rules, [budget], sparsifier.masks.of, sparsifier.evidence)
 
 
 def row(*weights):
@@ -148,13 +154,34 @@ def test_a_change_says_what_died_and_what_was_born():
 
 
 def test_a_function_decides_what_comes_back():
-    sparsifier = Sparsifier(row(4., 1, 3, 2, 5, 6), layers='0')
-    sparsifier.sparsify_model(50)
-    wanted = torch.tensor([0., 9, 0, 5, 0, 0])  # of those pruned, 1 and 3 and 2, the first shall come back
+    wanted = torch.tensor([0., 9, 1, 5, 0, 0])  # of the pruned 1, 3 and 2 the first shall come back first
 
     def by_table(scores, pruned): return torch.where(pruned, LOWEST * (1 - wanted / 10), torch.as_tensor(scores))
-    change = decided(sparsifier, 34, by_table)
-    assert change.born['0'].int().tolist() == [[0, 1, 0, 0, 0, 0]]
+    sparsifier = Sparsifier(row(4., 1, 3, 2, 5, 6), layers='0', regrow=by_table)
+    sparsifier.sparsify_model(50)
+    assert sparsifier.sparsify_model(34, regrow=True).born['0'].int().tolist() == [[0, 1, 0, 0, 0, 0]]
+    assert sparsifier.sparsify_model(17, regrow=True).born['0'].int().tolist() == [[0, 0, 0, 1, 0, 0]]
+
+
+def test_the_groups_of_coupled_layers_count_by_their_size():
+    "Two layers whose outputs are added: a filter has 2 weights of the one and 6 of the other."
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.few, self.many, self.out = nn.Linear(2, 2, bias=False), nn.Linear(6, 2, bias=False), nn.Linear(2, 1)
+            with torch.no_grad():
+                self.few.weight.copy_(torch.tensor([[9., 9], [1, 1]]))
+                self.many.weight.copy_(torch.tensor([[1.] * 6, [2] * 6]))  # means over both: 3 and 1.75
+
+        def forward(self, x, y): return self.out(self.few(x) + self.many(y))
+    example = torch.ones(1, 2), torch.ones(1, 6)
+    sparsifier = Sparsifier(Sum(), 'filter', example=example, coupled=True)
+    change = sparsifier.sparsify_model(50)
+    assert change.masks['few'].int().tolist() == [[1, 1], [0, 0]]
+    assert change.masks['many'].int().tolist() == [[1] * 6, [0] * 6]
+    floor = Sparsifier(Sum(), 'filter', example=example, coupled=True, min_keep=.9)
+    floor.sparsify_model(50)
+    assert floor.report().zeros == 0  # nine tenths of each layer stay, and so of both
 
 
 def test_a_change_can_carry_weights():

@@ -112,6 +112,27 @@ def test_evidence_of_another_shape_is_read_for_a_whole_layer(monkeypatch):
     assert sparsifier.masks['0'].int().tolist() == [[1, 0, 0], [1, 0, 1]]  # the first of the two threes
 
 
+def test_gradients_of_an_embedding_are_read_dense():
+    layer = SimpleNamespace(name='a', weight=nn.Parameter(torch.ones(3, 2)))
+    layer.weight.grad = torch.sparse_coo_tensor([[1]], [[5., 6]], (3, 2))
+    assert Evidence(('grad',), None).of(layer)['grad'].tolist() == [[0, 0], [5, 6], [0, 0]]
+
+
+def test_a_frozen_layer_has_nothing_to_tell(kinds):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    sparsifier = Sparsifier(model, criteria=by_grads, layers=['0', '1'])
+    model[0].weight.grad = torch.ones(2, 2)
+    sparsifier.evidence.step()
+    assert list(sparsifier.evidence.states) == [('summed_grads', '0')]
+
+
+def test_evidence_that_was_never_collected_says_how_to_collect_it(kinds):
+    with pytest.raises(ValueError, match="'summed_grads' was not collected yet: a training step does so"):
+        Sparsifier(convnet(), criteria=by_grads).sparsify_model(50)
+    with pytest.raises(ValueError, match="'input_sums' was not collected yet: batches do so"):
+        Sparsifier(convnet(), criteria=by_inputs).sparsify_model(50)
+
+
 def test_missing_evidence_says_how_to_supply_it():
     layers = [SimpleNamespace(name=n, weight=nn.Parameter(torch.ones(2))) for n in 'ab']
     evidence = Evidence(('weight', 'grad'), None)

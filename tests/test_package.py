@@ -35,6 +35,7 @@ def imported(file):
     for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
         if isinstance(node, ast.ImportFrom) and node.module == 'fasterai': found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('fasterai.'): found.add(node.module.split('.')[1])
+        elif isinstance(node, ast.Import): found |= {alias.name.split('.')[1] for alias in node.names if alias.name.startswith('fasterai.')}
     return found
 
 

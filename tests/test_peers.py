@@ -23,7 +23,9 @@ def test_what_is_far_is_fetched_in_one_piece_from_each_device(monkeypatch):
 
 def test_arrays_are_sent_in_one_piece_to_each_device():
     meta = torch.device('meta')  # the only other device that every machine has
-    found = ALONE.sent([np.ones(3), torch.ones(2), np.ones(4)], [meta, torch.device('cpu'), meta])
+    here = torch.ones(2)
+    found = ALONE.sent([np.ones(3), here, np.ones(4)], [meta, torch.device('cpu'), meta])
+    assert found[1] is here
     assert [(piece.device.type, len(piece)) for piece in found] == [('meta', 3), ('cpu', 2), ('meta', 4)]
 
 

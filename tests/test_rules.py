@@ -112,3 +112,28 @@ def test_sparsifier_and_callback_take_the_same_rules():
     for field in fields(Rules):
         assert ours[field.name].default == theirs[field.name].default == field.default
         if field.name != 'layers': assert words[field.name] == other_words[field.name]
+
+
+@pytest.mark.parametrize('wrong', [dict(granularity='filtr'), dict(context='globl'), dict(criteria='magnitud'), dict(regrow='positon'),
+                                   dict(min_keep=-1), dict(coupled=True)])
+def test_errors_come_when_rules_are_made(wrong):
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))}: got'): Rules(**wrong)
+
+
+def test_layers_of_a_generator_are_kept():
+    rules = Rules(layers=(name for name in ['0', '3']))
+    assert rules.layers == ['0', '3']
+    assert deepcopy(rules) == rules
+
+
+def test_a_default_by_another_string_is_a_default():
+    assert Rules(granularity=''.join(['wei', 'ght'])).given == {}
+
+
+def test_a_new_rule_is_an_argument_of_both():
+    "A field of `Rules` that neither names itself is added to both signatures, with its words."
+    named = {'granularity', 'context', 'criteria', 'layers'}
+    for name in {field.name for field in fields(Rules)} - named:
+        for thing in (Sparsifier, SparsifyCallback):
+            assert inspect.signature(thing).parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            assert docments(thing)[name]

@@ -13,8 +13,26 @@ from fasterai.sparsifier import Sparsifier
 
 
 def test_the_core_loads_no_fastai():
-    code = "import sys, fasterai.sparsifier; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'matplotlib', 'pandas')])"
+    code = "import sys, fasterai.sparsifier; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'matplotlib', 'pandas')])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_an_error_inside_a_property_is_its_own(net):
+    def example(): return net.not_there
+    with pytest.raises(AttributeError, match="'Sequential' object has no attribute 'not_there'"): Sparsifier(net, 'filter', example=example).layers
+
+
+def test_one_layer_of_those_that_an_example_finds_later():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x): return self.out(self.a(x) + self.b(x))
+    model = Branch()
+    sparsifier = Sparsifier(model, 'filter', example=lambda: torch.ones(1, 4), coupled=True)
+    with pytest.raises(ValueError, match="got one for 'a' alone"): sparsifier.sparsify_layer(model.a, 50)
+    assert not (model.a.weight == 0).any()
 
 
 def test_without_training(net):

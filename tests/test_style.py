@@ -1,6 +1,7 @@
 "The style of the house, as far as a machine can see it; `make lint` sees the rest."
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def test_docstrings_stand_alone(file):
     docs = {node.name: ast.get_docstring(node) or '' for node in ast.walk(tree) if isinstance(node, kinds)}
     leaning = ('What ', 'The same', 'Is it', 'Are ', 'Does ', 'Which ')
     assert not {name: doc for name, doc in docs.items() if doc.startswith(leaning)}
+
+
+STALE = r'\b(quiet|silenc\w*|thin|outright)\b|lives? and dies?|live and die'  # words that only the house had
+
+
+@every_file
+def test_words_are_those_of_the_field(file): assert not re.findall(STALE, file.read_text(encoding='utf-8'))
 
 
 @every_file
