@@ -73,7 +73,7 @@ def known_arguments(function: Callable) -> Callable:
 
 
 def _synonym(table, word, names=None):
-    "Offer what a word is called here; not an argument that there is not, where `names` says which there are."
+    "Offer what a word is called here. Where `names` are given, offer only an argument that is one of them."
     meant = table.get(word.lower().replace('-', '_').replace(' ', '_'))
     if meant is None: return ''
     if names is not None and meant.split('=')[0] not in names: return ''

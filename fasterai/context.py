@@ -21,7 +21,7 @@ False = pruned."""
 
 @dataclass(frozen=True)
 class ContextInfo:
-    "A row of `CONTEXTS`: a context, and what others must know of it."
+    "Describe a context, as a row of `CONTEXTS`: its function, and what others must know of it."
     prune: Context
     within_layers: bool = False  # it compares groups within a layer, so a layer must have several
     by_shape: bool = False  # it goes by the shape of single layers, so several layers cannot be pruned as one

@@ -50,7 +50,7 @@ def gradient(
 
 @dataclass(frozen=True)
 class CriterionInfo:
-    "A row of `CRITERIA`: a criterion, and what others must know of it."
+    "Describe a criterion, as a row of `CRITERIA`: its function, and what others must know of it."
     score: Criterion
     evidence: tuple = ()  # names in `EVIDENCE`: what it asks for
     elementwise: bool = False  # it can be called on a chunk of a layer
@@ -155,6 +155,5 @@ def check_finite(
 def finite(
     values: torch.Tensor | np.ndarray,
 ) -> bool:
-    """Tell whether there is no NaN and no infinity. -inf passes: it is lower than all scores, and does no
-    harm."""
+    "Tell whether there is no NaN and no positive infinity. -inf may stay: it is the lowest score."
     return 0 in values.shape or float(values.max()) < inf

@@ -25,7 +25,7 @@ class Column:
         learn.metrics = others + [column]
 
     def _stays(self, metric, learn):
-        "Tell whether a metric is none of ours, nor left over from a callback that is gone."
+        "Tell whether a metric is neither ours nor left over from a callback that was removed."
         owner = _owner(metric)
         if owner is None: return True
         return owner is not self.owner and any(owner is cb for cb in learn.cbs)

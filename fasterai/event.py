@@ -145,8 +145,8 @@ def _as_one(tied):
     size = sum(groups.group_size for groups in tied)
 
     def scores(where):
-        parts = [torch.as_tensor(groups.scores(where)) * (groups.group_size / size) for groups in tied]
-        return sum(parts)
+        weighted = [torch.as_tensor(groups.scores(where)) * (groups.group_size / size) for groups in tied]
+        return sum(weighted)
 
     alike = all(groups.costs is None and torch.equal(groups.alive, first.alive) for groups in tied)
     costs = None if alike else sum(_costs_of(groups) for groups in tied)

@@ -10,7 +10,7 @@ from fasterai.operations import layer_call
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of `EVIDENCE`: how a kind of evidence begins, is updated, and is read.
+    """Describe a kind of evidence, as a row of `EVIDENCE`: how it begins, is updated, and is read.
 
     A kind that keeps a state has `start`, and an `on_step` or an `on_input`, which return the new state."""
     read: Callable  # (layer, state) -> the tensor that a criterion gets

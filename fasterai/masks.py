@@ -46,8 +46,9 @@ class Masks:
         self.of[name] = Mask(torch.zeros_like(self.of[name].keep), None, 0)
 
     def to_devices(self):
-        "Move each mask to the device of its weight."
-        for name, layer in self.selected.layers.items(): self.of[name] = self.of[name].to(layer.weight.device)
+        "Move each mask to the device of its weight, and drop those of layers that were left out since."
+        layers = self.selected.layers
+        self.of = {name: self.of[name].to(layer.weight.device) for name, layer in layers.items()}
 
     @property
     def _masked_along(self):

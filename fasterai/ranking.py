@@ -32,7 +32,7 @@ class Ranks:
 
     @property
     def squares(self) -> int:
-        "Return the sum of the squared costs, which the error of a sample goes by."
+        "Return the sum of the squared costs; the error of a sample grows with its root."
         return self.times ** 2 * cost_of_all(self.costs ** 2, len(self.scores))
 
     def reaching(self, budget):

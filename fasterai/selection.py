@@ -122,7 +122,7 @@ class Found(NamedTuple):
 
 
 class Lowest:
-    """Find the lowest living groups, up to a budget of weights, to the nearest group, halves upward.
+    """Find the lowest living groups whose weights make up a budget, rounded to the nearest group.
 
     A strided sample brackets the cut (Floyd & Rivest 1975). One sweep over all scores then keeps the
     groups above the bracket, prunes those below, and collects those inside, which alone are ranked. Where
@@ -161,12 +161,13 @@ class Lowest:
         score = self.ranks.reaching(budget)
         equal = [np.flatnonzero(found.scores == score) for found in self.found]
         costs = np.concatenate([_costs_at(found, at) for found, at in zip(self.found, equal)])
-        gone = costs.cumsum()  # of the tied groups, by position
-        short = budget - (self.ranks.upto(score) - int(gone[-1]))
-        reaching = int(gone.searchsorted(short))
-        before = int(gone[reaching - 1]) if reaching else 0
-        over, under = int(gone[reaching]) - short, short - before
-        return Cut(score, reaching + (over <= under), len(gone))
+        pruned = costs.cumsum()  # weights in the first n + 1 groups with this score, by position
+        wanted = budget - (self.ranks.upto(score) - int(pruned[-1]))  # of these weights
+        last = int(pruned.searchsorted(wanted))  # the group that reaches what is wanted: is it nearer with or without it?
+        without = int(pruned[last - 1]) if last else 0
+        with_it = int(pruned[last])
+        ties = last + 1 if with_it - wanted <= wanted - without else last
+        return Cut(score, ties, len(pruned))
 
     def leave(self,
         layers: list,  # of `LayerGroups`

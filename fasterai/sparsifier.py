@@ -195,5 +195,5 @@ def _warn_nearly_empty(budgets, change):
     if not names: return
     have = 'have' if len(names) > 1 else 'has'
     warnings.warn(f'sparsity: {", ".join(map(repr, names))} {have} less than 1 % of the weights left, '
-                  "so little passes: see report(); min_keep= sets a floor, "
+                  "so little signal passes: see report(); min_keep= sets a floor, "
                   "context='local' or 'erk' shares the zeros out", stacklevel=4)

@@ -41,7 +41,7 @@ def test_names():
     table = {'local': 1, 'global': 2}
     assert one_of('context', 'local', table) == 1
     assert one_of('context', len, table) is len
-    with pytest.raises(ValueError, match="context: got 'globl', expected one of local, global, or a function; did you mean 'global'?"):
+    with pytest.raises(ValueError, match=r"context: got 'globl', expected one of local, global, or a function; did you mean 'global'\?"):
         one_of('context', 'globl', table)
     with pytest.raises(TypeError, match='context: got 3, expected one of local, global'): one_of('context', 3, table)
     assert nearest('xyz', table) == ''
