@@ -37,7 +37,7 @@ class Alone:
         devices: list,  # where each shall be
     ) -> list:  # tensors
         "Send arrays to devices, in one piece to each."
-        found = [torch.as_tensor(piece) for piece in pieces]
+        found = [piece if isinstance(piece, torch.Tensor) else torch.from_numpy(piece) for piece in pieces]
         for device in {device for piece, device in zip(found, devices) if piece.device != device}:
             here = [i for i, piece in enumerate(found) if devices[i] == device != piece.device]
             joined = torch.cat([found[i] for i in here]).to(device)
