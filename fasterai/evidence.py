@@ -76,7 +76,9 @@ class Evidence:
         "Tell whether all of it has the weight's shape, and can be read in chunks."
         return all(EVIDENCE[name].weight_shaped for name in self.names)
 
-    def step(self):
+    def step(self,
+        of: set | None = None,  # ids of the weights that are stepped; None: all
+    ):
         """Update the evidence by a training step.
 
         Call it between backward and step, before gradients are masked."""
@@ -84,6 +86,7 @@ class Evidence:
             update = EVIDENCE[name].on_step
             if update is None: continue
             for layer in self.selected.layers.values():
+                if of is not None and id(layer.weight) not in of: continue
                 took_part = layer.weight.grad is not None  # a frozen layer has nothing to tell
                 if took_part: self._update(name, layer, update)
 

@@ -57,23 +57,36 @@ class Masks:
 
     # Holding
 
-    def tensors(self):
+    def tensors(self,
+        of: set | None = None,  # ids of parameters: only these, and buffers of their modules; None: all
+    ):
         "Yield each tensor that has masked entries, and its mask: (tensor, bool)."
         self.to_devices()
-        for name, layer in self.selected.layers.items(): yield layer.weight, self.of[name].keep
+        for name, layer in self.selected.layers.items():
+            if of is None or id(layer.weight) in of: yield layer.weight, self.of[name].keep
         for module, tensors in self._masked_along.items():
             for name in tensors:
                 tensor = getattr(module, name)
+                if of is not None and not of & _owners(module, tensor): continue
                 tensors[name] = tensors[name].to(tensor.device)
                 yield tensor, ~tensors[name]
 
-    def mask_weights(self):
+    def mask_weights(self,
+        of: set | None = None,  # as in `tensors`
+    ):
         "Zero the masked weights, and what is masked along with filters."
-        for tensor, keep in self.tensors(): _zero(tensor, keep)
+        for tensor, keep in self.tensors(of): _zero(tensor, keep)
 
-    def mask_gradients(self):
+    def moved(self) -> list:  # of names
+        "Return the layers of which a masked weight is not zero."
+        layers = self.selected.layers.items()
+        return [name for name, layer in layers if layer.weight.detach()[~self.of[name].keep].any()]
+
+    def mask_gradients(self,
+        of: set | None = None,  # as in `tensors`
+    ):
         "Zero the gradients of masked weights."
-        for tensor, keep in self.tensors():
+        for tensor, keep in self.tensors(of):
             if tensor.grad is None: continue
             if tensor.grad.is_sparse: tensor.grad = _zero_sparse(tensor.grad, keep)
             else: _zero(tensor.grad, keep)
@@ -81,11 +94,14 @@ class Masks:
     def mask_state(self,
         state: Mapping,  # parameter: {name: tensor or anything}, as the `state` of an optimizer
     ):
-        "Zero the entries of masked weights in each tensor of the state that has the weight's shape."
+        """Zero the entries of masked weights in each floating-point tensor of the state that has the weight's
+        shape.
+
+        Others stay as they are: zero would be a code, or a choice, in integers, masks and tensors of
+        another class."""
         for tensor, keep in self.tensors():
             for kept in state[tensor].values() if tensor in state else ():
-                if not isinstance(kept, torch.Tensor) or kept.shape != tensor.shape: continue
-                _zero(kept, keep.to(kept.device))
+                if _mirrors(kept, tensor): _zero(kept, keep.to(kept.device))
 
     # Changing
 
@@ -138,6 +154,19 @@ class Masks:
             keep = _unpacked(name, state[name], self.of[name].keep.shape).to(layer.weight.device)
             masks[name] = Mask.counted(keep, layer.grouping)
         self._set(masks, {})
+
+
+def _owners(module, tensor):
+    "Return the ids of the parameters with which a tensor is stepped: of a buffer those of its module."
+    if isinstance(tensor, torch.nn.Parameter): return {id(tensor)}
+    return {id(p) for p in module.parameters(recurse=False)}
+
+
+def _mirrors(kept, tensor):
+    """Tell whether a value of an optimizer's state belongs to a weight entry by entry, and zero means
+    nothing is kept."""
+    plain = type(kept) in (torch.Tensor, torch.nn.Parameter)
+    return plain and kept.shape == tensor.shape and kept.dtype in BITS
 
 
 def _nonzero(weight):

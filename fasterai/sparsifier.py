@@ -2,6 +2,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.layers import Named
 from fasterai.masks import Masks
+from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.report import Report, measure
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import read_share
@@ -130,26 +132,36 @@ class Sparsifier:
         self.masks.mask_state(state)
 
     def attach(self,
-        optimizer: torch.optim.Optimizer,  # the one that steps the model in your own loop
+        optimizer: torch.optim.Optimizer,  # the one that steps the model in your own loop, or what wraps one
     ):
-        "Keep masked weights zero at every step of an optimizer, until `detach`."
-        self._check_optimizer(optimizer)
+        """Keep masked weights zero at every step of an optimizer, until `detach`.
 
-        def before(*_):
-            self.evidence.step()
-            self.mask_gradients()
+        Each attached optimizer masks the parameters that it steps. `TypeError` where it is no optimizer
+        and has none inside, `ValueError` where it steps none of the selected weights."""
+        optimizers = real_optimizers(optimizer)
+        self._check_optimizers(optimizer, optimizers)
+        told = set()  # ids of parameters of which a step is told already: of one inside another the inner one tells
+        for one in reversed(optimizers):
+            tells = parameters_of(one) - told
+            told |= tells
+            before = one.register_step_pre_hook(partial(self._before_step, tells))
+            after = one.register_step_post_hook(lambda stepping, *_: self._after_step(stepping))
+            self._hooks += [before, after]
 
-        def after(*_):
-            self.apply_masks()
-            self.mask_optimizer_state(optimizer.state)
-        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    def _before_step(self, tells, optimizer, *_):
+        self.evidence.step(tells)
+        self.masks.mask_gradients(parameters_of(optimizer))
 
-    def _check_optimizer(self, optimizer):
-        if isinstance(optimizer, type) or not hasattr(optimizer, 'register_step_post_hook'):
-            came = optimizer if isinstance(optimizer, type) else type(optimizer)
+    def _after_step(self, optimizer):
+        self.masks.mask_weights(parameters_of(optimizer))
+        self.mask_optimizer_state(optimizer.state)
+
+    def _check_optimizers(self, given, found):
+        if not found:
+            came = given if isinstance(given, type) else type(given)
             raise TypeError(f'optimizer: got {came}, expected a torch.optim.Optimizer; '
                             'with another kind call apply_masks() after each step')
-        stepped = {id(p) for group in optimizer.param_groups for p in group['params']}
+        stepped = {i for optimizer in found for i in parameters_of(optimizer)}
         if any(id(layer.weight) in stepped for layer in self.layers.values()): return
         raise ValueError('optimizer: got one that steps none of the selected weights, '
                          'expected one that was made with parameters of this model')
@@ -161,15 +173,26 @@ class Sparsifier:
 
     # Looking, saving
 
+    def _warn_if_moved(self):
+        """Say so where an optimizer is attached and its hooks did not run: it may have been stepped in
+        another way."""
+        moved = self.masks.moved() if self._hooks else []
+        if not moved: return
+        names = ', '.join(map(repr, moved))
+        warnings.warn(f'optimizer: masked weights of {names} have moved although an optimizer is attached: '
+                      'attach the one whose step() runs, or call apply_masks() after each step', stacklevel=3)
+
     @property
     def sparsity(self) -> float:
         "Count the zeros: return the percentage of the selected weights that are zero now."
+        self._warn_if_moved()
         weights = [layer.weight.detach() for layer in self.layers.values()]
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         return 100 * zeros / sum(weight.numel() for weight in weights)
 
     def report(self) -> Report:
         "Count the zeros of each layer now."
+        self._warn_if_moved()
         rows = [(name, layer.at, layer.grouping) for name, layer in self.layers.items()]
         return measure(self.model, rows, self.skipped)
 

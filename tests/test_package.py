@@ -19,7 +19,7 @@ def test_the_star_import_shadows_nothing():
 
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
-    'synonyms arguments tables snapshot peers operations plot',  # leaves
+    'synonyms arguments tables snapshot peers operations optimizers plot',  # leaves
     'ranking selection dataflow',
     'granularity evidence criteria layers pattern allocation context schedule regrowth rules',  # choices
     'scoring event',
