@@ -121,15 +121,14 @@ class Masks:
         self.mask_weights()
 
     def _start_again(self, before):
-        """Make channels that come back able to learn: a scale of zero, or a ReLU at zero, would pass no
-        gradient."""
+        "Make channels that come back able to learn: a ReLU at zero would pass no gradient."
         for module, tensors in before.items():
             for name, was_masked in tensors.items():
                 if name == 'running_mean': continue
                 tensor = getattr(module, name)
                 masked = self._masked_along.get(module, {}).get(name, torch.zeros_like(was_masked))
                 back = was_masked & ~masked.to(was_masked.device)
-                tensor.masked_fill_(back.to(tensor.device), 1. if name == 'weight' else .01)
+                tensor.masked_fill_(back.to(tensor.device), .01)
 
     # Saving
 

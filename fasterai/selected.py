@@ -146,7 +146,7 @@ class Selected:
         if self.flow is None: return found
         biases = {id(getattr(module, name)) for module, tensors in found.items() for name in tensors}
         for norm, channels in self.flow.zero_channels(dead, biases).items():
-            names = [name for name in ('running_mean', 'weight', 'bias') if getattr(norm, name) is not None]
+            names = [name for name in ('running_mean', 'bias') if getattr(norm, name) is not None]
             found[norm] = dict.fromkeys(names, channels)
         return found
 

@@ -84,7 +84,7 @@ def test_filter_granularity_takes_its_example_from_the_loop(make_learner):
     learn, callback = make_learner(Branch()), SparsifyCallback(50, 'filter', 'local')
     learn.fit(1, cbs=callback)
     assert [(r.layer, r.dead, r.groups) for r in callback.sparsifier.report().rows] == [('net.0', 3, 6), ('net.3', 4, 8)]
-    assert (learn.model.net[1].weight == 0).sum() == 3 and "makes the network's output" in callback.sparsifier.skipped['net.8']
+    assert (learn.model.net[1].bias == 0).sum() == 3 and "makes the network's output" in callback.sparsifier.skipped['net.8']
 
 
 def test_the_table_shows_what_is_measured(make_learner):

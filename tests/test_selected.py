@@ -90,9 +90,11 @@ def test_the_biases_of_a_tied_weight_die_together():
 
         def forward(self, x): return self.out(self.a(x) + self.n(self.b(x)))
     model = Tied()
+    nn.init.ones_(model.n.bias)
     Sparsifier(model, 'filter', 'local', example=torch.randn(5, 4)).sparsify_model(50)
     x = model.b(torch.randn(9, 4))
-    assert torch.equal((x == 0).all(0), model.n.weight == 0) and (model.n.weight == 0).sum() == 2
+    assert torch.equal((x == 0).all(0), model.n.bias == 0)
+    assert (model.n.bias == 0).sum() == 2
 
 
 def test_a_layer_that_did_not_run_is_left_alone():
@@ -122,7 +124,39 @@ def test_the_biases_of_dead_rows_go_too():
 def test_a_dead_layer_is_dead_altogether():
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
     with torch.no_grad(): net[0].weight /= 100
+    nn.init.ones_(net[1].bias)
     sparsifier = Sparsifier(net, 'layer', example=torch.randn(2, 4))
     assert list(sparsifier.layers) == ['0', '3']
     with pytest.warns(UserWarning, match="'0' has less than 1 %"): sparsifier.sparsify_model(20)
-    assert not net[0].weight.any() and not net[0].bias.any() and not net[1].weight.any() and not net[1].bias.any() and net[3].weight.all()
+    for dead in (net[0].weight, net[0].bias, net[1].bias, net[1].running_mean): assert not dead.any()
+    assert net[3].weight.all()
+
+
+def test_the_scale_of_a_dead_channel_stays_as_it_is(net):
+    with torch.no_grad():
+        for norm in (net[1], net[4]): norm.weight.uniform_(.5, 2), norm.bias.uniform_(-1, 1), norm.running_mean.normal_()
+    before = net[1].weight.clone(), net[4].weight.clone()
+    x = torch.randn(4, 1, 8, 8)
+    sparsifier = Sparsifier(net, 'filter', 'local', example=x)
+    sparsifier.sparsify_model(50)
+    assert torch.equal(net[1].weight, before[0])
+    assert torch.equal(net[4].weight, before[1])
+    dead = ~sparsifier.masks['3'].flatten(1).any(1)
+    for mode in (net.eval, net.train):
+        mode()
+        assert (net[:5](x)[:, dead] == 0).all()
+    sparsifier.sparsify_model(0, regrow=True)
+    assert torch.equal(net[4].weight, before[1])
+    assert (net[4].bias[dead] == .01).all()  # a ReLU at zero would pass no gradient
+
+
+def test_quantization_aware_training_of_a_network_with_dead_filters():
+    from torch.ao.quantization import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
+    x = torch.randn(4, 1, 8, 8)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    Sparsifier(model, 'filter', example=x).sparsify_model(50)
+    model.train()
+    model.qconfig = get_default_qat_qconfig('qnnpack')
+    fuse_modules_qat(model, ['0', '1', '2'], inplace=True)
+    prepare_qat(model, inplace=True)  # its modules divide by the scale
+    assert not model(x).isnan().any()

@@ -610,7 +610,7 @@ def test_a_norm_behind_a_sum_is_left_alone_where_something_lives(make_learner):
     learn, callback = make_learner(PreActivation()), SparsifyCallback(50, 'filter', 'local')
     learn.fit(2, cbs=callback)
     dead = {n: callback.sparsifier.masks[n].flatten(1).sum(1) == 0 for n in ('stem', 'conv')}
-    assert torch.equal(learn.model.norm2.weight == 0, dead['stem'] & dead['conv'])
+    assert torch.equal(learn.model.norm2.bias == 0, dead['stem'] & dead['conv'])
 
 
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
