@@ -12,7 +12,7 @@ from fasterai.allocation import fractions
 from fasterai.arguments import known_arguments, name_of
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.granularity import add_layer_type
-from fasterai.layers import Named, Weight, choose, matching
+from fasterai.layers import Named, Weight, bare, choose, matching
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import read_schedule
 from fasterai.sparsifier import Sparsifier
@@ -68,7 +68,7 @@ class KeepSparse(FastaiCallback):
         "Tell whether this is `validate` or `get_preds`, perhaps in the middle of a fit. They hold the lock."
         return self.learn.lock.locked()
 
-    def _model(self): return getattr(self.learn.model, '_orig_mod', self.learn.model)  # inside torch.compile
+    def _model(self): return bare(self.learn.model)
 
     def _layers_to_keep(self):
         "Return the names of the layers that no `SparsifyCallback` has."

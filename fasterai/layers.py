@@ -39,7 +39,7 @@ class Named:
     "Find all weights of a model by name: `weights` of known layer types, `others`, and `every` one of both."
 
     def __init__(self, model: nn.Module):
-        self.modules = dict(model.named_modules())
+        self.modules = named_modules(model)
         self.weights = {}  # {name: `Weight`} of the layer types in `AXES`
         self.others = {}  # {name: `Weight`} of other parameters, such as biases: they must be chosen by name
         for name, module in self.modules.items():
@@ -52,8 +52,40 @@ class Named:
         self.every = self.weights | self.others
 
 
-def _weight_name(module, attr): return module if attr == 'weight' else _join(module, attr)
+def _weight_name(module, attr): return module if module and attr == 'weight' else _join(module, attr)
 def _join(module, attr): return f'{module}.{attr}'.lstrip('.')  # the name of the model itself is empty
+
+
+# ---- Names of the bare model
+
+def named_modules(
+    model: nn.Module,
+) -> dict:  # {name: module}
+    """Return the modules of a model by their names in the bare model, without DataParallel, DDP and
+    torch.compile."""
+    names, found, modules = {}, {}, dict(model.named_modules())
+    for path, module in modules.items():
+        parent, _, last = path.rpartition('.')
+        is_wrapped = bool(path) and wrapped(modules[parent]) is module
+        names[path] = names[parent] if is_wrapped else _join(names.get(parent, ''), last)
+        found[names[path]] = module  # what is wrapped replaces its wrapper
+    return found
+
+
+def bare(
+    model: nn.Module,
+) -> nn.Module:
+    "Return the model inside DataParallel, DDP and torch.compile."
+    while (inner := wrapped(model)) is not None: model = inner
+    return model
+
+
+def wrapped(
+    module: nn.Module,
+) -> nn.Module | None:
+    "Return the module inside a wrapper, None where it is no wrapper."
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return module.module
+    return module._modules.get('_orig_mod')  # of torch.compile
 
 
 # ---- Which weights are chosen, and why others are not
@@ -69,18 +101,21 @@ def choose(
     named = Named(model)
     wanted, by_name = _wanted(named, layers)
     chosen, skipped = {}, {}
-    owners = {}  # {tensor: the first name under which it was chosen}
-    for name, weight in named.every.items():
-        if name not in wanted:
-            skipped |= _not_wanted(name, weight, named, layers)
-            continue
+    owners = _Owners()
+    for name in [name for name in named.every if name in wanted]:
+        weight = named.every[name]
         _check_fit(name, weight)
         if not weight.tensor.numel():
             skipped[name] = 'has no weights'
             continue
-        owner = owners.setdefault(weight.tensor, name)
-        if owner == name: chosen[name] = weight
+        owner = owners.of(weight.tensor, name)
+        if owner is None: chosen[name] = weight
         else: skipped[name] = f'shares the weight of {owner!r}'
+    for name in [name for name in named.every if name not in wanted]:
+        weight = named.every[name]
+        owner = owners.of(weight.tensor)
+        if owner is not None and name in named.weights: skipped[name] = f'shares the weight of {owner!r}'
+        else: skipped |= _not_wanted(name, weight, named, layers)
     if not chosen:
         none = f'{type(model).__name__} has none of {_known_types()}'
         hint = f'; name a parameter, as layers={next(iter(named.others))!r}' if named.others else ''
@@ -90,9 +125,7 @@ def choose(
 
 def _wanted(named, layers):
     "Return the names of all weights that are meant, and of those that were chosen one by one."
-    if layers is None:
-        usual = {name for name, weight in named.weights.items() if not isinstance(weight.module, LOOKUPS)}
-        return usual, set()
+    if layers is None: return set(named.weights) - set(_lookups(named)), set()
     wanted, by_name = set(), set()
     for choice in _as_list(layers):
         found = matching(choice, named, named.weights)
@@ -100,6 +133,52 @@ def _wanted(named, layers):
         if isinstance(choice, type): continue
         by_name.update(name for name in found if means_by_name(choice, name, named.every[name]))
     return wanted, by_name
+
+
+def _lookups(named):
+    "Return {name: reason} for lookup tables, and for what shares the weight of one."
+    found, owners = {}, _Owners()
+    for name, weight in named.weights.items():
+        if not isinstance(weight.module, LOOKUPS): continue
+        found[name] = 'a lookup table: name it in layers= to include it'
+        owners.of(weight.tensor, name)
+    for name, weight in named.weights.items():
+        table = None if name in found else owners.of(weight.tensor)
+        if table is None: continue
+        found[name] = (f'shares the weight of the lookup table {table!r}: '
+                       'name one of them in layers= to include it')
+    return found
+
+
+class _Owners:
+    """Know the first name of each piece of memory, so that weights that share one, as tied ones do, count
+    once."""
+
+    def __init__(self): self.by_id, self.by_storage = {}, {}
+
+    def of(self,
+        tensor: torch.Tensor,
+        name: str | None = None,  # the name that it gets where it has none yet; None: none
+    ) -> str | None:  # the name that it had before
+        "Return who has the memory of a tensor, or a part of it."
+        if id(tensor) in self.by_id: return self.by_id[id(tensor)]
+        storage, start, end = _memory(tensor)
+        for first, last, owner in self.by_storage.get(storage, ()):
+            if start < last and first < end: return owner
+        if name is not None:
+            self.by_id[id(tensor)] = name
+            if storage: self.by_storage.setdefault(storage, []).append((start, end, name))
+        return None
+
+
+def _memory(tensor):
+    "Return the address of a tensor's storage, 0 where it has none, and its first and last place in it."
+    if not isinstance(tensor, torch.Tensor) or isinstance(tensor, UninitializedParameter): return 0, 0, 0
+    if tensor.layout != torch.strided or tensor.device.type == 'meta' or not tensor.numel(): return 0, 0, 0
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
+    start = tensor.storage_offset()
+    size = tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), start * size, (start + span) * size
 
 
 def _as_list(layers):
@@ -113,14 +192,12 @@ def _as_list(layers):
 
 def _not_wanted(name, weight, named, layers):
     "Return {name: reason} for a weight that is not chosen; nothing for biases and their like."
-    if name in named.weights:
-        if layers is None: return {name: 'a lookup table: name it in layers= to include it'}
-        return {name: 'not chosen'}
-    if weight.attr == 'weight' and getattr(weight.tensor, 'ndim', 0) > 1:
-        kind = type(weight.module).__name__
-        reason = f"{kind} is no known layer type: add_layer_type({kind}, weight='O I') makes it one"
-        return {name.removesuffix('.weight'): reason}
-    return {}
+    if name in named.weights: return {name: _lookups(named)[name] if layers is None else 'not chosen'}
+    if getattr(weight.tensor, 'ndim', 0) < 2: return {}
+    kind = type(weight.module).__name__
+    reason = (f"{kind} is no known layer type: add_layer_type({kind}, {weight.attr}=…) makes it one, "
+              "with 'O I' for outputs × inputs, 'I O' for inputs × outputs; or name it in layers=")
+    return {name.removesuffix('.weight'): reason}
 
 
 def _check_fit(name, weight):
@@ -146,7 +223,7 @@ def means_by_name(
 ) -> bool:
     "Return True if an entry of `layers` is this weight itself or its own module, by name or as an object."
     if isinstance(choice, str):
-        return choice in (name, f'{name}.weight') or name == f'{choice}.{weight.attr}'
+        return choice in (name, f'{name}.weight') or name == _join(choice, weight.attr)
     if isinstance(choice, Weight): return choice == weight
     return choice is weight.module or choice is weight.tensor
 

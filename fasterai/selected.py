@@ -7,7 +7,7 @@ from torch import nn
 
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
-from fasterai.layers import Weight, choose
+from fasterai.layers import Weight, bare, choose
 from fasterai.peers import ALONE
 from fasterai.rules import Rules
 
@@ -92,7 +92,7 @@ class Selected:
         "Find the data flow, once, where whole filters are pruned, and leave out what cannot be pruned so."
         if self.resolved: return
         example = self.example() if _is_function(self.example) else self.example
-        flow = _flow(self.model, example)
+        flow = _flow(bare(self.model), example)
         if flow is not None: self._leave_out(self._without_filters(flow))
         self.flow, self.example = flow, None
         if self.rules.coupled: self._couple()

@@ -4,6 +4,7 @@ from torch import nn
 
 from fasterai.granularity import AXES, add_layer_type
 from fasterai.layers import choose
+from fasterai.sparsifier import Sparsifier
 
 
 class Net(nn.Module):
@@ -48,7 +49,7 @@ def test_by_module():
     assert list(choose(net, net.head).chosen) == ['head']
     assert list(choose(net, net.body).chosen) == ['body.0', 'body.2.0']
     assert list(choose(net, [net.body[2], net.head]).chosen) == ['body.2.0', 'head']
-    assert list(choose(nn.Linear(2, 2)).chosen) == ['']
+    assert list(choose(nn.Linear(2, 2)).chosen) == ['weight']
 
 
 def test_what_was_left_out_has_a_reason():
@@ -56,7 +57,8 @@ def test_what_was_left_out_has_a_reason():
         'embed': 'not chosen', 'body.2.0': 'not chosen', 'tied': "shares the weight of 'head'"}
     assert choose(Net()).skipped['embed'] == 'a lookup table: name it in layers= to include it'
     assert choose(nn.Sequential(nn.Linear(2, 2), Own())).skipped == {
-        '1': "Own is no known layer type: add_layer_type(Own, weight='O I') makes it one"}
+        '1': "Own is no known layer type: add_layer_type(Own, weight=…) makes it one, with 'O I' for "
+             "outputs × inputs, 'I O' for inputs × outputs; or name it in layers="}
 
 
 def test_by_name_is_by_the_name_or_module_of_the_layer_itself():
@@ -82,7 +84,7 @@ def test_bad_choices_are_refused(layers, error, says):
 def test_models_without_fitting_layers_are_refused():
     with pytest.raises(ValueError, match='layers: no layer selected: BatchNorm1d has none of Linear'):
         choose(nn.BatchNorm1d(2))
-    with pytest.raises(ValueError, match="'' is lazy and has no weight yet"): choose(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="'weight' is lazy and has no weight yet"): choose(nn.LazyLinear(3))
     with pytest.raises(ValueError, match='is not a parameter of its own but computed'):
         choose(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match='torch.int64, expected floating-point'):
@@ -126,3 +128,125 @@ def test_parameters_that_no_layer_type_knows():
 def test_bad_layer_types_are_refused(kind, weights, error, says):
     with pytest.raises(error, match=says): add_layer_type(kind, **weights)
     assert Own not in AXES
+
+
+# Names are those of the bare model
+
+class Wrapped(nn.Module):
+    "Wrapped inside, as by `model.body = torch.compile(model.body)`."
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.DataParallel(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)
+
+    def forward(self, x): return self.head(self.body(x))
+
+
+def compiled(model): return torch.compile(model, backend='eager')
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, compiled, lambda m: compiled(nn.DataParallel(m)), lambda m: nn.DataParallel(compiled(m))],
+                         ids=['parallel', 'compiled', 'compiled parallel', 'parallel compiled'])
+@pytest.mark.parametrize('make', [lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), Wrapped], ids=['plain', 'wrapped inside'])
+def test_names_inside_wrappers_are_those_of_the_bare_model(wrap, make):
+    model = make()
+    bare = Sparsifier(model)
+    names = list(bare.layers)
+    assert not any('module' in name or 'orig_mod' in name for name in names)
+    wrapped = Sparsifier(wrap(model), layers=[names[0], '*' + names[1][-1]])
+    assert list(wrapped.layers) == names
+    wrapped.sparsify_model({names[0]: 50, names[1]: 25})
+    assert wrapped.report().zeros == 8 + 2
+    wrapped.sparsify_layer(names[1], 50)
+    bare.load_state_dict(wrapped.state_dict())
+    assert bare.report().zeros == 8 + 4
+
+
+def test_filters_inside_wrappers():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    for example in (torch.ones(1, 4), None):
+        assert list(Sparsifier(nn.DataParallel(model), 'filter', example=example).layers) == ['0']
+        assert list(Sparsifier(compiled(model), 'filter', example=example).layers) == ['0']
+
+
+def test_a_layer_that_is_called_module_keeps_its_name():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(4, 4)
+    assert list(Sparsifier(Odd()).layers) == ['module']
+
+
+def test_the_own_weight_of_a_root_module_has_a_name():
+    for layers in (None, 'weight', 'w*', ''): assert list(Sparsifier(nn.Linear(4, 2), layers=layers).layers) == ['weight']
+    sparsifier = Sparsifier(nn.Linear(4, 2))
+    sparsifier.sparsify_layer('weight', 50)
+    assert sparsifier.report().zeros == 4
+    sparsifier.sparsify_model({'weight': 75})
+    assert sparsifier.report().zeros == 6
+    assert list(Sparsifier(nn.LSTM(3, 4)).layers) == ['weight_ih_l0', 'weight_hh_l0']
+
+
+# What is tied, and what is of no known type
+
+class Conv1D(nn.Module):
+    "As in transformers: y = x W + b, so W is inputs × outputs."
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x): return x @ self.weight + self.bias
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(20, 8), Conv1D(8, 8), nn.Linear(8, 20, bias=False)
+        self.hidden = nn.Linear(8, 8)
+        self.head.weight = self.table.weight
+
+    def forward(self, x): return self.head(self.hidden(self.body(self.table(x))))
+
+
+def test_a_tied_embedding_is_not_pruned_through_its_decoder():
+    sparsifier = Sparsifier(Tiny())
+    assert list(sparsifier.layers) == ['hidden']
+    assert sparsifier.skipped['table'] == 'a lookup table: name it in layers= to include it'
+    assert sparsifier.skipped['head'] == "shares the weight of the lookup table 'table': name one of them in layers= to include it"
+    for layers in ('head', 'table', nn.Linear):
+        named = Sparsifier(Tiny(), layers=layers)
+        assert named.report().rows[0].weights == 160
+        assert not any('lookup' in reason for reason in named.skipped.values())
+
+
+def test_the_hint_for_an_unknown_layer_type_guesses_no_axes():
+    assert "add_layer_type(Conv1D, weight=…)" in Sparsifier(Tiny()).skipped['body']
+    assert "'O I' for outputs × inputs, 'I O' for inputs × outputs" in Sparsifier(Tiny()).skipped['body']
+
+
+def test_other_weights_of_many_axes_are_listed():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.router = nn.Parameter(torch.randn(4, 8, 6)), nn.Linear(8, 4)
+    skipped = Sparsifier(Experts()).skipped
+    assert 'no known layer type' in skipped['gate_up_proj']
+
+
+def test_weights_of_one_memory_are_one_weight():
+    "Two parameters that are views of one piece of memory, or of overlapping ones."
+    table, head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+    head.weight.data = table.weight.data
+    sparsifier = Sparsifier(nn.Sequential(table, head), 'channel', 'local', layers=['0', '1'])
+    sparsifier.sparsify_model(50)
+    assert (head.weight == 0).sum() == 32
+    assert sparsifier.skipped['1'] == "shares the weight of '0'"
+    first, second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+    second.weight = nn.Parameter(first.weight.data.t())
+    assert list(Sparsifier(nn.Sequential(first, second)).layers) == ['0']
+
+
+def test_pieces_of_one_storage_that_do_not_overlap_are_several_weights():
+    flat = torch.randn(32)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for i, layer in enumerate(model): layer.weight = nn.Parameter(flat[16 * i:16 * (i + 1)].view(4, 4))
+    assert list(Sparsifier(model).layers) == ['0', '1']

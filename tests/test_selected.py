@@ -51,7 +51,7 @@ def test_the_output_layer_is_taken_where_it_is_named(net):
     assert '8' in Sparsifier(net, 'filter', layers=['0', '8']).layers
     assert '8' not in Sparsifier(net, 'filter', layers=['0', nn.Linear]).layers
     assert '8' in Sparsifier(net, 'kernel').layers
-    with pytest.raises(ValueError, match="layers: no layer selected: '' makes the network's output, .*: name it in layers="):
+    with pytest.raises(ValueError, match="layers: no layer selected: 'weight' makes the network's output, .*: name it in layers="):
         Sparsifier(nn.Linear(3, 3), 'filter')
 
 

@@ -39,8 +39,8 @@ def test_fine_tune(learn, granularity, capsys):
     if granularity == 'weight': assert report.zeros == round(.9 * report.weights)
     else:
         assert '1.8' in report.skipped  # the output layer
-        silent = sum(int((m.weight == 0).sum()) for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
-        assert silent == sum(r.dead for r in report.rows if r.kind == 'Conv2d')
+        zero_shift = sum(int((m.bias == 0).sum()) for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
+        assert zero_shift == sum(r.dead for r in report.rows if r.kind == 'Conv2d')
     before = report.zeros
     learn.show_results(max_n=2)
     learn.validate()
