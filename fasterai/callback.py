@@ -33,8 +33,9 @@ class KeepSparse(FastaiCallback):
     def __init__(self,
         granularity: str | tuple = 'weight',  # at filter granularity the BatchNorm of a pruned filter is kept zero too
         layers=None,  # None for all but embeddings; else as in `Sparsifier`
+        exclude=None,  # layers that take no part, in the same forms
     ):
-        self.rules = Rules(granularity, layers=layers)
+        self.rules = Rules(granularity, layers=layers, exclude=exclude)
 
     @property
     def sparsifier(self) -> Sparsifier:
@@ -46,7 +47,7 @@ class KeepSparse(FastaiCallback):
         if self._only_validates(): return
         layers = self._layers_to_keep()
         self.active = bool(layers) and not hasattr(self.learn, 'lr_finder')
-        if self.active: self._build(replace(self.rules, layers=layers))
+        if self.active: self._build(replace(self.rules, layers=layers, exclude=None))
 
     def before_step(self):
         if not self.active: return
@@ -77,7 +78,8 @@ class KeepSparse(FastaiCallback):
         if layers == []: return []
         pruning = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active]
         taken = {name for cb in pruning for name in cb.sparsifier.selected.candidates}
-        return [name for name in choose(self._model(), layers).chosen if name not in taken]
+        chosen = choose(self._model(), layers, self.rules.exclude).chosen
+        return [name for name in chosen if name not in taken]
 
     def _is_there(self, weight):
         "Tell whether a weight is still in the model: it may have been replaced since it was pruned."

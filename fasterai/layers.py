@@ -93,17 +93,25 @@ def wrapped(
 def choose(
     model: nn.Module,
     layers=None,  # a type, name, glob, module, parameter, or a list of these; a module stands for all layers in it; None for all
+    exclude=None,  # what takes no part, in the same forms; None: nothing
 ) -> Choice:
-    """Find the weights that the user means by `layers`.
+    """Find the weights that the user means by `layers` and `exclude`.
 
     `ValueError` if an entry means none, or means a weight that cannot be pruned; `TypeError` if it is none of
     these kinds."""
     named = Named(model)
     wanted, by_name = _wanted(named, layers)
+    excluded = _excluded(named, exclude)
+    wanted, by_name = wanted - excluded, by_name - excluded
     chosen, skipped = {}, {}
-    owners = _Owners()
+    owners, left_out = _Owners(), _Owners()
+    for name in excluded: left_out.of(named.every[name].tensor, name)
     for name in [name for name in named.every if name in wanted]:
         weight = named.every[name]
+        shared = left_out.of(weight.tensor)
+        if shared is not None:
+            skipped[name] = f'shares the weight of {shared!r}, which is excluded'
+            continue
         _check_fit(name, weight)
         if not weight.tensor.numel():
             skipped[name] = 'has no weights'
@@ -113,6 +121,9 @@ def choose(
         else: skipped[name] = f'shares the weight of {owner!r}'
     for name in [name for name in named.every if name not in wanted]:
         weight = named.every[name]
+        if name in excluded:
+            skipped[name] = 'excluded'
+            continue
         owner = owners.of(weight.tensor)
         if owner is not None and name in named.weights: skipped[name] = f'shares the weight of {owner!r}'
         else: skipped |= _not_wanted(name, weight, named, layers)
@@ -133,6 +144,12 @@ def _wanted(named, layers):
         if isinstance(choice, type): continue
         by_name.update(name for name in found if means_by_name(choice, name, named.every[name]))
     return wanted, by_name
+
+
+def _excluded(named, exclude):
+    if exclude is None: return set()
+    found = [matching(choice, named, named.weights, 'exclude') for choice in _as_list(exclude, 'exclude')]
+    return {name for names in found for name in names}
 
 
 def _lookups(named):
@@ -181,12 +198,13 @@ def _memory(tensor):
     return tensor.untyped_storage().data_ptr(), start * size, (start + span) * size
 
 
-def _as_list(layers):
+def _as_list(layers, argument='layers'):
     one = isinstance(layers, ONE_CHOICE) or not isinstance(layers, Iterable)
     layers = [layers] if one else list(layers)
     if not layers:
-        raise ValueError('layers: got an empty list, so no layer is selected; '
-                         'expected None for all, or at least one')
+        all_or_nothing = 'all' if argument == 'layers' else 'nothing'
+        raise ValueError(f'{argument}: got an empty list, '
+                         f'expected None for {all_or_nothing}, or at least one entry')
     return layers
 
 

@@ -29,11 +29,14 @@ class Rules:
     layers: object = None  # as `layers.choose` takes it
     min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group
     coupled: bool = False  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
+    exclude: object = None  # layers that take no part, in the forms of `layers`; the others compete as before
     regrow: str | Regrowth = 'position'  # which pruned weights come back first where the sparsity falls: a name, or a function
 
     def __post_init__(self):
-        is_several = isinstance(self.layers, Iterable) and not isinstance(self.layers, ONE_CHOICE)
-        if is_several: object.__setattr__(self, 'layers', list(self.layers))  # a generator gives its items once
+        for name in ('layers', 'exclude'):
+            given = getattr(self, name)
+            is_several = isinstance(given, Iterable) and not isinstance(given, ONE_CHOICE)
+            if is_several: object.__setattr__(self, name, list(given))  # a generator gives its items once
         for read in READ: getattr(self, read)
         if self.coupled: self._check_coupled()
 

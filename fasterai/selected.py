@@ -52,7 +52,7 @@ class Selected:
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that returns one when needed
     ):
         self.model, self.rules, self.example = model, rules, example
-        self.choice = choose(model, rules.layers)
+        self.choice = choose(model, rules.layers, rules.exclude)
         self.candidates = {n: _layer(n, at, rules.granularity) for n, at in self.choice.chosen.items()}  # name: `Layer`
         rules.check_groupings({n: layer.grouping for n, layer in self.candidates.items()})
         self.flow = None  # `Flow`, where it is needed and could be found

@@ -49,6 +49,7 @@ ARGUMENTS = _rows({
     'layers=': 'layer layer_type modules parameters targets',
     'example=': 'example_input example_inputs inputs x',
     'min_keep=': 'min_weights floor',
+    'exclude=': 'ignored_layers ignore skip ignore_layers skip_layers exclude_layers',
 })
 
 # Names of methods and attributes of a Sparsifier.

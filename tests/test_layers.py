@@ -73,7 +73,7 @@ def test_by_name_is_by_the_name_or_module_of_the_layer_itself():
      "none of the layers here, 'embed', 'body.0', 'body.2.0', 'head', 'tied'; .*; for a type write nn.Conv2d"),
     ('body.1', ValueError, "layers: got 'body.1', which means none of the layers"),
     (nn.LSTM, ValueError, 'means none of the layers'),
-    ([], ValueError, 'layers: got an empty list, so no layer is selected'),
+    ([], ValueError, 'layers: got an empty list, expected None for all'),
     (nn.Linear(1, 1), ValueError, 'layers: got a Linear that is not a part of the model'),
     (3, TypeError, 'layers: got 3, expected a type, a name or glob'),
     ([None], TypeError, 'layers: got None')])
@@ -250,3 +250,38 @@ def test_pieces_of_one_storage_that_do_not_overlap_are_several_weights():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     for i, layer in enumerate(model): layer.weight = nn.Parameter(flat[16 * i:16 * (i + 1)].view(4, 4))
     assert list(Sparsifier(model).layers) == ['0', '1']
+
+
+# What takes no part
+
+def test_what_is_excluded_takes_no_part_and_the_others_compete_as_before():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    for exclude in ('1', ['1'], model[1], model[1].weight, '1.weight', (name for name in ['1'])):
+        sparsifier = Sparsifier(model, exclude=exclude)
+        assert list(sparsifier.layers) == ['0', '2']
+        assert sparsifier.skipped == {'1': 'excluded'}
+    assert list(Sparsifier(model, exclude='[01]').layers) == ['2']
+    assert list(Sparsifier(model, layers=nn.Linear, exclude=['0', model[2]]).layers) == ['1']
+    sparsifier = Sparsifier(model, 'weight', 'global', exclude='1')
+    sparsifier.sparsify_model(50)
+    assert sparsifier.report().zeros == 64
+    assert not (model[1].weight == 0).any()
+
+
+def test_what_shares_an_excluded_weight_is_left_out_too():
+    assert choose(Net(), exclude='tied').skipped['head'] == "shares the weight of 'tied', which is excluded"
+
+
+@pytest.mark.parametrize('exclude, says', [('conv9', "exclude: got 'conv9', which means none of the layers"), ([], 'exclude: got an empty list'),
+                                           (7, 'exclude: got 7'), (nn.Linear, 'layers: no layer selected')])
+def test_what_cannot_be_excluded_is_refused(exclude, says):
+    with pytest.raises((ValueError, TypeError), match=says): Sparsifier(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), exclude=exclude)
+
+
+@pytest.mark.parametrize('spoil', [nn.utils.parametrizations.spectral_norm, lambda m: m.to(torch.complex64), lambda m: nn.LazyLinear(4)],
+                         ids=['spectral norm', 'complex', 'lazy'])
+def test_a_layer_that_cannot_take_part_can_be_left_out(spoil):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2] = spoil(model[2])
+    with pytest.raises(ValueError, match='layers: '): Sparsifier(model)
+    assert list(Sparsifier(model, exclude='2').layers) == ['0']
