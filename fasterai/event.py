@@ -55,6 +55,11 @@ class Budget(NamedTuple):
     @property
     def fraction(self): return self.target * self.share
 
+    def without(self, names):
+        "Leave out the layers of these names, and those that are pruned as one with them."
+        stay = [tied for tied in self.tied if not any(layer.name in names for layer in tied)]
+        return self._replace(tied=stay)
+
     @property
     def layers(self): return [layer for layers in self.tied for layer in layers]
 
@@ -64,6 +69,7 @@ class Change:
     "Hold a change of the masks, as an event decided it."
     before: dict  # layer's name: `Mask`
     after: dict  # layer's name: `Mask`
+    waiting: frozenset = frozenset()  # names of layers about which there was no evidence: they stay as they are
     weights: dict = field(default_factory=dict)  # layer's name: tensor; new values of weights that stay, for most events none
 
     @cached_property
@@ -95,13 +101,17 @@ def decide(
     regrow: bool = False,  # pruned groups compete again, with the scores of the rules' regrowth; False: nothing comes back
 ) -> Change:
     "Decide which weights stay. Nothing is changed, so an error leaves all as it was."
+    everyone = [layer for budget in budgets for layer in budget.layers]
+    lacking = evidence.lacking(everyone)
+    budgets = [budget.without(lacking) for budget in budgets]
     layers = [layer for budget in budgets for layer in budget.layers]
-    evidence.check(layers)
+    waiting = frozenset(layer.name for layer in everyone) - {layer.name for layer in layers}
     asked = [layer for budget in budgets if budget.fraction for layer in budget.layers]
     scores = Scores(rules.criterion, evidence, asked)
     after = {}
-    for budget in budgets: after |= _prune(rules, budget, masks, scores, regrow)
-    return Change({layer.name: masks[layer.name] for layer in layers}, after)
+    for budget in budgets:
+        if budget.tied: after |= _prune(rules, budget, masks, scores, regrow)
+    return Change({layer.name: masks[layer.name] for layer in layers}, after, waiting)
 
 
 def _prune(rules, budget, masks, scores, regrow):

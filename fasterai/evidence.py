@@ -6,6 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fasterai.operations import layer_call
+from fasterai.peers import ALONE
 
 
 @dataclass(frozen=True)
@@ -17,29 +18,33 @@ class Kind:
     start: Callable | None = None  # (layer) -> state; None: nothing is kept, and the state is None
     on_step: Callable | None = None  # (layer, state) -> state, between backward and step, before gradients are masked
     on_input: Callable | None = None  # (layer, state, x) -> state, for each input x of the layer inside `watching`
-    check: Callable | None = None  # (layers), before an event; raises `ValueError` where there is nothing to read
+    lacking: Callable | None = None  # (layers) -> bool for each, True where there is nothing to read; None: where it has no state yet
+    how: str = ''  # how to supply it, for the error where no layer has it
     weight_shaped: bool = True  # the tensor has the weight's shape, so that it can be read in chunks
 
 
 def _grad(layer, state):
     grad = layer.weight.grad
     if grad is None:
-        raise ValueError(f'criteria: layer {layer.name!r} has no gradient: call after loss.backward() '
-                         'and before optimizer.zero_grad(), and choose no layer that is frozen')
+        raise ValueError(f'criteria: layer {layer.name!r} has no gradient: call after loss.backward()')
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def _check_grads(layers):
+def _no_grad(layers):
+    "Tell which layers have no gradient, or one that is all zero: they took no part in the step."
     grads = [layer.weight.grad for layer in layers]
-    if any(grad is not None and grad.any() for grad in grads): return
-    raise ValueError('criteria: gradients are needed and all are zero or missing: call after loss.backward() '
-                     'and before optimizer.zero_grad(); nothing was changed')
+    found = iter(ALONE.fetched([_values(grad).any()[None] for grad in grads if grad is not None]))
+    return [grad is None or not next(found)[0] for grad in grads]
+
+
+def _values(grad): return grad.coalesce().values() if grad.is_sparse else grad
 
 
 # To add a kind of evidence, write a row. A criterion asks for it by naming an argument so.
 EVIDENCE = {
     'weight': Kind(read=lambda layer, state: layer.weight),
-    'grad': Kind(read=_grad, check=_check_grads),
+    'grad': Kind(read=_grad, lacking=_no_grad,
+                 how='call after loss.backward() and before optimizer.zero_grad()'),
 }
 
 
@@ -61,15 +66,24 @@ class Evidence:
         "Return the evidence about one layer."
         return {name: EVIDENCE[name].read(layer, self._state(name, layer)).detach() for name in self.names}
 
-    def check(self,
+    def lacking(self,
         layers: list,  # those of an event
-    ):
-        "Raise `ValueError` where there is no evidence about any of these layers."
+    ) -> set:  # of their names
+        "Find the layers about which there is no evidence; `ValueError` where there is about none of them."
+        found = set()
         for name in self.names:
-            kind = EVIDENCE[name]
-            if kind.check is not None: kind.check(layers)
-            collected = any((name, layer.name) in self.states for layer in layers)
-            if kind.start is not None and not collected: raise _not_collected(name, kind)
+            lacks = self._lacks(name, layers)
+            if layers and all(lacks):
+                how = EVIDENCE[name].how or _how(EVIDENCE[name])
+                raise ValueError(f'criteria: {name} is needed and no layer has any: {how}; '
+                                 'nothing was changed')
+            found |= {layer.name for layer, lack in zip(layers, lacks) if lack}
+        return found
+
+    def _lacks(self, name, layers):
+        kind = EVIDENCE[name]
+        if kind.lacking is not None: return kind.lacking(layers)
+        return [kind.start is not None and (name, layer.name) not in self.states for layer in layers]
 
     @property
     def weight_shaped(self) -> bool:
@@ -112,10 +126,9 @@ class Evidence:
         self.states[name, layer.name] = update(layer, self._state(name, layer), *x)
 
 
-def _not_collected(name, kind):
-    how = 'a training step does so, with attach or in a fit'
-    if kind.on_step is None: how = 'batches do so, inside evidence.watching()'
-    return ValueError(f'criteria: the evidence {name!r} was not collected yet: {how}; nothing was changed')
+def _how(kind):
+    if kind.on_step is not None: return 'a training step collects it, with attach or in a fit'
+    return 'batches collect it, inside evidence.watching()'
 
 
 class _Inputs(TorchFunctionMode):

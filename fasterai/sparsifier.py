@@ -111,6 +111,7 @@ class Sparsifier:
         self.masks.to_devices()
         change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
         self.masks.apply(change)
+        _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
         return change
 
@@ -209,11 +210,18 @@ class Sparsifier:
         self.masks.load_state_dict(state)
 
 
+def _warn_waiting(change):
+    if not change.waiting: return
+    names = ', '.join(map(repr, sorted(change.waiting)))
+    warnings.warn(f'criteria: {names} took no part in the step, so nothing is known of it and it waits; '
+                  'the other layers are pruned', stacklevel=4)
+
+
 def _warn_nearly_empty(budgets, change):
     "Name the layers that an event took below 1 % of their weights, where less than 99 % was asked for."
     layers = [layer for budget in budgets if budget.fraction < Fraction(99, 100) for layer in budget.layers]
     before, after = change.before, change.after
-    names = [layer.name for layer in layers]
+    names = [layer.name for layer in layers if layer.name in after]
     names = [name for name in names if after[name].nearly_empty and not before[name].nearly_empty]
     if not names: return
     have = 'have' if len(names) > 1 else 'has'

@@ -189,3 +189,44 @@ def test_a_change_can_carry_weights():
     change = replace(decided(sparsifier, 50), weights={'0': torch.tensor([[7., 7, 7, 7]])})
     sparsifier.masks.apply(change)
     assert sparsifier.model[0].weight.tolist() == [[7, 0, 7, 0]]  # the masks win
+
+
+class Auxiliary(nn.Module):
+    "Its second head takes no part in most steps."
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x): return self.head(self.body(x))
+
+
+@pytest.mark.parametrize('absent', [None, 0.], ids=['no gradient', 'zero gradient'])
+@pytest.mark.parametrize('sparsity', [50, {'head': 50, 'auxiliary': 50, 'body': 50}], ids=['together', 'each'])
+def test_a_layer_that_took_no_part_waits_and_is_named(absent, sparsity):
+    model = Auxiliary()
+    if absent is not None: model.auxiliary.weight.grad = torch.zeros_like(model.auxiliary.weight)
+    model(torch.randn(5, 8)).square().mean().backward()
+    sparsifier = Sparsifier(model, criteria='gradient')
+    with pytest.warns(UserWarning, match="criteria: 'auxiliary' took no part in the step.* it waits"): change = sparsifier.sparsify_model(sparsity)
+    assert change.waiting == {'auxiliary'}
+    assert 'auxiliary' not in change.masks
+    assert not (model.auxiliary.weight == 0).any()
+    assert sum(int((p.weight == 0).sum()) for p in (model.body, model.head)) == 48
+    model.auxiliary(torch.randn(5, 8)).square().mean().backward()
+    sparsifier.sparsify_model(50)
+    assert sparsifier.sparsity == 50
+
+
+def test_layers_that_are_pruned_as_one_wait_together():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x): return self.out(self.a(x) + self.b(x))
+    model = nn.Sequential(Sum(), nn.Linear(2, 5), nn.Linear(5, 2))
+    model(torch.ones(1, 4)).sum().backward()
+    model[0].b.weight.grad = None
+    sparsifier = Sparsifier(model, 'filter', 'local', 'gradient', example=torch.ones(1, 4), coupled=True)
+    with pytest.warns(UserWarning, match="'0.a', '0.b' took no part"): change = sparsifier.sparsify_model(50)
+    assert change.waiting == {'0.a', '0.b'}

@@ -127,17 +127,20 @@ def test_a_frozen_layer_has_nothing_to_tell(kinds):
 
 
 def test_evidence_that_was_never_collected_says_how_to_collect_it(kinds):
-    with pytest.raises(ValueError, match="'summed_grads' was not collected yet: a training step does so"):
+    with pytest.raises(ValueError, match="summed_grads is needed and no layer has any: a training step collects it"):
         Sparsifier(convnet(), criteria=by_grads).sparsify_model(50)
-    with pytest.raises(ValueError, match="'input_sums' was not collected yet: batches do so"):
+    with pytest.raises(ValueError, match="input_sums is needed and no layer has any: batches collect it"):
         Sparsifier(convnet(), criteria=by_inputs).sparsify_model(50)
 
 
 def test_missing_evidence_says_how_to_supply_it():
     layers = [SimpleNamespace(name=n, weight=nn.Parameter(torch.ones(2))) for n in 'ab']
     evidence = Evidence(('weight', 'grad'), None)
-    with pytest.raises(ValueError, match='gradients are needed and all are zero or missing: call after loss.backward'):
-        evidence.check(layers)
+    with pytest.raises(ValueError, match="grad is needed and no layer has any: call after loss.backward"):
+        evidence.lacking(layers)
     layers[0].weight.grad = torch.ones(2)
-    evidence.check(layers)
-    with pytest.raises(ValueError, match="layer 'b' has no gradient"): evidence.of(layers[1])
+    assert evidence.lacking(layers) == {'b'}
+    layers[1].weight.grad = torch.zeros(2)
+    assert evidence.lacking(layers) == {'b'}
+    layers[1].weight.grad = torch.tensor([0., 1])
+    assert evidence.lacking(layers) == set()
