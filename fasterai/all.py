@@ -1,5 +1,6 @@
 "Import all that one needs: `from fasterai.all import *`."
 from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.context import within
 from fasterai.granularity import add_layer_type, block, head
 from fasterai.plot import plot_kernels, plot_tradeoff, plot_weights
 from fasterai.report import Report
@@ -17,7 +18,7 @@ from fasterai.sensitivity import sensitivity
 from fasterai.sparsifier import Sparsifier
 
 __all__ = [
-    'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'add_layer_type',
+    'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
     'plot_schedule', 'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

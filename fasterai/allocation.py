@@ -16,10 +16,27 @@ def erk_densities(
 ) -> list:  # density of each layer, 0 to 1
     """Allocate densities by Erdős–Rényi-kernel (Mocanu et al. 2018, Evci et al. 2020).
 
-    They are in proportion to the sum of a weight's sides over their product. A layer that would be more
-    than dense is dense, and the others share the rest."""
-    sizes = [np.prod(shape, dtype=float) for shape in shapes]
-    raw = [sum(shape) / size for shape, size in zip(shapes, sizes)]
+    They are in proportion to the sum of a weight's sides over their product. A layer that would be more than
+    dense is dense, and the others share the rest."""
+    return _densities(shapes, [sum(shape) / _product(shape) for shape in shapes], density)
+
+
+def er_densities(
+    shapes: list,  # of the layers' weights, as tuples
+    density: float,  # of all layers together, 0 to 1
+) -> list:  # density of each layer, 0 to 1
+    """Allocate densities by Erdős–Rényi (Mocanu et al. 2018).
+
+    They are in proportion to the sum of inputs and outputs over their product, whatever the kernel."""
+    return _densities(shapes, [sum(shape[:2]) / _product(shape[:2]) for shape in shapes], density)
+
+
+def _product(shape): return np.prod(shape, dtype=float)
+
+
+def _densities(shapes, raw, density):
+    "Scale raw densities so that all layers together have the wanted one, and none more than 1."
+    sizes = [_product(shape) for shape in shapes]
     dense = set()
     while len(dense) < len(shapes):
         rest = [i for i in range(len(shapes)) if i not in dense]
@@ -33,7 +50,15 @@ def erk_densities(
 
 def erk(layers, fraction):
     "Return the number of zeros of each layer by `erk_densities`, as fractions of a weight."
-    densities = erk_densities([layer.shape for layer in layers], float(1 - fraction))
+    return _zeros(layers, erk_densities([layer.shape for layer in layers], float(1 - fraction)))
+
+
+def er(layers, fraction):
+    "Return the number of zeros of each layer by `er_densities`, as fractions of a weight."
+    return _zeros(layers, er_densities([layer.shape for layer in layers], float(1 - fraction)))
+
+
+def _zeros(layers, densities):
     return [layer.n_weights * (1 - density) for layer, density in zip(layers, densities)]
 
 
@@ -94,14 +119,34 @@ def check_uniform_plus(
 
 
 def rounded(
-    zeros: list,  # of each layer, fractions of a weight
+    zeros: list,  # wanted of each layer, fractions of a weight
     total: int,  # of all layers together
+    there: list,  # zeros that each layer has already, which stay
 ) -> list:  # ints
-    "Round each number down, then up where most was lost, until the total is reached."
+    """Turn wanted numbers of zeros into whole ones that make up the total.
+
+    A layer that has more zeros than it is given keeps them, and the others get less. Each number is
+    rounded down, then up where most was lost."""
+    zeros = _with_those_there(zeros, total, there)
     found = [floor(z) for z in zeros]
     by_loss = sorted(range(len(zeros)), key=lambda i: found[i] - zeros[i])
     for i in by_loss[:max(total - sum(found), 0)]: found[i] += 1
     return found
+
+
+def _with_those_there(zeros, total, there):
+    "Give each layer at least the zeros that it has; the others share the rest in proportion."
+    full = set()
+    while True:
+        wanted = zeros
+        if full:
+            rest = max(total - sum(there[i] for i in full), 0)
+            share = sum(z for i, z in enumerate(zeros) if i not in full)
+            scale = rest / share if share else 0
+            wanted = [there[i] if i in full else z * scale for i, z in enumerate(zeros)]
+        more = {i for i, z in enumerate(wanted) if i not in full and z < there[i]}
+        if not more: return wanted
+        full |= more
 
 
 def fractions(

@@ -25,7 +25,9 @@ class ContextInfo:
     prune: Context
     within_layers: bool = False  # it compares groups within a layer, so a layer must have several
     by_shape: bool = False  # it goes by the shape of single layers, so several layers cannot be pruned as one
-    single_weights: bool = False  # it prunes single weights only, along an input axis
+    single_weights: bool = False  # it prunes single weights only
+    axis: str | None = None  # the axis that each weight must have
+    has_floor: bool = True  # `min_keep` may be given
     sparsity: Fraction | None = None  # the one sparsity that it can reach; None: any
     counted: bool = False  # it says in `layer.remaining_after` how many weights stay
     check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
@@ -55,7 +57,8 @@ def allotted(
     "Return the context in which each layer has as many zeros as `allocate` gives it."
     def prune(layers, fraction):
         total = round(fraction * sum(layer.n_weights for layer in layers))
-        zeros = allocation.rounded(allocate(layers, fraction), total)
+        there = [layer.zeros for layer in layers]
+        zeros = allocation.rounded(allocate(layers, fraction), total, there)
         return [prune_together([layer], n, fraction == 1)[0] for layer, n in zip(layers, zeros)]
     return prune
 
@@ -96,11 +99,42 @@ def _normalized(layer):
     return replace(layer, scores=lambda where: layer.scores(where) / norm)
 
 
+@dataclass(frozen=True)
+class within:
+    """Prune each layer to the sparsity along one axis: the weights at each place of it compete among
+    themselves.
+
+    `within('O')` compares the weights of one output, as Wanda does (Sun et al. 2023), `within('I')` those
+    of one input."""
+    axis: str  # 'O', 'I', or another axis of the selected weights
+
+    def __post_init__(self):
+        if isinstance(self.axis, str): return
+        raise TypeError(f"context: got within({self.axis!r}), expected an axis, as 'O'")
+
+    def __call__(self, layers, fraction): return [self._prune(layer, fraction) for layer in layers]
+
+    def _prune(self, layer, fraction):
+        alive, = layer.peers.fetched([layer.alive])
+        scores = np.where(alive, layer.all_scores(), -np.inf)  # what is pruned already goes first
+        sizes, at = tuple(layer.axes.values()), list(layer.axes).index(self.axis)
+        lines = np.moveaxis(scores.reshape(sizes), at, 0)
+        order = lines.reshape(len(lines), -1).argsort(1, kind='stable')  # ties by position
+        keep = np.ones(order.shape, bool)
+        np.put_along_axis(keep, order[:, :round(fraction * order.shape[1])], False, 1)
+        keep = np.ascontiguousarray(np.moveaxis(keep.reshape(lines.shape), 0, at)).reshape(-1)
+        keep, = layer.peers.sent([keep & alive], [layer.alive.device])
+        return keep
+
+    def __repr__(self): return f'within({self.axis!r})'
+
+
 # To add a context, write a function of layers and fraction, and a row.
 CONTEXTS = {
     'local': ContextInfo(local, counted=True),
     'global': ContextInfo(global_, counted=True),
     'erk': ContextInfo(allotted(allocation.erk), by_shape=True, counted=True),
+    'er': ContextInfo(allotted(allocation.er), by_shape=True, counted=True),
     'uniform_plus': ContextInfo(allotted(allocation.uniform_plus), by_shape=True, counted=True,
                                 check=allocation.check_uniform_plus),
     'lamp': ContextInfo(lamp, within_layers=True),
@@ -114,7 +148,10 @@ def read_context(
     """Return the context of this name, or a row for a function; `ValueError` or `TypeError` where it is
     neither."""
     found = read_pattern(context) if isinstance(context, str) else context
-    if isinstance(found, pattern): return ContextInfo(found, single_weights=True, sparsity=found.sparsity)
+    if isinstance(found, pattern):
+        return ContextInfo(found, single_weights=True, axis='I', has_floor=False, sparsity=found.sparsity)
+    if isinstance(found, within):
+        return ContextInfo(found, single_weights=True, axis=found.axis, has_floor=False)
     found = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
     if isinstance(found, ContextInfo): return found
     for row in CONTEXTS.values():

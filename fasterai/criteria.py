@@ -48,6 +48,14 @@ def gradient(
     return abs(weight * grad)
 
 
+@elementwise
+def random(
+    noise: torch.Tensor,  # any shape, uniform between 0 and 1, drawn once an event by torch's seed
+) -> torch.Tensor:  # of the same shape
+    "Score each weight at random: the baseline that every criterion must beat."
+    return noise
+
+
 @dataclass(frozen=True)
 class CriterionInfo:
     "Describe a criterion, as a row of `CRITERIA`: its function, and what others must know of it."
@@ -77,6 +85,7 @@ def _row(criterion):
 CRITERIA = {
     'magnitude': _row(magnitude),
     'gradient': _row(gradient),
+    'random': _row(random),
 }
 
 

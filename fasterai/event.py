@@ -106,6 +106,7 @@ def decide(
     budgets = [budget.without(lacking) for budget in budgets]
     layers = [layer for budget in budgets for layer in budget.layers]
     waiting = frozenset(layer.name for layer in everyone) - {layer.name for layer in layers}
+    evidence.begin(layers)
     asked = [layer for budget in budgets if budget.fraction for layer in budget.layers]
     scores = Scores(rules.criterion, evidence, asked)
     after = {}

@@ -17,6 +17,7 @@ class Kind:
     read: Callable  # (layer, state) -> the tensor that a criterion gets
     start: Callable | None = None  # (layer) -> state; None: nothing is kept, and the state is None
     on_step: Callable | None = None  # (layer, state) -> state, between backward and step, before gradients are masked
+    on_event: Callable | None = None  # (layer, state) -> state, once at the beginning of each event
     on_input: Callable | None = None  # (layer, state, x) -> state, for each input x of the layer inside `watching`
     lacking: Callable | None = None  # (layers) -> bool for each, True where there is nothing to read; None: where it has no state yet
     how: str = ''  # how to supply it, for the error where no layer has it
@@ -40,11 +41,20 @@ def _no_grad(layers):
 def _values(grad): return grad.coalesce().values() if grad.is_sparse else grad
 
 
+def _noise(layer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
+
+
+def _draw_seed(layer, state): return int(torch.randint(2 ** 62, ()))  # by torch's own seed
+
+
 # To add a kind of evidence, write a row. A criterion asks for it by naming an argument so.
 EVIDENCE = {
     'weight': Kind(read=lambda layer, state: layer.weight),
     'grad': Kind(read=_grad, lacking=_no_grad,
                  how='call after loss.backward() and before optimizer.zero_grad()'),
+    'noise': Kind(read=_noise, on_event=_draw_seed),
 }
 
 
@@ -79,6 +89,15 @@ class Evidence:
                                  'nothing was changed')
             found |= {layer.name for layer, lack in zip(layers, lacks) if lack}
         return found
+
+    def begin(self,
+        layers: list,  # those of an event
+    ):
+        "Update the evidence at the beginning of an event."
+        for name in self.names:
+            update = EVIDENCE[name].on_event
+            if update is None: continue
+            for layer in layers: self._update(name, layer, update)
 
     def _lacks(self, name, layers):
         kind = EVIDENCE[name]

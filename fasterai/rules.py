@@ -65,9 +65,9 @@ class Rules:
         if not _is_floor(given):
             raise ValueError(f'min_keep: got {given!r}, '
                              'expected a whole number of weights, or a share between 0 and 1, as .05')
-        if self.context_info.sparsity is not None:
+        if not self.context_info.has_floor:
             raise ValueError(f'min_keep: got {given!r}, expected None with context={self.context!r}: '
-                             'the pattern says how many stay')
+                             'it says itself how many stay')
         return int(given) if isinstance(given, Integral) else Fraction(str(float(given)))
 
     def floor_of(self,
@@ -113,12 +113,11 @@ class Rules:
                              f'context={self.context!r} compares within layers')
         if not context.single_weights: return
         if any(g.size > 1 for g in groupings.values()):
-            raise ValueError(f"{given} 'weight' with context={self.context!r}: "
-                             'a pattern is one of single weights')
+            raise ValueError(f"{given} 'weight' with context={self.context!r}: it prunes single weights")
         for name, grouping in groupings.items():
-            if 'I' in grouping.axes: continue
-            raise ValueError(f'context: got {self.context!r}, but {name!r} has no input axis I along which '
-                             'the pattern could run; leave it out by layers=')
+            if context.axis in grouping.axes: continue
+            raise ValueError(f'context: got {self.context!r}, but {name!r} has no axis {context.axis}, only '
+                             f'{", ".join(grouping.axes)}; leave it out by exclude=')
 
     def _check_coupled(self):
         if not self.granularity_info.one_filter:

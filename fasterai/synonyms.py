@@ -19,13 +19,15 @@ VALUES = {
     'context': _rows({
         "'local'": 'layerwise layer_wise layer per_layer uniform',
         "'global'": 'globally network model all unstructured',
-        "'erk'": 'er erdos_renyi erdos_renyi_kernel',
+        "'erk'": 'erdos_renyi_kernel',
+        "'er'": 'erdos_renyi',
+        "within('O')": 'row rowwise row_wise per_row per_output',
         "'2:4'": '2_4 2/4 2of4 n:m nm semi_structured',
     }),
     'criteria': _rows({
         "'magnitude'": 'l1 l1_norm l1norm ln l2 l2_norm abs weight large_final',
         "'gradient'": 'saliency taylor snip grad gradients first_order sensitivity',
-        'lambda weight: torch.rand_like(weight)': 'random rand',
+        "'random'": 'rand noise',
     }),
     'schedule': _rows({
         "'gradual'": 'agp cubic polynomial poly zhu_gupta sched_agp',

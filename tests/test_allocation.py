@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fasterai.allocation import erk_densities, fractions
+from fasterai.allocation import er_densities, erk_densities, fractions, rounded
 from fasterai.sparsifier import Sparsifier
 
 
@@ -35,6 +35,15 @@ def test_erk_is_the_published_formula(shapes, density):
     sizes = [float(torch.tensor(s).prod()) for s in shapes]
     assert sum(d * n for d, n in zip(found, sizes)) == pytest.approx(density * sum(sizes), rel=1e-6)
     assert found == pytest.approx(published(shapes, density), abs=1e-6)
+
+
+def test_er_leaves_the_kernel_out():
+    shapes = [(10, 10, 3, 3), (100, 100)]
+    found = er_densities(shapes, .1)
+    assert found[0] / found[1] == pytest.approx((20 / 100) / (200 / 10_000))
+    assert er_densities([(10, 10), (100, 100)], .5) == erk_densities([(10, 10), (100, 100)], .5)
+    layers = [layer('a', range(900), shape=(10, 10, 3, 3)), layer('b', range(10_000), shape=(100, 100))]
+    assert sum(map(sum, kept('er', layers, '9/10'))) == 1090
 
 
 def test_erk_by_eye():
@@ -89,3 +98,32 @@ def test_uniform_plus_says_at_once_what_cannot_be():
     assert sparsifier.sparsity == 0
     sparsifier.sparsify_layer('1', 50)
     assert sparsifier.report().rows[1].sparsity == 50
+
+
+@pytest.mark.parametrize('zeros, total, there, found', [
+    ([1.5, 2.5, 3], 7, [0, 0, 0], [2, 2, 3]),
+    ([1.2, 2.7, 3.1], 7, [0, 0, 0], [1, 3, 3]),
+    ([3.6, 6.4], 10, [4, 0], [4, 6]),
+    ([3.6, 6.4], 10, [5, 0], [5, 5]),  # what is there stays, and the other gets less
+    ([2, 4, 4], 10, [6, 0, 0], [6, 2, 2]),
+    ([2, 4, 4], 10, [6, 3, 0], [6, 3, 1]),
+    ([2, 2], 4, [5, 1], [5, 1])])  # more is there than was asked for
+def test_whole_numbers_of_zeros(zeros, total, there, found): assert rounded(zeros, total, there) == found
+
+
+@pytest.mark.parametrize('context', ['erk', 'er'])
+def test_allocations_are_exact_after_every_event_of_a_schedule(context):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3), nn.Linear(8, 10))
+    sparsifier = Sparsifier(model, context=context)
+    for share in range(1, 101):
+        sparsifier.sparsify_model(75, share / 100)
+        assert sparsifier.report().zeros == round(Fraction(75, 100) * Fraction(share / 100) * 566)
+
+
+def test_allocations_count_zeros_that_are_there():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 20))
+    with torch.no_grad(): model[0].weight[:15] = 0
+    sparsifier = Sparsifier(model, context='erk')
+    sparsifier.sparsify_model(50)
+    assert [row.zeros for row in sparsifier.report().rows] == [300, 150, 150]

@@ -4,12 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from conftest import convnet
 
 from fasterai.arguments import nearest, one_of, percent
 from fasterai.callback import SparsifyCallback
-from fasterai.context import CONTEXTS
+from fasterai.context import CONTEXTS, within
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import GRANULARITIES, block, head
 from fasterai.schedule import SCHEDULES
@@ -61,7 +60,7 @@ TYPED = [
     (lambda: new(criteria='saliency'), "did you mean 'gradient'?"),
     (lambda: new(criteria='taylor'), "did you mean 'gradient'?"),
     (lambda: new(criteria='snip'), "did you mean 'gradient'?"),
-    (lambda: new(criteria='random'), r"did you mean lambda weight: torch.rand_like\(weight\)?"),
+    (lambda: new(criteria='rand'), "did you mean 'random'?"),
     (lambda: new(granularity='unstructured'), "granularity: got 'unstructured', .*; did you mean 'weight'?"),
     (lambda: new(granularity='fine-grained'), "did you mean 'weight'?"),
     (lambda: new(granularity='structured'), "did you mean 'filter'?"),
@@ -75,7 +74,8 @@ TYPED = [
     (lambda: new(context='layer-wise'), "did you mean 'local'?"),
     (lambda: new(context='uniform'), "did you mean 'local'?"),
     (lambda: new(context='network'), "did you mean 'global'?"),
-    (lambda: new(context='erdos_renyi'), "did you mean 'erk'?"),
+    (lambda: new(context='erdos_renyi'), "did you mean 'er'?"),
+    (lambda: new(context='row-wise'), r"did you mean within\('O'\)?"),
     (lambda: new(context='2-4'), "did you mean '2:4'?"),
     (lambda: SparsifyCallback(50, schedule='agp'), "schedule: got 'agp', .*; did you mean 'gradual'?"),
     (lambda: SparsifyCallback(50, schedule='cubic'), "did you mean 'gradual'?"),
@@ -112,7 +112,7 @@ def test_a_synonym_means_something_that_there_is(argument):
             'criteria': lambda v: new(criteria=v), 'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
     for meant in VALUES[argument].values():
         if meant.startswith('context='): continue  # it belongs to another argument, and is tried there
-        read(eval(meant.split(',')[0] if meant.startswith('head') else meant, {'block': block, 'head': lambda n: head(2), 'torch': torch}))
+        read(eval(meant.split(',')[0] if meant.startswith('head') else meant, {'block': block, 'head': lambda n: head(2), 'within': within}))
 
 
 def test_names_of_arguments_and_methods_mean_something_that_there_is():

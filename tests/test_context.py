@@ -5,9 +5,11 @@ import torch
 from conftest import INF, kept, layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from fasterai.context import CONTEXTS, read_context
+from fasterai.context import CONTEXTS, read_context, within
 from fasterai.selection import LayerGroups
+from fasterai.sparsifier import Sparsifier
 
 
 @pytest.mark.parametrize('context, share, keeps', [
@@ -100,6 +102,37 @@ def test_normalized():
 
 
 @pytest.mark.parametrize('name, says', [('4:2', "got '4:2', expected 'n:m' with n from 1 and smaller"), ('0:4', "got '0:4'"), ('2:2', "got '2:2'"),
-                                        ('2-4', "got '2-4', expected one of local, global, erk, .* a pattern as '2:4', or a function"), ('erc', "did you mean 'erk'")])
+                                        ('2-4', "got '2-4', expected one of local, global, erk, .* a pattern as '2:4', or a function"), ('erkk', "did you mean 'erk'")])
 def test_what_is_no_context_is_refused(name, says):
     with pytest.raises(ValueError, match=says): read_context(name)
+
+
+def test_within_an_axis_each_place_of_it_is_pruned_for_itself():
+    scores, axes = [1, 2, 3, 4, 8, 7, 6, 5], {'O': 2, 'I': 4}
+    half = read_context(within('O')), read_context(within('I'))
+    by_output, by_input = (c([layer('a', scores, axes=axes)], Fraction(1, 2))[0].int().tolist() for c in half)
+    assert by_output == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert by_input == [0, 0, 0, 0, 1, 1, 1, 1]
+    pruned = layer('a', [-INF, 2, 3, 4, 8, 7, 6, 5], axes=axes)
+    assert half[0]([pruned], Fraction(1, 4))[0].int().tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
+    assert half[0]([layer('a', [5] * 8, axes=axes)], Fraction(1, 2))[0].int().tolist() == [0, 0, 1, 1] * 2  # ties by position
+    assert half[0]([layer('a', range(10), axes={'O': 2, 'I': 5})], Fraction(3, 10))[0].int().tolist() == [0, 0, 1, 1, 1] * 2  # 1.5 to the even number
+
+
+@pytest.mark.parametrize('make, axis', [(lambda: nn.Linear(8, 6), 'O'), (lambda: nn.Conv2d(4, 6, 3), 'O'), (lambda: nn.Conv2d(4, 6, 3), 'I'),
+                                        (lambda: nn.ConvTranspose2d(4, 6, 3), 'O'), (lambda: nn.Conv2d(4, 6, 3), 'kh')])
+def test_within_on_layers(make, axis):
+    sparsifier = Sparsifier(nn.Sequential(make()), context=within(axis), layers='0')
+    sparsifier.sparsify_model(50)
+    grouping = sparsifier.layers['0'].grouping
+    mask = sparsifier.masks['0'].reshape([*grouping.axes.values()]).movedim(list(grouping.axes).index(axis), 0).flatten(1)
+    assert (mask.sum(1) * 2 == mask.shape[1]).all()
+
+
+def test_what_cannot_be_within_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"context: got within\('kh'\), but '0' has no axis kh, only O, I"): Sparsifier(model, context=within('kh'))
+    with pytest.raises(ValueError, match="granularity: got 'kernel', expected 'weight'"): Sparsifier(nn.Sequential(nn.Conv2d(2, 2, 3)), 'kernel', within('O'))
+    with pytest.raises(ValueError, match=r"min_keep: got 3, expected None with context=within\('O'\)"): Sparsifier(model, context=within('O'), min_keep=3)
+    with pytest.raises(TypeError, match=r'context: got within\(3\)'): within(3)
+    assert repr(Sparsifier(model, context=within('O'))) == "Sparsifier(model, context=within('O'))"

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai import criteria
+from fasterai import criteria, selection
 from fasterai.criteria import elementwise, evidence_of, gradient, magnitude, read_criterion
 from fasterai.evidence import Evidence
+from fasterai.sparsifier import Sparsifier
 
 
 def score(criterion, parameter, name):
@@ -76,3 +77,41 @@ def test_a_large_sum_is_no_infinity():
 
 def test_only_marked_criteria_are_asked_in_chunks():
     assert magnitude.elementwise and gradient.elementwise and elementwise(lambda weight: weight).elementwise
+
+
+def masks(model, **more):
+    sparsifier = Sparsifier(model, criteria='random', **more)
+    sparsifier.sparsify_model(50)
+    return [sparsifier.masks[name] for name in sparsifier.layers]
+
+
+def test_random_is_drawn_by_the_seed_and_once_an_event(monkeypatch):
+    monkeypatch.setattr(selection, 'SAMPLE', 64)  # so that each layer is asked several times
+    monkeypatch.setattr(selection, 'CHUNK', 512)
+    found = []
+    for seed in (0, 0, 1):
+        model = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60))
+        torch.manual_seed(seed)
+        found.append(masks(model))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1]))
+    assert not torch.equal(found[0][0], found[2][0])
+    assert not torch.equal(found[0][0], found[0][1])
+    sparsifier = Sparsifier(nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60)), criteria='random')
+    sparsifier.sparsify_model(30)
+    noise = {name: sparsifier.evidence.of(layer)['noise'] for name, layer in sparsifier.layers.items()}
+    gone = torch.cat([noise[n][~sparsifier.masks[n]] for n in noise])
+    stay = torch.cat([noise[n][sparsifier.masks[n]] for n in noise])
+    assert len(gone) == 2160
+    assert gone.max() <= stay.min()  # one draw decided about all
+    sparsifier.sparsify_model(30)
+    assert not torch.equal(sparsifier.evidence.of(sparsifier.layers['0'])['noise'], noise['0'])
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_random_does_not_look_at_the_weights(granularity):
+    model, other = (nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20)) for _ in range(2))
+    more = dict(granularity=granularity, layers=['0', '1'])
+    torch.manual_seed(0)
+    first = masks(model, **more)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, masks(other, **more)))

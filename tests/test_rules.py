@@ -53,7 +53,7 @@ def test_min_keep_is_a_floor_for_each_layer(net):
     (dict(context='2:4'), 75, "sparsity: got 75, expected 50, which context='2:4' implies"),
     (dict(context='1:4'), {'0': 75, '8': 50}, r"sparsity\['8'\]: got 50, expected 75, which context='1:4' implies"),
     (dict(context='2:4', granularity='kernel'), 50, "granularity: got 'kernel', expected 'weight' with context='2:4'"),
-    (dict(context='2:4', layers='1.bias'), 50, "got '2:4', but '1.bias' has no input axis I"),
+    (dict(context='2:4', layers='1.bias'), 50, "got '2:4', but '1.bias' has no axis I, only d0"),
     (dict(context='2:4', min_keep=3), 50, "min_keep: got 3, expected None with context='2:4'"),
     (dict(min_keep=1.5), 50, 'min_keep: got 1.5, expected a whole number of weights, or a share between 0 and 1'),
     (dict(min_keep=True), 50, 'min_keep: got True'), (dict(min_keep=-1), 50, 'min_keep: got -1')])
