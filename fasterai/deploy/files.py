@@ -1,44 +1,39 @@
 "Write smaller files: a bitmask and the values that are not zero, in safetensors."
-import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from fasterai.deploy.compare import check_module
-
-FORMAT = 'fasterai.sparse 1'
-MASK, VALUES, SIGNS = '\0mask', '\0values', '\0signs'  # suffixes of a packed tensor's name
-PARTS = {torch.complex32: torch.float16, torch.complex128: torch.float64}  # safetensors lacks them: as pairs
-ONE_ZERO = frozenset((torch.float8_e4m3fnuz, torch.float8_e5m2fnuz))  # floats without a negative zero
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from fasterai.deploy.container import METADATA, can_hold, read_header, read_tensor, write_tensors
+from fasterai.deploy.packing import PARTS, pack, unpack
+from fasterai.deploy.placing import checked_path, destination, named_errors, open_plain, replacing
+from fasterai.deploy.sharing import check_overlaps, check_tied, memory_key, overlaps_itself, span
+from fasterai.deploy.table import FORMAT, altered, check_entries, check_fit, digest, read_table
 
 
 def save_sparse(
     model: nn.Module,  # any model; its parameters and buffers are saved, of any type
-    path: str | Path,  # the file to write; an old one is replaced at once, or not at all
+    path: str | Path,  # the file to write; an old one is replaced at once, or not at all, and keeps its mode
 ):
     """Write a model's tensors to one safetensors file, each packed where that is smaller.
 
-    `load_sparse` restores every bit."""
+    `load_sparse` restores every bit. What is no model, has tensors that a file cannot hold, or is no path
+    raises a `TypeError`; a device or a pipe at the path raises a `ValueError`, and what the system refuses
+    an `OSError` that names the path."""
+    state = _state(model)
+    path = checked_path(path)
+    destination(path)  # before the work: it may be no place for a file
     tensors, descriptions = {}, {}
     first = {}  # {memory: the first name of the tensor there}
-    for name, tensor in _state(model).items():
-        source = first.setdefault(_memory_key(tensor), name)
+    for name, tensor in state.items():
+        source = first.setdefault(memory_key(tensor), name)
         if source != name: descriptions[name] = {'same': source}  # tied
-        else: descriptions[name] = _pack(name, tensor.detach(), tensors)
-    digest = _digest(tensors, descriptions)
-    metadata = {'format': FORMAT, 'tensors': json.dumps(descriptions), 'sha256': digest}
-    path = Path(path)
-    if not path.parent.is_dir() or path.is_dir() or not path.name:
-        raise FileNotFoundError(f'path: got {str(path)!r}, expected a file in a folder that exists')
-    _write(tensors, metadata, path)
+        else: descriptions[name] = pack(name, tensor, tensors)
+    found = digest(tensors, descriptions)
+    metadata = {'format': FORMAT, 'tensors': json.dumps(descriptions), 'sha256': found}
+    with replacing(path) as file: write_tensors(file, tensors, metadata)
 
 
 def load_sparse(
@@ -47,49 +42,34 @@ def load_sparse(
 ) -> nn.Module:  # the model
     """Fill a model's tensors from a file that `save_sparse` has written.
 
-    A file that is damaged, foreign or does not fit raises a `ValueError`, and the model is not changed."""
+    A file that is damaged, foreign or does not fit raises a `ValueError`, a model whose tensors cannot be
+    written a `TypeError`, and what the system refuses an `OSError`. In each case the model is not changed."""
     state = _state(model)
-    stored, descriptions = _read(path)
-    _check_fit(state, descriptions, path)
-    sources = {name: descriptions[name].get('same', name) for name in state}
-    found = {source: _unpack(source, stored, descriptions[source]) for source in set(sources.values())}
-    _check_tied(state, sources, found, path)
+    _check_writable(state)
+    path = checked_path(path)
+    with named_errors(path), open_plain(path) as file:
+        metadata, entries = read_header(file, path)
+        descriptions = read_table(metadata, path)
+        sources = check_fit(state, descriptions, path)
+        check_entries(state, descriptions, entries, path)
+        stored = {name: read_tensor(file, entry, path) for name, entry in entries.items()}  # sizes are the model's
+    if digest(stored, descriptions) != metadata.get('sha256'): raise altered(path, 'its digest is another')
+    values = _unpacked(state, descriptions, sources, stored, path)
+    check_tied(state, values, path)
+    check_overlaps(state, values, path)
     with torch.no_grad():
-        for name, tensor in state.items(): tensor.copy_(found[sources[name]])
+        for name, tensor in state.items(): tensor.detach().copy_(values[name])
     return model
 
 
-def _write(tensors, metadata, path):
-    "Write a safetensors file under a temporary name, then move it to its place."
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
+def _unpacked(state, descriptions, sources, stored, path):
+    "Return {name: its values}; those of one source are one tensor."
+    found = {}
     try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, 'rb') as file: os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp allows the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _read(path):
-    "Read a file's tensors and the descriptions of them, as they were written."
-    try:
-        with safe_open(path, 'pt') as file:
-            metadata, stored = file.metadata() or {}, {n: file.get_tensor(n) for n in file.keys()}
-    except FileNotFoundError: raise
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f'path: got {str(path)!r}, which is damaged or no safetensors file ({error}); '
-                         'what torch.save wrote, torch.load reads') from error
-    if metadata.get('format') != FORMAT:
-        raise ValueError(f'path: got {str(path)!r} of format {metadata.get("format")!r}, '
-                         f'expected that of save_sparse, {FORMAT!r}')
-    try: descriptions = json.loads(metadata.get('tensors', ''))
-    except json.JSONDecodeError: descriptions = None
-    if descriptions is None or _digest(stored, descriptions) != metadata.get('sha256'):
-        raise ValueError(f'path: got {str(path)!r}, which was altered since it was written')
-    return stored, descriptions
+        for name in sources.values():
+            if name not in found: found[name] = unpack(name, descriptions[name], state[name].dtype, stored)
+    except ValueError as error: raise altered(path, error) from None
+    return {name: found[source] for name, source in sources.items()}
 
 
 def _state(model):
@@ -97,123 +77,35 @@ def _state(model):
     state = model.state_dict(keep_vars=True)
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
     for name, value in state.items():
+        if not _is_name(name):
+            raise TypeError(f'model: got a tensor named {name!r} in its state_dict, '
+                            'expected a name that files can hold')
         if id(value) in own and _is_plain(value): continue
         raise TypeError(f'model: got {type(value).__name__} as {name!r} in its state_dict, '
                         'expected dense tensors in memory, its parameters and buffers')
     return state
 
 
+def _is_name(name):
+    "Tell whether a file can hold a name: a null character marks parts of packed tensors."
+    try: return name != METADATA and b'\0' not in name.encode()
+    except UnicodeEncodeError: return False
+
+
 def _is_plain(value):
     "Tell whether a tensor is dense and fully described by its bits in memory."
     if type(value) not in (torch.Tensor, nn.Parameter, nn.Buffer): return False  # a subclass may hold more
     if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_conj(): return False
-    expanded = any(length > 1 and not step for length, step in zip(value.shape, value.stride()))
-    return not expanded  # one number in memory stands for many
+    if not can_hold(value) and value.dtype not in PARTS: return False
+    start, stop = span(value)
+    place = value.untyped_storage()
+    inside = place.data_ptr() <= start and stop <= place.data_ptr() + place.nbytes()  # memory may have been freed
+    return (inside or start == stop) and not overlaps_itself(value)
 
 
-def _memory_key(tensor):
-    "Return a key that is equal for tensors of the same memory, and unique for an empty tensor."
-    if not tensor.numel(): return id(tensor)
-    place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-    return *place, tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _pack(name, tensor, tensors):
-    "Add a tensor to those that are saved, and return how to unpack it."
-    description = {'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.')}
-    tensor = tensor.resolve_neg().cpu().contiguous()
-    if tensor.dtype in PARTS: tensor = torch.view_as_real(tensor)
-    packed = _packed(tensor)
-    if packed is None:
-        tensors[name] = tensor
-        return description
-    tensors.update({name + part: values for part, values in packed.items()})
-    return description | {'packed': True}
-
-
-def _packed(tensor):
-    "Return the parts in which a tensor is saved, None if it is smaller as it is."
-    size = tensor.element_size()
-    if size not in WORDS or tensor.dtype == torch.bool or not tensor.ndim: return None
-    words = tensor.view(WORDS[size]).flatten().numpy()
-    nonzero = words & _magnitude(tensor.dtype, words.dtype) != 0
-    signs = np.packbits(words[~nonzero] != 0)  # what multiplies by a mask leaves negative zeros
-    if not signs.any(): signs = signs[:0]
-    mask = np.packbits(nonzero)
-    if len(mask) + len(signs) + int(np.count_nonzero(nonzero)) * size >= len(nonzero) * size: return None
-    parts = {MASK: torch.from_numpy(mask), VALUES: torch.from_numpy(words[nonzero]).view(tensor.dtype)}
-    if len(signs): parts[SIGNS] = torch.from_numpy(signs)
-    return parts
-
-
-def _unpack(name, stored, description):
-    dtype = getattr(torch, description['dtype'])
-    if dtype in PARTS:
-        parts = {'shape': [*description['shape'], 2], 'dtype': str(PARTS[dtype]).removeprefix('torch.')}
-        return torch.view_as_complex(_unpack(name, stored, description | parts))
-    if 'packed' not in description: return stored[name]
-    tensor = torch.zeros(description['shape'], dtype=dtype)
-    word = WORDS[tensor.element_size()]
-    words = tensor.view(-1).view(word).numpy()  # the tensor's own memory, which is filled
-    nonzero = np.unpackbits(stored[name + MASK].numpy(), count=len(words)).view(bool)
-    words[nonzero] = stored[name + VALUES].view(word).numpy()
-    if name + SIGNS in stored:
-        signs = np.unpackbits(stored[name + SIGNS].numpy(), count=np.count_nonzero(~nonzero))
-        words[~nonzero] = signs.astype(words.dtype) * ~_magnitude(tensor.dtype, words.dtype)
-    return tensor
-
-
-def _magnitude(dtype, words):
-    "Return the bits that tell a number from zero: all of them, without the sign of a float."
-    bits = 8 * words.itemsize
-    every = np.iinfo(words).max if words.kind == 'u' else -1
-    has_sign = dtype.is_floating_point and dtype not in ONE_ZERO
-    return words.type(2 ** (bits - 1) - 1 if has_sign else every)  # the sign is the highest bit
-
-
-def _digest(tensors, descriptions):
-    digest = hashlib.sha256(json.dumps(descriptions).encode())
-    for name in sorted(tensors):
-        digest.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
-        if tensors[name].numel(): digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _check_fit(state, descriptions, path):
-    missing = [n for n in state if n not in descriptions]
-    unexpected = [n for n in descriptions if n not in state]
-    if missing or unexpected:
-        problems = []
-        if missing: problems.append(f'it lacks {_listed(missing)}')
-        if unexpected: problems.append(f'it has the unexpected {_listed(unexpected)}')
-        raise ValueError(f'path: got {str(path)!r}, which does not fit the model: {"; ".join(problems)}')
+def _check_writable(state):
     for name, tensor in state.items():
-        description = descriptions[descriptions[name].get('same', name)]
-        shape, dtype = tuple(description['shape']), description['dtype']
-        if shape != tuple(tensor.shape):
-            raise ValueError(f'path: got {name!r} of shape {shape}, '
-                             f'expected that of the model, {tuple(tensor.shape)}')
-        if f'torch.{dtype}' != str(tensor.dtype):
-            raise ValueError(f'path: got {name!r} of type {dtype}, '
-                             f'expected that of the model, {tensor.dtype}')
-
-
-def _listed(names, most=5):
-    more = ' and more' if len(names) > most else ''
-    return ', '.join(map(repr, names[:most])) + more
-
-
-def _check_tied(state, sources, found, path):
-    "Check that tensors which share memory in the model are equal in the file."
-    first = {}  # {memory: the first name of the tensor there}
-    for name, tensor in state.items():
-        tied = first.setdefault(_memory_key(tensor), name)
-        if sources[tied] == sources[name] or torch.equal(found[sources[tied]], found[sources[name]]): continue
-        raise ValueError(f'path: got {str(path)!r}, where {name!r} is not {tied!r}; '
-                         'in the model they are one')
-
-
-def _umask():
-    mask = os.umask(0)  # it can be read only by setting it
-    os.umask(mask)
-    return mask
+        if not tensor.is_inference() or torch.is_inference_mode_enabled(): continue
+        raise TypeError(f'model: got {type(tensor).__name__} as {name!r}, which was made under '
+                        'torch.inference_mode() and can be written only there, '
+                        'expected tensors that can be written')
