@@ -731,6 +731,12 @@ def test_views_that_autograd_guards_are_filled_too(tmp_path):
     assert model.a.tolist() == model.b.tolist() == [1] * 3
 
 
+def test_a_bool_of_another_byte_than_1_is_saved_as_true(tmp_path):
+    strange, other = torch.tensor([0, 7, 1] * 999, dtype=U8).view(torch.bool), Tensors(x=torch.zeros(2997, dtype=torch.bool))
+    save_sparse(Tensors(x=strange), tmp_path / 'a')
+    assert bytes_of(load_sparse(other, tmp_path / 'a').x) == [0, 1, 1] * 999
+
+
 def test_names_and_types_that_a_file_cannot_have(tmp_path):
     for name in ('a\0mask', '__metadata__', 'a\ud800'):
         for verb in (save_sparse, load_sparse):

@@ -22,6 +22,7 @@ def pack(
     description = {'shape': list(tensor.shape), 'dtype': dtype_name(tensor.dtype)}
     tensor = tensor.detach().resolve_neg().cpu().contiguous()
     if tensor.dtype in PARTS: tensor = torch.view_as_real(tensor)
+    if tensor.dtype == torch.bool: tensor = tensor.view(torch.uint8) != 0  # its bytes may be others than 0 and 1
     packed = _packed(tensor)
     if packed is None:
         tensors[name] = tensor.clone()  # another thread may go on training: all is hashed and written as it is now
