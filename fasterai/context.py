@@ -42,8 +42,12 @@ def global_(
     fraction: Fraction,  # of zeros, of all layers together
 ) -> list:  # keep masks (groups,), one a layer
     "Prune the lowest groups of all layers together."
-    zeros = round(fraction * sum(layer.n_weights for layer in layers))
+    zeros = fraction * sum(layer.n_weights for layer in layers)
+    if _single_weights(layers): zeros = round(zeros)  # groups are rounded to the nearest one, from the exact number
     return prune_together(layers, zeros, fraction == 1)
+
+
+def _single_weights(layers): return all(layer.group_size == 1 for layer in layers)
 
 
 def local(layers, fraction):
@@ -57,8 +61,9 @@ def allotted(
     "Return the context in which each layer has as many zeros as `allocate` gives it."
     def prune(layers, fraction):
         total = round(fraction * sum(layer.n_weights for layer in layers))
-        there = [layer.zeros for layer in layers]
-        zeros = allocation.rounded(allocate(layers, fraction), total, there)
+        zeros = allocate(layers, fraction)
+        if _single_weights(layers):
+            zeros = allocation.rounded(zeros, total, [layer.zeros for layer in layers])
         return [prune_together([layer], n, fraction == 1)[0] for layer, n in zip(layers, zeros)]
     return prune
 
@@ -179,7 +184,7 @@ def _checked(context, layers, fraction):
 
 def prune_together(
     layers: list,  # of `selection.LayerGroups`
-    zeros: int,  # number of weights of all layers that shall be zero in the end
+    zeros: int | Fraction,  # number of weights of all layers that shall be zero in the end
     everything: bool = False,  # all of them are asked for, so that a layer may be emptied
 ) -> list:  # keep masks (groups,), one a layer
     """Prune the lowest groups of layers that compete.

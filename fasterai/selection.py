@@ -1,7 +1,9 @@
 "Find the lowest groups of several layers: exact, at any size, without gathering all scores."
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
+from fractions import Fraction
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -135,15 +137,16 @@ class Lowest:
         self.peers = layers[0].peers if layers else ALONE
 
     def cut(self,
-        budget: int,  # number of weights to prune, at least 1
+        budget: int | Fraction,  # number of weights to prune, above 0; it may lie between whole numbers where groups are large
     ) -> Cut:
         "Find where to cut the order of groups."
-        if self._brackets(budget): return self._inside(budget)
+        exact, budget = budget, ceil(budget)  # groups reach the one where they reach the other
+        if self._brackets(budget): return self._inside(budget, exact)
         few = self.peers.total(sum(len(layer.alive) for layer in self.layers)) <= SAMPLE
         for find in (_everything,) if few else (_bracketed, _everything):
             self.found = find(self.layers, budget)
             self._rank()
-            if self._brackets(budget): return self._inside(budget)
+            if self._brackets(budget): return self._inside(budget, exact)
         return EVERYTHING  # there are fewer weights than the budget
 
     def _below(self):
@@ -155,15 +158,16 @@ class Lowest:
         if not self.ranks: return False
         return self._below() < budget <= self._below() + self.ranks.total
 
-    def _inside(self, budget):
+    def _inside(self, budget, exact):
         "Find the cut among the groups inside the bracket."
-        budget -= self._below()
-        score = self.ranks.reaching(budget)
+        below = self._below()
+        score = self.ranks.reaching(budget - below)
         equal = [np.flatnonzero(found.scores == score) for found in self.found]
         costs = np.concatenate([_costs_at(found, at) for found, at in zip(self.found, equal)])
         pruned = costs.cumsum()  # weights in the first n + 1 groups with this score, by position
-        wanted = budget - (self.ranks.upto(score) - int(pruned[-1]))  # of these weights
-        last = int(pruned.searchsorted(wanted))  # the group that reaches what is wanted: is it nearer with or without it?
+        lower = below + self.ranks.upto(score) - int(pruned[-1])  # weights in groups with a lower score
+        wanted = exact - lower  # of the weights with this score
+        last = int(pruned.searchsorted(budget - lower))  # the group that reaches what is wanted: is it nearer with or without it?
         without = int(pruned[last - 1]) if last else 0
         with_it = int(pruned[last])
         ties = last + 1 if with_it - wanted <= wanted - without else last

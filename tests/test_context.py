@@ -136,3 +136,20 @@ def test_what_cannot_be_within_is_refused():
     with pytest.raises(ValueError, match=r"min_keep: got 3, expected None with context=within\('O'\)"): Sparsifier(model, context=within('O'), min_keep=3)
     with pytest.raises(TypeError, match=r'context: got within\(3\)'): within(3)
     assert repr(Sparsifier(model, context=within('O'))) == "Sparsifier(model, context=within('O'))"
+
+
+@pytest.mark.parametrize('groups, size, percent, gone', [
+    (48, 2, 1, 0), (48, 9, 1, 0), (50, 2, 1, 1), (49, 2, 1, 0), (48, 2, 2, 1), (3, 10, 50, 2), (5, 3, 50, 3), (7, 4, 33, 2)])  # a half goes up
+@pytest.mark.parametrize('context', ['global', 'local', 'erk'])
+def test_groups_are_rounded_once_from_the_exact_number(groups, size, percent, gone, context):
+    "1 % of 48 groups is 0.48 groups, so none, whatever their size."
+    found, = kept(context, [layer('a', range(groups), size=size, shape=(groups, size))], Fraction(percent, 100))
+    assert found.count(0) == gone
+
+
+def test_groups_of_two_sizes_are_rounded_once():
+    layers = [layer('a', [1, 2, 3, 4], size=2), layer('b', [1.5, 9], size=5)]  # 18 weights; 33 % are 5.94
+    assert kept('global', layers, Fraction(33, 100)) == [[0, 1, 1, 1], [0, 1]]  # 2 + 5 is nearer than 2
+    assert kept('global', layers, Fraction(25, 100)) == [[0, 1, 1, 1], [0, 1]]  # 4.5 lies in the middle of 2 and 7
+    assert kept('global', layers, Fraction(24, 100)) == [[0, 1, 1, 1], [1, 1]]
+
