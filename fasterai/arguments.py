@@ -4,8 +4,8 @@ from difflib import get_close_matches
 from fractions import Fraction
 from functools import wraps
 from inspect import signature
-from math import isnan
-from numbers import Real
+from math import isfinite, isnan
+from numbers import Integral, Real
 
 from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
 
@@ -29,7 +29,81 @@ def percent(
 def _as_number(value):
     "Offer the number that is in a text as '50%'."
     text = value.strip(' %') if isinstance(value, str) else ''
-    return f'; did you mean {text}?' if text.replace('.', '', 1).isdigit() else ''
+    return f'; did you mean {text}?' if text.isascii() and text.replace('.', '', 1).isdigit() else ''
+
+
+def flag(
+    argument: str,  # its name, for the error
+    value,  # what the user gave
+    or_none: bool = False,  # None may be given too
+) -> bool | None:
+    "Return True or False; `TypeError` for anything else that Python takes for one of them."
+    if or_none and value is None: return None
+    if type(value).__name__ in ('bool', 'bool_'): return bool(value)  # Python's and numpy's
+    expected = 'True, False or None' if or_none else 'True or False'
+    raise TypeError(f'{argument}: got {value!r}, expected {expected}')
+
+
+def whole(
+    argument: str,  # its name, for the error
+    value,  # what the user gave
+    least: int = 1,
+) -> int:
+    "Return a whole number as it is; `ValueError` where it is none, or too small."
+    if is_whole(value, least): return value
+    raise ValueError(f'{argument}: got {value!r}, expected an integer of {least} or more')
+
+
+def is_whole(
+    value,  # anything
+    least: int = 1,
+) -> bool:
+    "Tell whether a value is a whole number, and not too small."
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def seconds_of(
+    value,  # what the user gave
+    argument: str = 'seconds',  # its name, for the error
+) -> float:
+    "Return a time in seconds; `TypeError` or `ValueError` where it cannot be one."
+    expected = 'expected a number of seconds, 0 or more'
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{argument}: got {value!r}, {expected}')
+    if not value >= 0: raise ValueError(f'{argument}: got {value!r}, {expected}')
+    return float(value)
+
+
+def finite_number(
+    argument: str,  # its name, for the error
+    value,  # a number, or a tensor or array of one
+    where: str = '',  # where it came from, in words
+) -> float:
+    "Return what a function gave as a float; `TypeError` or `ValueError` where it is no finite number."
+    said = f'{argument}: got {value!r}{where}, expected a number that is neither NaN nor infinite'
+    if isinstance(value, (str, bytes, type(None))): raise TypeError(said)
+    try: number = float(value)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(said) from None
+    if not isfinite(number): raise ValueError(said)
+    return number
+
+
+def callable_with(
+    argument: str,  # its name, for the error
+    function,  # what the user gave
+    count: int,  # how many arguments it is called with
+    expected: str,  # in words, as 'a function of progress'
+):
+    "Raise `TypeError` for what is no function, or cannot be called with so many arguments."
+    if callable(function) and _takes(function, count): return
+    raise TypeError(f'{argument}: got {name_of(function)}, expected {expected}')
+
+
+def _takes(function, count):
+    try: signature(function).bind(*[None] * count)
+    except ValueError: return True  # its arguments cannot be read
+    except TypeError: return False
+    return True
 
 
 def nearest(

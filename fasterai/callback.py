@@ -12,7 +12,7 @@ from fasterai.allocation import fractions
 from fasterai.arguments import known_arguments, name_of
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.granularity import add_layer_type
-from fasterai.layers import Named, Weight, bare, choose, matching
+from fasterai.layers import Named, Weight, bare, check_kinds, choose, matching
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import read_schedule
 from fasterai.sparsifier import Sparsifier
@@ -127,6 +127,7 @@ class SparsifyCallback(KeepSparse):
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
         **kwargs,  # the other rules, as in `Rules`
     ):
+        if isinstance(sparsity, Mapping) and sparsity: check_kinds(list(sparsity), 'sparsity')
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity) or None
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.rules.check_sparsity(sparsity)

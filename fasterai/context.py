@@ -1,7 +1,6 @@
 "Decide who competes with whom (the scope of pruning): turn a sparsity into a keep mask for each layer."
-import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from fasterai import allocation
-from fasterai.arguments import name_of, one_of
+from fasterai.arguments import callable_with, name_of, one_of
 from fasterai.pattern import pattern, read_pattern
 from fasterai.selection import LayerGroups, Lowest
 
@@ -161,23 +160,26 @@ def read_context(
     if isinstance(found, ContextInfo): return found
     for row in CONTEXTS.values():
         if found is getattr(row, 'prune', None): return row
-    try: inspect.signature(found).bind([], 0)
-    except ValueError: pass  # its arguments cannot be read
-    except TypeError:
-        raise TypeError(f'context: got {name_of(found)}, '
-                        'expected a function of layers and fraction') from None
+    callable_with('context', found, 2, 'a function of layers and fraction')
     return ContextInfo(partial(_checked, found))
 
 
 def _checked(context, layers, fraction):
     "Call a user's context on copies of the masks, and check what it returns."
-    keeps = list(context([replace(layer, alive=layer.alive.clone()) for layer in layers], fraction))
+    keeps = context([replace(layer, alive=layer.alive.clone()) for layer in layers], fraction)
     shapes = [tuple(layer.alive.shape) for layer in layers]
-    came = [tuple(getattr(keep, 'shape', ())) for keep in keeps]
-    if came != shapes or any(keep.dtype != torch.bool for keep in keeps):
+    if isinstance(keeps, Iterable): keeps = list(keeps)
+    came = keeps
+    if isinstance(keeps, list): came = [tuple(getattr(keep, 'shape', ())) for keep in keeps]
+    if came != shapes or not all(map(_is_dense_mask, keeps)):
         raise ValueError(f'context: {name_of(context)} returned {came}, '
                          f'expected a bool keep mask for each layer: {shapes}')
     return [keep & layer.alive for keep, layer in zip(keeps, layers)]
+
+
+def _is_dense_mask(keep):
+    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool: return False
+    return keep.layout == torch.strided and not keep.is_meta
 
 
 # The common part

@@ -131,9 +131,15 @@ def score(
     if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
         scores = criterion.score(**given)
-        if not isinstance(scores, kind) or scores.shape != shape:
+        if not isinstance(scores, kind) or scores.shape != shape or not _can_be_ordered(scores):
             raise _wrong_scores(criterion, scores, name, shape)
         return scores.float() if kind is torch.Tensor else scores.astype(np.float32, copy=False)
+
+
+def _can_be_ordered(scores):
+    "Tell whether scores are a dense tensor, or an array, of real numbers."
+    if isinstance(scores, np.ndarray): return scores.dtype.kind in 'fiub'
+    return scores.layout == torch.strided and not scores.is_complex() and not scores.is_meta
 
 
 def _widened(values):
@@ -143,9 +149,12 @@ def _widened(values):
 
 def _wrong_scores(criterion, scores, name, shape):
     came = repr(scores)
-    if isinstance(scores, (torch.Tensor, np.ndarray)): came = f'a tensor of shape {tuple(scores.shape)}'
+    if isinstance(scores, (torch.Tensor, np.ndarray)):
+        came = f'a tensor of shape {tuple(scores.shape)}'
+        of_tensor = [getattr(scores, name, '') for name in ('dtype', 'layout', 'device')]
+        if not _can_be_ordered(scores): came += f' ({", ".join(map(str, of_tensor))})'
     return ValueError(f"criteria: {name_of(criterion.score)} gave {came} for layer {name!r}, "
-                      f"expected a tensor of the weight's shape {tuple(shape)}")
+                      f"expected a tensor of real numbers of the weight's shape {tuple(shape)}")
 
 
 def check_finite(

@@ -217,7 +217,9 @@ def _module_call(model, step):
     module = model.get_submodule(step.target)
     name = type(module).__name__
     layer = next((c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), None)
-    if layer: return layer, (*args, module.weight, module.bias), {}
+    if layer:
+        # a spectral_norm that computes the weight changes its buffers, but not in eval mode
+        with evaluation_mode(module): return layer, (*args, module.weight, module.bias), {}
     if name not in SETTINGS: return name, (*args, *module.parameters(), *module.buffers()), {}
     settings = [getattr(module, s) for s in SETTINGS[name]]
     return name, (*args, *settings), {}

@@ -1,6 +1,6 @@
 "Split the weights of a layer into groups that are pruned together: structured or unstructured pruning."
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil, prod
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fasterai.arguments import nearest, one_of
+from fasterai.arguments import callable_with, is_whole, name_of, nearest, one_of, whole
 
 _KERNELS = {1: 'k', 2: 'kh kw', 3: 'kd kh kw'}  # the axes of a kernel in so many dimensions
 _CONV = {d: f'(G O) I {kernel}' for d, kernel in _KERNELS.items()}
@@ -66,7 +66,7 @@ def _check_axes(name, row):
     "Raise `ValueError` unless `row` names different axes, as a row of `AXES` does."
     if isinstance(row, str):
         axes = [axis for folded in read_axes(row) for axis, _ in folded]
-        not_read = re.sub(r'\((\w+)(:\d+)? \w+\)|\w+', '', row).strip()
+        not_read = re.sub(r'\((\w+)(:[0-9]+)? \w+\)|\w+', '', row).strip()
         if axes and len(set(axes)) == len(axes) and not not_read: return
     raise ValueError(f"{name}: got {row!r}, expected different names of axes, as 'O I', '(G O) I kh kw', "
                      "or '(S:3 O) I' for three in one")
@@ -77,7 +77,7 @@ def read_axes(
 ) -> list:  # of lists of (axis, its length or 0 if the row does not say), one list for each axis of the tensor
     "Read the axes of a weight from a row of `AXES`: '(S:4 O) I' gives [[('S', 4), ('O', 0)], [('I', 0)]]."
     of_tensor = re.findall(r'\([^)]*\)|\w+', row)
-    return [[(axis, int(length or 0)) for axis, length in re.findall(r'(\w+)(?::(\d+))?', folded)]
+    return [[(axis, int(length or 0)) for axis, length in re.findall(r'(\w+)(?::([0-9]+))?', folded)]
             for folded in of_tensor]
 
 
@@ -97,15 +97,28 @@ def _weight_names(module, row):
     "Return the names of the tensors of a module that may be weights, also where one is computed from others."
     names = list(module._parameters)
     names += getattr(module, 'parametrizations', ())  # computed by torch.nn.utils.parametrize
-    names += [name for name in row if getattr(module, name, None) is not None]  # no parameter: any other attribute
+    names += [name for name in row if held(module, name) is not None]  # no parameter: any other attribute
     names = dict.fromkeys(_computed_name(module, name) for name in names)
-    return [name for name in names if getattr(module, name, None) is not None]
+    return [name for name in names if held(module, name) is not None]
+
+
+def held(
+    module: nn.Module,
+    name: str,  # of an attribute
+):
+    """Return what a module has by that name, without computing it: for a parametrized weight the property of
+    its class; None where there is nothing.
+
+    `getattr` would run the parametrization, which for spectral_norm changes its buffers."""
+    for place in (module._parameters, module._buffers, module._modules, vars(module)):
+        if name in place: return place[name]
+    return getattr(type(module), name, None)
 
 
 def _computed_name(module, name):
     "Return 'weight' for 'weight_g', 'weight_v' and 'weight_orig', the parts of a weight that is computed."
     base = re.sub('_(g|v|orig)$', '', name)
-    return base if hasattr(module, base) else name
+    return base if held(module, base) is not None else name
 
 
 def _axes(module, attr, shape):
@@ -142,19 +155,20 @@ class GranularityInfo:
     any_weight: bool = False  # True if it suits a weight without an output axis, such as that of a BatchNorm
     one_filter: bool = False  # True if a group is one filter, so that filters of several layers can be pruned together
     one_layer: bool = False  # True if a group is all of a layer
+    several: bool = False  # True if a group has several weights, in a layer of any type
 
 
 GRANULARITIES = {
     'weight': GranularityInfo(lambda axes: (), any_weight=True),
     'vector': GranularityInfo(_kernel_row),
     'kernel': GranularityInfo(_kernel),
-    'filter': GranularityInfo(lambda axes: _but(axes, OUTPUTS), one_filter=True),
-    'channel': GranularityInfo(lambda axes: _but(axes, INPUTS)),
-    'layer': GranularityInfo(lambda axes: tuple(axes), any_weight=True, one_layer=True),
+    'filter': GranularityInfo(lambda axes: _but(axes, OUTPUTS), one_filter=True, several=True),
+    'channel': GranularityInfo(lambda axes: _but(axes, INPUTS), several=True),
+    'layer': GranularityInfo(lambda axes: tuple(axes), any_weight=True, one_layer=True, several=True),
     'row': GranularityInfo(_kernel_row),  # the same groups as 'vector': both names are in use
     'column': GranularityInfo(_kernel_column),
-    'horizontal_slice': GranularityInfo(lambda axes: ('I', *_kernel_row(axes))),
-    'vertical_slice': GranularityInfo(lambda axes: ('I', *_kernel_column(axes))),
+    'horizontal_slice': GranularityInfo(lambda axes: ('I', *_kernel_row(axes)), several=True),
+    'vertical_slice': GranularityInfo(lambda axes: ('I', *_kernel_column(axes)), several=True),
 }
 
 
@@ -165,15 +179,29 @@ def read_granularity(
 
     `ValueError` if a name is unknown, `TypeError` if it is none of these."""
     if isinstance(granularity, (tuple, list)):
+        _read_entries(granularity, granularity)
         return GranularityInfo(lambda axes: granularity, any_weight=True)
     found = one_of('granularity', granularity, GRANULARITIES, 'a tuple of axes, block(…), or head(…)')
+    spans = found.spans if isinstance(found, GranularityInfo) else found
+    callable_with('granularity', spans, 1, 'a function of axes')
     if isinstance(found, GranularityInfo): return found
-    return GranularityInfo(found, any_weight=True)
+    return GranularityInfo(found, any_weight=True, several=getattr(found, 'several', False))
 
 
-def _check_count(what, n):
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f'{what}: got {n!r}, expected an integer of 1 or more')
+def _read_entries(granularity, spanned):
+    """Return [(axis, how much of it a group spans, None for all of it)] of what a granularity spans.
+
+    `ValueError` where it is something else."""
+    came = repr(granularity)
+    if spanned is not granularity: came = f'{name_of(granularity)}, which gives {spanned!r}'
+    wrong = ValueError(f"granularity: got {came}, expected names of axes, or an axis and how much of it, "
+                       "1 or more, as ('kh', ('I', 4))")
+    if not isinstance(spanned, Iterable): raise wrong
+    entries = [entry if isinstance(entry, tuple) else (entry, None) for entry in spanned]
+    for entry in entries:
+        if len(entry) != 2 or not isinstance(entry[0], str): raise wrong
+        if entry[1] is not None and not is_whole(entry[1]): raise wrong
+    return entries
 
 
 @dataclass(frozen=True)
@@ -186,8 +214,13 @@ class block:
     columns: int  # inputs a block
 
     def __post_init__(self):
-        _check_count('rows of a block', self.rows)
-        _check_count('columns of a block', self.columns)
+        whole('rows of a block', self.rows)
+        whole('columns of a block', self.columns)
+
+    @property
+    def several(self) -> bool:
+        "Return True if a block has several weights."
+        return self.rows * self.columns > 1
 
     def __call__(self, axes): return ('O', self.rows), ('I', self.columns)
     def __repr__(self): return f'block({self.rows}, {self.columns})'
@@ -201,9 +234,10 @@ class head:
     `ValueError` if `n` is not an integer of 1 or more, or `axis` is neither."""
     n: int  # heads
     axis: str = 'O'  # which axis the heads share: 'O' outputs or 'I' inputs
+    several = True  # a group has several weights
 
     def __post_init__(self):
-        _check_count('heads', self.n)
+        whole('heads', self.n)
         if self.axis not in ('O', 'I'):
             raise ValueError(f"head: got {self.axis!r} as axis, expected 'O' or 'I'")
 
@@ -223,12 +257,13 @@ def _spanned(granularity, axes, whose):
     expected = _expected(axes, whose)
     if not found.any_weight and 'O' not in axes:
         raise ValueError(f'granularity: got {granularity!r}, {expected}')
-    try: spanned = found.spans(axes)
+    try:
+        spanned = found.spans(axes)
+        if isinstance(spanned, Iterator): spanned = list(spanned)
     except ValueError as error:
         raise ValueError(f'granularity: got {granularity!r}, and {error}; {expected}') from None
     pieces = {}
-    for entry in spanned:
-        axis, piece = entry if isinstance(entry, tuple) else (entry, None)
+    for axis, piece in _read_entries(granularity, spanned):
         if axis not in axes:
             got = f'axis {axis!r}' if granularity is spanned else repr(granularity)
             raise ValueError(f'granularity: got {got}, {expected}{nearest(axis, axes)}')

@@ -1,15 +1,17 @@
 "Find the weights to prune: those of layers that are chosen by type, by name or glob, or by module."
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fasterai.arguments import nearest
-from fasterai.granularity import AXES, weights_of
+from fasterai.granularity import AXES, held, weights_of
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that can be pruned
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # left alone unless they are chosen
 
 
@@ -23,6 +25,17 @@ class Weight(NamedTuple):
         "Return the parameter, or the tensor that is computed in its place."
         own = self.module._parameters.get(self.attr)  # several times as fast as getattr, which computed ones need
         return getattr(self.module, self.attr) if own is None else own
+
+    @property
+    def stored(self) -> nn.Parameter | None:
+        "Return the parameter, None where the weight is computed from others."
+        return self.module._parameters.get(self.attr)
+
+    def holds(self,
+        thing,  # anything
+    ) -> bool:
+        "Return True if a thing is this weight. A weight that is computed is not computed for it."
+        return held(self.module, self.attr) is thing
 
 
 ONE_CHOICE = (str, type, nn.Module, torch.Tensor, Weight)  # what stands for itself, though some can be iterated
@@ -40,18 +53,20 @@ class Named:
 
     def __init__(self, model: nn.Module):
         self.modules = named_modules(model)
+        plain = {name: m for name, m in self.modules.items() if not _is_script(m)}
         self.weights = {}  # {name: `Weight`} of the layer types in `AXES`
         self.others = {}  # {name: `Weight`} of other parameters, such as biases: they must be chosen by name
-        for name, module in self.modules.items():
+        for name, module in plain.items():
             for attr in weights_of(module): self.weights[_weight_name(name, attr)] = Weight(module, attr)
         known = {(w.module, w.attr) for w in self.weights.values()}
-        for name, module in self.modules.items():
+        for name, module in plain.items():
             for attr, parameter in module._parameters.items():
                 if parameter is None or (module, attr) in known: continue
                 self.others[_join(name, attr)] = Weight(module, attr)
         self.every = self.weights | self.others
 
 
+def _is_script(module): return isinstance(module, torch.jit.ScriptModule)  # or traced
 def _weight_name(module, attr): return module if module and attr == 'weight' else _join(module, attr)
 def _join(module, attr): return f'{module}.{attr}'.lstrip('.')  # the name of the model itself is empty
 
@@ -99,16 +114,18 @@ def choose(
 
     `ValueError` if an entry means none, or means a weight that cannot be pruned; `TypeError` if it is none of
     these kinds."""
+    if _is_script(model):
+        raise ValueError('model: got a ScriptModule, expected the torch.nn.Module that it was made from')
     named = Named(model)
     wanted, by_name = _wanted(named, layers)
     excluded = _excluded(named, exclude)
     wanted, by_name = wanted - excluded, by_name - excluded
     chosen, skipped = {}, {}
     owners, left_out = _Owners(), _Owners()
-    for name in excluded: left_out.of(named.every[name].tensor, name)
+    for name in excluded: left_out.of(named.every[name].stored, name)
     for name in [name for name in named.every if name in wanted]:
         weight = named.every[name]
-        shared = left_out.of(weight.tensor)
+        shared = left_out.of(weight.stored)
         if shared is not None:
             skipped[name] = f'shares the weight of {shared!r}, which is excluded'
             continue
@@ -124,7 +141,7 @@ def choose(
         if name in excluded:
             skipped[name] = 'excluded'
             continue
-        owner = owners.of(weight.tensor)
+        owner = owners.of(weight.stored)
         if owner is not None and name in named.weights: skipped[name] = f'shares the weight of {owner!r}'
         else: skipped |= _not_wanted(name, weight, named, layers)
     if not chosen:
@@ -158,9 +175,9 @@ def _lookups(named):
     for name, weight in named.weights.items():
         if not isinstance(weight.module, LOOKUPS): continue
         found[name] = 'a lookup table: name it in layers= to include it'
-        owners.of(weight.tensor, name)
+        owners.of(weight.stored, name)
     for name, weight in named.weights.items():
-        table = None if name in found else owners.of(weight.tensor)
+        table = None if name in found else owners.of(weight.stored)
         if table is None: continue
         found[name] = (f'shares the weight of the lookup table {table!r}: '
                        'name one of them in layers= to include it')
@@ -178,6 +195,7 @@ class _Owners:
         name: str | None = None,  # the name that it gets where it has none yet; None: none
     ) -> str | None:  # the name that it had before
         "Return who has the memory of a tensor, or a part of it."
+        if tensor is None: return None  # it is computed from others
         if id(tensor) in self.by_id: return self.by_id[id(tensor)]
         storage, start, end = _memory(tensor)
         for first, last, owner in self.by_storage.get(storage, ()):
@@ -198,7 +216,23 @@ def _memory(tensor):
     return tensor.untyped_storage().data_ptr(), start * size, (start + span) * size
 
 
+def check_kinds(
+    layers,  # what the user gave; None is fine
+    argument: str = 'layers',  # its name, for the error
+):
+    "Raise `TypeError` for an entry that is of none of the kinds in `FINDERS`, whatever the model."
+    if layers is None: return
+    for choice in _as_list(layers, argument):
+        if not isinstance(choice, ONE_CHOICE): raise TypeError(f'{argument}: got {choice!r}, {_EXPECTED}')
+
+
+def _check_no_dict(layers):
+    if not isinstance(layers, Mapping): return
+    raise TypeError(f'layers: got {layers!r}, {_EXPECTED}; a sparsity for each is given by sparsity=')
+
+
 def _as_list(layers, argument='layers'):
+    _check_no_dict(layers)
     one = isinstance(layers, ONE_CHOICE) or not isinstance(layers, Iterable)
     layers = [layers] if one else list(layers)
     if not layers:
@@ -211,7 +245,7 @@ def _as_list(layers, argument='layers'):
 def _not_wanted(name, weight, named, layers):
     "Return {name: reason} for a weight that is not chosen; nothing for biases and their like."
     if name in named.weights: return {name: _lookups(named)[name] if layers is None else 'not chosen'}
-    if getattr(weight.tensor, 'ndim', 0) < 2: return {}
+    if is_lazy(weight.stored) or getattr(weight.stored, 'ndim', 0) < 2: return {}
     kind = type(weight.module).__name__
     reason = (f"{kind} is no known layer type: add_layer_type({kind}, {weight.attr}=…) makes it one, "
               "with 'O I' for outputs × inputs, 'I O' for inputs × outputs; or name it in layers=")
@@ -222,14 +256,64 @@ def _check_fit(name, weight):
     "Raise `ValueError` if a weight cannot be pruned."
     tensor = weight.module._parameters.get(weight.attr)
     if tensor is None:
+        first = 'remove that'
+        if _is_masked(weight): first = f"torch.nn.utils.prune.remove(module, '{weight.attr}')"
         raise ValueError(f'layers: the weight of {name!r} is not a parameter of its own but computed from '
-                         'others (a parametrization, weight_norm, spectral_norm): remove that first, '
-                         'or leave the layer out')
+                         'others (torch.nn.utils.prune, a parametrization, weight_norm, spectral_norm): '
+                         f'{first} first, or leave the layer out')
     if isinstance(tensor, UninitializedParameter):
         raise ValueError(f'layers: {name!r} is lazy and has no weight yet: '
                          'run one batch through the model first')
-    if not tensor.is_floating_point():
-        raise ValueError(f'layers: the weight of {name!r} is {tensor.dtype}, expected floating-point weights')
+    reason = why_not_zeroed(tensor)
+    if reason: raise ValueError(f'layers: the weight of {name!r} {reason}')
+
+
+def _is_masked(weight):
+    "Tell whether torch.nn.utils.prune has masked a weight."
+    return f'{weight.attr}_mask' in weight.module._buffers
+
+
+def why_not_zeroed(
+    tensor: torch.Tensor,
+) -> str:  # '' where single entries can be zeroed in place
+    "Return why single entries of a tensor cannot be zeroed, as the end of an error message."
+    if tensor.layout != torch.strided:
+        return f'has the layout {tensor.layout}, expected a dense tensor, as to_dense() makes it'
+    if tensor.is_meta: return 'is on the meta device, expected values: load them first'
+    if tensor.dtype not in DTYPES:
+        return f'is {tensor.dtype}, expected floating-point weights: {", ".join(map(str, DTYPES))}'
+    if tensor.is_inference():
+        return 'was made in inference mode, where it cannot be changed later; expected a copy by clone()'
+    if tensor.is_neg(): return 'is a negative view of another tensor, expected a copy by resolve_neg()'
+    if _overlaps(tensor): return 'is expanded: entries share their memory; expected a copy by clone()'
+    return ''
+
+
+def _overlaps(tensor):
+    "Tell whether several entries of a tensor may be the same place in memory."
+    last = 0  # the farthest place of the axes so far
+    axes = [(step, n) for step, n in zip(tensor.stride(), tensor.shape) if n > 1]
+    for step, n in sorted(axes):
+        if step <= last: return True
+        last += step * (n - 1)
+    return False
+
+
+def check_masked_along(
+    model: nn.Module,
+    weights: list,  # `Weight`s whose whole filters are pruned
+):
+    "Raise `ValueError` where a bias or BatchNorm that is masked along with filters cannot be zeroed."
+    if not weights: return
+    modules = {weight.module for weight in weights}
+    for name, module in model.named_modules():
+        if not (module in modules or isinstance(module, _BatchNorm)): continue
+        for attr, tensor in (module._parameters | module._buffers).items():
+            masked = 'bias' in attr or attr in ('running_mean', 'weight')
+            if tensor is None or not masked: continue
+            reason = '' if is_lazy(tensor) else why_not_zeroed(tensor)
+            if not reason: continue
+            raise ValueError(f'layers: {_join(name, attr)!r} is masked along with filters, and {reason}')
 
 
 # ---- What one entry of `layers` means
@@ -243,7 +327,7 @@ def means_by_name(
     if isinstance(choice, str):
         return choice in (name, f'{name}.weight') or name == _join(choice, weight.attr)
     if isinstance(choice, Weight): return choice == weight
-    return choice is weight.module or choice is weight.tensor
+    return choice is weight.module or weight.holds(choice)
 
 
 def matching(
@@ -282,7 +366,7 @@ def _in_module(module, named, weights):
 
 
 def _of_parameter(parameter, named, weights):
-    return [n for n, weight in (named.others | weights).items() if weight.tensor is parameter] or None
+    return [n for n, weight in (named.others | weights).items() if weight.holds(parameter)] or None
 
 
 def _of_weight(wanted, named, weights):

@@ -183,14 +183,19 @@ def _packed(keep):
 def _unpacked(name, packed, expected):
     "Return the mask of one layer; `ValueError` where it has not the expected shape."
     try: shape, bits = tuple(packed['shape']), packed['bits']
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         raise ValueError(f'state: got {packed!r} for {name!r}, '
                          "expected a dict with 'shape' and 'bits'") from None
-    if not isinstance(bits, torch.Tensor) or bits.dtype != torch.uint8:
-        raise ValueError(f'state: got {type(bits).__name__} as bits for {name!r}, expected a tensor of uint8')
-    n = expected.numel()
-    if shape != tuple(expected) or len(bits) != -(-n // 8):
+    n, came = expected.numel(), type(bits).__name__
+    is_tensor = isinstance(bits, torch.Tensor)
+    if is_tensor: came = f'a {bits.layout} tensor of {bits.dtype} on {bits.device}'.replace('torch.', '')
+    if not is_tensor or bits.dtype != torch.uint8 or bits.is_meta or bits.layout != torch.strided:
+        raise ValueError(f'state: got {came} as bits for {name!r}, expected a tensor of uint8 with values')
+    if shape != tuple(expected):
         raise ValueError(f'state: got a mask of shape {shape} for {name!r}, expected {tuple(expected)}')
+    if tuple(bits.shape) != (-(-n // 8),):
+        raise ValueError(f'state: got bits of shape {tuple(bits.shape)} for {name!r}, '
+                         f'expected {(-(-n // 8),)}')
     keep = np.unpackbits(bits.cpu().numpy(), count=n).astype(bool)
     return torch.from_numpy(keep).view(expected)
 

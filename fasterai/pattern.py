@@ -74,6 +74,6 @@ def read_pattern(
     text: str,  # as '2:4'
 ) -> pattern | None:  # None where it is no pattern
     "Read an N:M pattern."
-    if not re.fullmatch(r'\d+:\d+', text): return None
+    if not re.fullmatch('[0-9]+:[0-9]+', text): return None
     n, m = map(int, text.split(':'))
     return pattern(n, m)

@@ -1,9 +1,14 @@
 "Draw weights, and metrics against sparsity."
+from collections.abc import Mapping
 from itertools import cycle
 
+import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
+from torch.nn.parameter import is_lazy
+
+from fasterai.arguments import whole
 
 DEAD, CROSS = '#D0D3D8', '#60656B'
 # the colour-blind can tell these apart (Okabe & Ito 2008)
@@ -23,10 +28,13 @@ def plot_kernels(
     """Draw a layer's kernels and return the axes: a row for each filter, a column for each input channel.
 
     Weights that are pruned are crossed out."""
+    weight = _read_tensor('weight', weight)
+    whole('filters', filters)
+    whole('channels', channels)
     if not 2 <= weight.ndim <= 4:
         raise ValueError(f'weight: got shape {tuple(weight.shape)}, expected (filters, input channels) '
                          'and at most two kernel axes')
-    if keep is None: keep = weight != 0
+    keep = weight != 0 if keep is None else _read_tensor('keep', keep)
     if keep.shape != weight.shape:
         raise ValueError(f'keep: got shape {tuple(keep.shape)}, '
                          f'expected that of the weight, {tuple(weight.shape)}')
@@ -57,8 +65,13 @@ def plot_weights(
     """Draw the histograms of a weight before and after pruning, and return the axes.
 
     The zeros are not drawn, as there are too many of them; the legend has their number."""
+    before, after = _read_tensor('before', before), _read_tensor('after', after)
+    if after.shape != before.shape:
+        raise ValueError(f'after: got shape {tuple(after.shape)}, '
+                         f'expected that of before, {tuple(before.shape)}')
+    whole('bins', bins)
+    before, after = _numbers('before', before), _numbers('after', after)
     if ax is None: ax = _new_axes(6, 3.2)
-    before, after = _numbers(before), _numbers(after)
     limit = float(max(before.abs().max(), after.abs().max())) or 1.
     edges = torch.linspace(-limit, limit, bins + 1).numpy()
     left = after[after != 0]
@@ -78,9 +91,10 @@ def plot_tradeoff(
     metric: str = 'accuracy',  # the metric's name, for the axis
 ):
     "Draw a metric against sparsity, a curve for each name, and return the axes."
+    curves = _read_curves(curves)
     if ax is None: ax = _new_axes(6, 3.6)
     for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS)):
-        ax.plot(*zip(*sorted(points)), color=colour, marker=marker, label=name)
+        ax.plot(*zip(*points), color=colour, marker=marker, label=name)
     ax.set(xlabel='weights that are zero (%)', ylabel=metric)
     ax.grid(alpha=.3)
     ax.legend()
@@ -93,7 +107,40 @@ def _new_axes(width, height, layout='constrained'):
     return ax
 
 
-def _numbers(tensor): return tensor.detach().float().cpu().flatten()
+def _read_tensor(argument, value):
+    "Return a tensor with values, without gradients, that can be drawn; `TypeError` or `ValueError` else."
+    is_array = isinstance(value, np.ndarray) and value.dtype.kind in 'biuf'
+    if is_array: value = torch.from_numpy(value.copy())
+    drawable = isinstance(value, torch.Tensor) and not (is_lazy(value) or value.is_complex() or value.is_meta)
+    if not drawable:
+        raise TypeError(f'{argument}: got {_short(value)}, expected a tensor of real numbers')
+    if not value.numel():
+        raise ValueError(f'{argument}: got an empty tensor of shape {tuple(value.shape)}, expected numbers')
+    value = value.detach()
+    return value if value.layout == torch.strided else value.to_dense()
+
+
+def _short(value): return ' '.join(repr(value).split())[:60]  # in one line, for an error
+
+
+def _read_curves(curves):
+    "Return {name: its points in order, (sparsity, metric)}; `TypeError` where it is something else."
+    expected = 'expected {name: list of (sparsity in percent, metric)}'
+    if not isinstance(curves, Mapping) or not curves:
+        raise TypeError(f'curves: got {_short(curves)}, {expected}')
+    found = {}
+    for name, points in curves.items():
+        try: found[name] = sorted((float(sparsity), float(metric)) for sparsity, metric in points)
+        except (TypeError, ValueError): found[name] = []
+        if not found[name]: raise TypeError(f'curves[{name!r}]: got {_short(points)}, {expected}')
+    return found
+
+
+def _numbers(argument, tensor):
+    "Return the numbers of a tensor as one row, in float32, on the CPU; `ValueError` where one is not finite."
+    numbers = tensor.float().cpu().flatten()
+    if numbers.isfinite().all(): return numbers
+    raise ValueError(f'{argument}: got NaN or infinite numbers, expected finite ones')
 
 
 def _kernels(tensor):

@@ -3,16 +3,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
 from numbers import Integral, Real
 
 from fastcore.meta import delegates
 
-from fasterai.arguments import known_arguments, percent
+from fasterai.arguments import flag, known_arguments, percent
 from fasterai.context import CONTEXTS, Context, ContextInfo, read_context
 from fasterai.criteria import Criterion, CriterionInfo, read_criterion
 from fasterai.granularity import GRANULARITIES, GranularityInfo, read_granularity
-from fasterai.layers import ONE_CHOICE
+from fasterai.layers import ONE_CHOICE, check_kinds
 from fasterai.regrowth import Regrowth, read_regrowth
 
 READ = 'granularity_info', 'context_info', 'criterion', 'regrowth', 'floor'  # when the rules are made
@@ -27,7 +27,7 @@ class Rules:
     context: str | Context = 'global'  # a name in `CONTEXTS`, an N:M pattern, or a function
     criteria: str | Criterion = 'magnitude'  # a name in `CRITERIA`, or a function of evidence
     layers: object = None  # as `layers.choose` takes it
-    min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group
+    min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group. A layer with no more weights stays whole
     coupled: bool = False  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
     exclude: object = None  # layers that take no part, in the forms of `layers`; the others compete as before
     regrow: str | Regrowth = 'position'  # which pruned weights come back first where the sparsity falls: a name, or a function
@@ -35,9 +35,12 @@ class Rules:
     def __post_init__(self):
         for name in ('layers', 'exclude'):
             given = getattr(self, name)
-            is_several = isinstance(given, Iterable) and not isinstance(given, ONE_CHOICE)
+            is_several = isinstance(given, Iterable) and not isinstance(given, (*ONE_CHOICE, Mapping))
             if is_several: object.__setattr__(self, name, list(given))  # a generator gives its items once
+            check_kinds(getattr(self, name), name)
         for read in READ: getattr(self, read)
+        self._check_groups(self.granularity_info.one_layer, self.granularity_info.several)
+        flag('coupled', self.coupled)
         if self.coupled: self._check_coupled()
 
     @cached_property
@@ -107,17 +110,32 @@ class Rules:
         groupings: dict,  # layer's name: `Grouping`
     ):
         "Raise `ValueError` where the context cannot prune such groups."
-        context, given = self.context_info, f'granularity: got {self.granularity!r}, expected'
-        if context.within_layers and any(g.one_layer for g in groupings.values()):
-            raise ValueError(f'{given} one with several groups a layer: '
-                             f'context={self.context!r} compares within layers')
+        one_layer = any(g.one_layer for g in groupings.values())
+        self._check_groups(one_layer, several=any(g.size > 1 for g in groupings.values()))
+        self._check_floor(max(prod(g.shape) for g in groupings.values()))
+        context = self.context_info
         if not context.single_weights: return
-        if any(g.size > 1 for g in groupings.values()):
-            raise ValueError(f"{given} 'weight' with context={self.context!r}: it prunes single weights")
         for name, grouping in groupings.items():
             if context.axis in grouping.axes: continue
             raise ValueError(f'context: got {self.context!r}, but {name!r} has no axis {context.axis}, only '
                              f'{", ".join(grouping.axes)}; leave it out by exclude=')
+
+    def _check_groups(self, one_layer, several):
+        "Refuse groups that are a layer, or have several weights, where the context cannot prune them."
+        context, given = self.context_info, f'granularity: got {self.granularity!r}, expected'
+        if context.within_layers and one_layer:
+            raise ValueError(f'{given} one with several groups a layer: '
+                             f'context={self.context!r} compares within layers')
+        if context.single_weights and several:
+            raise ValueError(f"{given} 'weight' with context={self.context!r}: "
+                             'a pattern is one of single weights')
+
+    def _check_floor(self, largest):
+        "Refuse a floor under which nothing can be pruned; `largest` is the weights of the largest layer."
+        if not self.floor or self.floor_of(largest) < largest: return
+        raise ValueError(f'min_keep: got {self.min_keep!r}, '
+                         f'expected fewer than the {largest:,} weights of the largest layer: '
+                         'a layer with no more than that stays whole')
 
     def _check_coupled(self):
         if not self.granularity_info.one_filter:

@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import ceil, cos, exp, pi
 from numbers import Real
 
-from fasterai.arguments import name_of, one_of
+from fasterai.arguments import callable_with, is_whole, name_of, one_of
 
 Schedule = Callable[[float], float]
 """A function of the progress of training, 0 to 1, that returns the share of the target sparsity that should
@@ -106,7 +106,7 @@ class iterative(Ramp):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.n_steps, bool) or not isinstance(self.n_steps, int) or self.n_steps < 1:
+        if not is_whole(self.n_steps):
             raise ValueError(f'schedule: got n_steps={self.n_steps!r}, expected an integer of 1 or more')
 
     def climb(self, passed): return ceil(passed * self.n_steps) / self.n_steps
@@ -132,6 +132,7 @@ def read_schedule(
     `TypeError` if it is neither a name nor a function."""
     schedule = one_of('schedule', schedule, SCHEDULES, 'or a function of progress')
     if isinstance(schedule, type): schedule = schedule()
+    callable_with('schedule', schedule, 1, 'a function of progress')
     for progress in (i / 20 for i in range(21)):
         share = schedule(progress)
         if not isinstance(share, Real) or not 0 <= share <= 1:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fasterai.arguments import callable_with
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping
-from fasterai.layers import Weight, bare, choose
+from fasterai.layers import Weight, bare, check_masked_along, choose
 from fasterai.peers import ALONE
 from fasterai.rules import Rules
 
@@ -51,10 +52,13 @@ class Selected:
         rules: Rules,
         example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that returns one when needed
     ):
+        if _is_function(example):
+            callable_with('example', example, 0, 'a batch, or a function without arguments')
         self.model, self.rules, self.example = model, rules, example
         self.choice = choose(model, rules.layers, rules.exclude)
         self.candidates = {n: _layer(n, at, rules.granularity) for n, at in self.choice.chosen.items()}  # name: `Layer`
         rules.check_groupings({n: layer.grouping for n, layer in self.candidates.items()})
+        check_masked_along(model, [c.at for c in self.candidates.values() if c.grouping.whole_filters])
         self.flow = None  # `Flow`, where it is needed and could be found
         self.ties = []  # lists of names of layers whose n-th filters are pruned together
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())

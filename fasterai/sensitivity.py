@@ -1,12 +1,14 @@
 "Measure how much each layer alone can be pruned, and what that costs: sensitivity analysis."
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import escape
 
+import torch
 from torch import nn
 
+from fasterai.arguments import callable_with, finite_number, flag, name_of, nearest, percent
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.tables import as_html, as_text
@@ -36,6 +38,9 @@ class Sensitivity:
         layer: str,  # its name
     ) -> dict:  # {level in percent: damage, at least that of the level before}
         "Return how much worse the metric becomes with a layer's sparsity."
+        if layer not in self.values:
+            known = ', '.join(self.values)
+            raise ValueError(f'layer: got {layer!r}, expected one of {known}{nearest(layer, self.values)}')
         worst, found = 0., {}
         for level, value in sorted(self.values[layer].items()):
             damage = self.dense - value if self.higher_is_better else value - self.dense
@@ -50,6 +55,7 @@ class Sensitivity:
 
         Layers that can be pruned at little damage get a high sparsity. The damage between two levels is
         interpolated. `ValueError` if nothing was measured, or `sparsity` is above what was measured."""
+        percent(sparsity)
         curves = {name: [(0., 0.), *self.damage(name).items()] for name in self.values if self.values[name]}
         if not curves: raise ValueError('sparsity: nothing was measured, so nothing can be suggested')
         total = sum(self.weights[name] for name in curves)
@@ -186,6 +192,8 @@ def sensitivity(
     if learner is not None: model = _network_of(learner)
     better = True
     if metric is None: metric, better = _metric_of(learner)
+    callable_with('metric', metric, 1, 'a function of the model')
+    flag('higher_is_better', higher_is_better, or_none=True)
     if higher_is_better is None: higher_is_better = better
     levels = _read_levels(levels)
     sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
@@ -214,9 +222,14 @@ def _metric_of(learner):
 
 
 def _read_levels(levels):
-    levels = sorted({float(level) for level in levels})
-    if not levels or not 0 < levels[0] <= levels[-1] <= 100:
-        raise ValueError(f'levels: got {levels}, expected percentages from 1 to 100')
+    if isinstance(levels, torch.Tensor): levels = levels.tolist()
+    expected = 'expected percentages from 1 to 100'
+    if isinstance(levels, (str, Mapping)) or not isinstance(levels, Iterable):
+        raise TypeError(f'levels: got {levels!r}, {expected}, as (50, 90)')
+    given = list(levels)
+    for level in given: percent(level, 'levels')
+    levels = sorted(map(float, set(given)))
+    if not levels or not levels[0]: raise ValueError(f'levels: got {levels}, {expected}')
     return levels
 
 
@@ -224,15 +237,18 @@ def _measure(sparsifier, levels, metric):
     "Return the metric of the dense network, and {layer's name: {level: metric}} with one layer pruned."
     model, names = sparsifier.model, list(sparsifier.layers)
     masks, snapshot = sparsifier.state_dict(), Snapshot(model)
-    dense, values = float(metric(model)), {}
+    given = f' from {name_of(metric)}'
+    dense, values = finite_number('metric', metric(model), given), {}
     try:
         for name, level in _progress([(name, level) for name in names for level in levels]):
             try:
                 sparsifier.sparsify_layer(name, level)
-                values.setdefault(name, {})[level] = float(metric(model))
+                found = finite_number('metric', metric(model), f'{given} with {name!r} at {level:g} %')
+                values.setdefault(name, {})[level] = found
             finally:  # also where the metric fails or Ctrl-C comes
-                sparsifier.load_state_dict(masks)
-                snapshot.restore()
+                snapshot.restore()  # first of all, whatever happens next
+                try: sparsifier.load_state_dict(masks)
+                finally: snapshot.restore()  # the BatchNorm of a filter that comes back was set to 1
     except KeyboardInterrupt: pass  # the part that was measured is returned
     return dense, values
 

@@ -15,10 +15,19 @@ class Snapshot:
         tensors = [*model.parameters(), *model.buffers()]
         self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    @torch.no_grad()
     def restore(self):
         "Write the values back bit for bit, in place: the model keeps its tensors. Can be called again."
-        for tensor, value in self._saved: tensor.copy_(value)
+        for tensor, value in self._saved:
+            # what was made in inference mode can be changed only there
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                _once(tensor).copy_(_once(value, tensor))
+
+
+def _once(tensor, like=None):
+    "Return the entries of a tensor without those that only repeat others, where it, or `like`, is expanded."
+    like = tensor if like is None else like
+    if like.layout != torch.strided or all(like.stride()): return tensor
+    return tensor[tuple(slice(None) if step else slice(1) for step in like.stride())]
 
 
 @contextmanager

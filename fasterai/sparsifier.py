@@ -1,6 +1,6 @@
 "Prune any PyTorch model: zero its least important weights, and keep them zero."
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from fractions import Fraction
 from functools import partial
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fasterai.allocation import fractions
-from fasterai.arguments import method_hint, nearest
+from fasterai.arguments import flag, method_hint, nearest
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.layers import Named
@@ -76,7 +76,8 @@ class Sparsifier:
 
         Weights that are zero already count, and stay zero without `regrow`. An error leaves the model as
         it was."""
-        names, share = list(self.layers), read_share(share)
+        share, regrow = read_share(share), flag('regrow', regrow)
+        names = list(self.layers)
         wanted = fractions(sparsity, self.rules, self.selected)
         if isinstance(sparsity, Mapping): return self._event(self._budget_each(wanted, share), regrow)
         return self._event([Budget(self.selected.tied(names), wanted[names[0]], share)], regrow)
@@ -88,6 +89,8 @@ class Sparsifier:
         """Prune one layer to a sparsity, whatever the others have.
 
         Weights that are zero already count and stay zero."""
+        if not isinstance(layer, Hashable):
+            raise TypeError(f'layer: got {layer!r}, expected the name of a layer, a module or a parameter')
         self.selected.resolve()
         if isinstance(layer, str) and layer not in {*Named(self.model).modules, *self.layers}:
             raise ValueError(f'layer: got {layer!r}, '
@@ -113,6 +116,7 @@ class Sparsifier:
         self.masks.apply(change)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
+        _warn_floor(self.rules, budgets, change)
         return change
 
     # Keeping
@@ -130,6 +134,9 @@ class Sparsifier:
     ):
         """Zero an optimizer's momentum, second moments and the like for masked weights: each tensor of the
         weight's shape."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f'state: got {type(state).__name__}, '
+                            'expected the state of an optimizer, as optimizer.state')
         self.masks.mask_state(state)
 
     def attach(self,
@@ -215,6 +222,19 @@ def _warn_waiting(change):
     names = ', '.join(map(repr, sorted(change.waiting)))
     warnings.warn(f'criteria: {names} took no part in the step, so nothing is known of it and it waits; '
                   'the other layers are pruned', stacklevel=4)
+
+
+def _warn_floor(rules, budgets, change):
+    "Say where `min_keep` does not let a sparsity be reached; at 100 % the floor is what is asked for."
+    if not rules.floor: return
+    for budget in budgets:
+        sizes = [change.after[layer.name].size for layer in budget.layers if layer.name in change.after]
+        most = sum(size - rules.floor_of(size) for size in sizes)
+        in_reach = round(budget.fraction * sum(sizes)) <= most
+        if in_reach or budget.share < 1 or budget.target == 1: continue
+        asked = float(100 * budget.target)
+        warnings.warn(f'sparsity: asked for {asked:.4g} %, but min_keep={rules.min_keep!r} '
+                      f'lets at most {100 * most / sum(sizes):.3g} % be zero', stacklevel=4)
 
 
 def _warn_nearly_empty(budgets, change):

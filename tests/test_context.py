@@ -153,3 +153,17 @@ def test_groups_of_two_sizes_are_rounded_once():
     assert kept('global', layers, Fraction(25, 100)) == [[0, 1, 1, 1], [0, 1]]  # 4.5 lies in the middle of 2 and 7
     assert kept('global', layers, Fraction(24, 100)) == [[0, 1, 1, 1], [1, 1]]
 
+
+@pytest.mark.parametrize('digits', ['２:４', '2:４', '٢:٤'])
+def test_patterns_are_written_in_plain_digits(digits):
+    with pytest.raises(ValueError, match='context: got .*expected one of local'): read_context(digits)
+
+
+@pytest.mark.parametrize('context', [lambda layers, fraction: None, lambda layers, fraction: 7, lambda layers, fraction: [None]])
+def test_contexts_that_return_something_else_are_refused(context):
+    with pytest.raises(ValueError, match='context: <lambda> returned .*expected a bool keep mask'): read_context(context)([layer('a', [1, 2])], Fraction(1, 2))
+
+
+def test_masks_of_another_layout_are_refused():
+    with pytest.raises(ValueError, match='context: <lambda> returned'):
+        read_context(lambda layers, fraction: [x.alive.to_sparse() for x in layers])([layer('a', [1, 2])], Fraction(1, 2))

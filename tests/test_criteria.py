@@ -115,3 +115,13 @@ def test_random_does_not_look_at_the_weights(granularity):
     first = masks(model, **more)
     torch.manual_seed(0)
     assert all(torch.equal(a, b) for a, b in zip(first, masks(other, **more)))
+
+
+@pytest.mark.parametrize('bad', [lambda weight: weight + 1j, elementwise(lambda weight: weight + 1j), lambda weight: weight.to_sparse()])
+def test_scores_that_have_no_order_are_refused(bad):
+    p = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(ValueError, match='gave .*(complex|sparse).* for layer .conv.'): score(bad, p, 'conv')
+
+
+def test_scores_without_values_are_refused():
+    with pytest.raises(ValueError, match='gave a tensor .*meta'): score(lambda weight: weight.to('meta'), nn.Parameter(torch.ones(2, 3)), 'conv')

@@ -69,3 +69,25 @@ def test_half_precision_and_one_tensor_twice(tmp_path):
         def forward(self, a, b): return a * 2 + b
     x = torch.randn(3, 4)
     assert export_onnx(Twice(), tmp_path / 'b.onnx', (x, x)).exists()
+
+
+@pytest.mark.parametrize('path, says', [
+    ('', "path: got ''"), ('.', "path: got '.'"), ('..', "path: got '..'"), ('folder', "path: got '.*folder'"), ('missing/a.onnx', "path: got '.*missing/a.onnx'"),
+    ('file/a.onnx', "path: got '.*file/a.onnx'"), (None, 'path: got None'), (7, 'path: got 7'), (b'a', "path: got b'a'")])
+def test_paths_are_looked_at_before_the_export(path, says, tmp_path, monkeypatch):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file').write_text('')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.onnx, 'export', lambda *a, **k: pytest.fail('it was exported'))
+    with pytest.raises((OSError, TypeError), match=f'{says}, expected a file'): export_onnx(nn.Linear(2, 2), path, torch.randn(2, 2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder'] and not list((tmp_path / 'folder').iterdir())
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='model: got a ScriptModule'):
+        export_onnx(torch.jit.script(nn.Linear(2, 2)), tmp_path / 'a', torch.randn(2, 2))
+    with pytest.raises(TypeError, match="dynamic_batch: got 'no', expected True or False"):
+        export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 2), dynamic_batch='no')
+    with pytest.raises(ValueError, match='example: got a tensor without axes, expected .*dynamic_batch=False'):
+        export_onnx(nn.ReLU(), tmp_path / 'a', torch.tensor(1.))

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fasterai.granularity import AXES, GRANULARITIES, Grouping, block, head, weights_of
+from fasterai.granularity import AXES, GRANULARITIES, GranularityInfo, Grouping, block, head, weights_of
+from fasterai.sparsifier import Sparsifier
 
 T = torch.tensor
 
@@ -183,3 +185,26 @@ def test_channels_last_gives_the_same_groups():
     layer = nn.Conv2d(4, 6, 3)
     grouping, scores = Grouping(layer, 'vector'), torch.randn(6, 4, 3, 3)
     assert torch.equal(mean(grouping, scores), mean(grouping, scores.to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize('granularity', [
+    lambda axes: None, lambda axes: 7, lambda: ('I',), lambda a, b: ('I',), lambda axes: (('I', 0),), lambda axes: (('I', -1),),
+    lambda axes: (('I', 1.5),), lambda axes: (('I', True),), lambda axes: (('I', 1, 2),), lambda axes: (None,), lambda axes: (['I'],),
+    (('I', 0),), (('I', -1),), (('I', 2.),), ('I', 0), (('I',),), (None,), [['I', 2]]])
+def test_granularities_that_are_none_are_refused(granularity):
+    with pytest.raises((ValueError, TypeError), match='granularity: got .*expected'): Grouping(nn.Conv2d(4, 6, 3), granularity)
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = model[0].weight.detach().clone()
+    with pytest.raises((ValueError, TypeError), match='granularity: got'): Sparsifier(model, granularity)
+    assert torch.equal(before, model[0].weight)
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    assert Grouping(nn.Linear(8, 8), block(np.int64(4), np.int64(2))).groups == 8
+    assert Grouping(nn.Linear(8, 8), lambda axes: (('I', np.int64(2)),)).groups == 32
+    assert Grouping(nn.Linear(8, 8), lambda axes: (axis for axis in ('I',))).groups == 8
+
+
+def test_a_row_that_is_not_called_with_axes_is_refused(monkeypatch):
+    monkeypatch.setitem(GRANULARITIES, 'mine', GranularityInfo(lambda: ()))
+    with pytest.raises(TypeError, match="granularity: got <lambda>, expected a function of axes"): Grouping(nn.Linear(2, 2), 'mine')

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fasterai.granularity import AXES, add_layer_type
 from fasterai.layers import choose
@@ -285,3 +286,100 @@ def test_a_layer_that_cannot_take_part_can_be_left_out(spoil):
     model[2] = spoil(model[2])
     with pytest.raises(ValueError, match='layers: '): Sparsifier(model)
     assert list(Sparsifier(model, exclude='2').layers) == ['0']
+
+
+# Weights that cannot be zeroed, or not by themselves
+
+def with_weight(tensor):
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(tensor, requires_grad=False)
+    return nn.Sequential(nn.Linear(4, 4), layer)
+
+
+def in_inference_mode():
+    with torch.inference_mode(): return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+
+
+def pruned_by_torch():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    prune.l1_unstructured(model[1], 'weight', .5)
+    return model
+
+
+def half_scripted(): return nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 3)))
+
+
+ODD = {
+    'float8': (lambda: with_weight(torch.randn(3, 4).to(torch.float8_e4m3fn)), "weight of '1' is torch.float8_e4m3fn, expected floating-point"),
+    'complex': (lambda: with_weight(torch.randn(3, 4, dtype=torch.cfloat)), "weight of '1' is torch.complex64, expected floating-point"),
+    'integer': (lambda: with_weight(torch.ones(3, 4, dtype=torch.int8)), "weight of '1' is torch.int8"),
+    'expanded': (lambda: with_weight(torch.randn(3, 1).expand(3, 4)), "weight of '1' is expanded"),
+    'overlapping': (lambda: with_weight(torch.randn(9).as_strided((3, 4), (2, 1))), "weight of '1' is expanded"),
+    'negative': (lambda: with_weight(torch.randn(3, 4, dtype=torch.cfloat).conj().imag), "weight of '1' is a negative view"),
+    'COO': (lambda: with_weight(torch.randn(3, 4).to_sparse()), "weight of '1' has the layout torch.sparse_coo"),
+    'CSR': (lambda: with_weight(torch.randn(3, 4).to_sparse_csr()), "weight of '1' has the layout torch.sparse_csr"),
+    'mkldnn': (lambda: with_weight(torch.randn(3, 4).to_mkldnn()), "weight of '1' has the layout torch._mkldnn"),
+    'meta': (lambda: with_weight(torch.empty(3, 4, device='meta')), "weight of '1' is on the meta device"),
+    'all on meta': (lambda: nn.Sequential(nn.Linear(4, 3)).to('meta'), "weight of '0' is on the meta device"),
+    'inference': (in_inference_mode, "weight of '0' was made in inference mode"),
+    'torch.nn.utils.prune': (pruned_by_torch, r"weight of '1' .*torch.nn.utils.prune.remove\(module, 'weight'\)"),
+    'scripted': (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 3))), 'model: got a ScriptModule'),
+    'traced': (lambda: torch.jit.trace(nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)), 'model: got a ScriptModule'),
+}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+@pytest.mark.parametrize('kind', ODD)
+def test_weights_that_cannot_be_zeroed_are_refused(kind, granularity):
+    make, says = ODD[kind]
+    model = make()
+    with pytest.raises(ValueError, match=says): Sparsifier(model, granularity)
+    if kind not in ('scripted', 'traced', 'all on meta', 'inference'): assert list(Sparsifier(model, layers='0').layers) == ['0']
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_script_module_within_a_model_is_left_alone():
+    model = half_scripted()
+    assert list(choose(model).chosen) == ['0']
+    with pytest.raises(ValueError, match="layers: got '1.weight', which means none of the layers here, '0'"): choose(model, '1.weight')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', ['float8', 'expanded', 'inference'])
+def test_biases_and_batchnorms_that_cannot_be_zeroed_are_refused(name):
+    def odd(tensor):
+        if name == 'float8': return tensor.to(torch.float8_e4m3fn)
+        if name == 'expanded': return tensor[:1].expand(len(tensor))
+        with torch.inference_mode(): return tensor.clone()
+    for at, attr in ((0, 'bias'), (1, 'bias'), (1, 'running_mean')):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+        tensor = odd(torch.randn(4))
+        setattr(model[at], attr, tensor if attr == 'running_mean' else nn.Parameter(tensor, requires_grad=False))
+        with pytest.raises(ValueError, match=f"layers: '{at}.{attr}'"): Sparsifier(model, 'filter')
+        Sparsifier(model).sparsify_model(50)
+
+
+def spectral(layer): return nn.utils.parametrizations.spectral_norm(layer)
+
+
+@pytest.mark.parametrize('chosen', [None, '1', nn.Linear, 'module', 'parameter'])
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_a_look_does_not_move_a_spectral_norm(chosen, granularity):
+    model = nn.Sequential(spectral(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).train()
+    before = [b.clone() for b in model.buffers()]
+    named = {'1': '2', 'module': model[2], 'parameter': model[2].weight}.get(chosen, chosen)
+    if chosen in (None, nn.Linear):
+        with pytest.raises(ValueError, match="weight of '0' is not a parameter of its own"): Sparsifier(model, granularity, layers=named)
+    else: Sparsifier(model, granularity, layers=named).sparsify_model(50)
+    assert before and all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_a_dict_of_layers_is_refused():
+    for make in (choose, lambda model, layers: Sparsifier(model, layers=layers)):
+        with pytest.raises(TypeError, match="layers: got {'head': 50}, .*sparsity="): make(Net(), {'head': 50})
+
+
+def test_lazy_norms_are_no_trouble():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    assert 'lazy' not in str(Sparsifier(model, 'filter', layers='0').skipped)

@@ -90,3 +90,22 @@ def test_sparse_gradients(kind):
         backward()
         optimizer.step()
     assert sparsifier.report().zeros == 60 and not model[0].weight.grad.to_dense()[model[0].weight == 0].any()
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda bits: bits.sum().to(torch.uint8), lambda bits: bits[:, None].expand(-1, 5), lambda bits: bits.to('meta'), lambda bits: bits[None],
+    lambda bits: bits.to_sparse(), lambda bits: bits[:-1], lambda bits: bits.int(), lambda bits: bits.numpy(), lambda bits: None])
+def test_bits_of_another_kind_are_refused(net, spoil):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    before, state = tensors_of(sparsifier), sparsifier.state_dict()
+    state['8'] = state['8'] | {'bits': spoil(state['8']['bits'])}
+    with pytest.raises(ValueError, match="state: got .* for '8', expected"): sparsifier.load_state_dict(state)
+    assert same(before, tensors_of(sparsifier))
+
+
+@pytest.mark.parametrize('packed', [None, 7, 'x', [], torch.ones(3), {'shape': 7, 'bits': torch.ones(3, dtype=torch.uint8)}])
+def test_masks_of_another_kind_are_refused(net, packed):
+    sparsifier = Sparsifier(net)
+    with pytest.raises(ValueError, match="state: got .* for '8', expected a dict"):
+        sparsifier.load_state_dict(sparsifier.state_dict() | {'8': packed})

@@ -113,3 +113,33 @@ def test_batches_may_come_but_once(clock):
     batches = [(torch.randn(3, 8), torch.tensor([0, 1, 2]))]
     assert 'accuracy' in rows(payoff(mlp(), mlp(), torch.randn(3, 8), dls=iter(batches)))
     with pytest.raises(ValueError, match='dls: got no batches'): payoff(mlp(), mlp(), torch.randn(3, 8), dls=[])
+
+
+X = torch.randn(3, 8)
+Y = torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(dls=7), 'dls: got 7, expected'), (dict(dls='abc'), 'dls: got .*expected'), (dict(dls=[7]), r'dls: got .*expected batches of \(x, y\)'),
+    (dict(dls=[(X,)]), r'dls: got .*expected batches of \(x, y\)'), (dict(dls=[(X, None)]), 'dls: got labels None, expected a tensor'),
+    (dict(dls=[(X, Y[:2])]), r'dls: got labels of shape \(2,\), expected'), (dict(dls=[(X, Y[:, None])]), r'dls: got labels of shape \(3, 1\)'),
+    (dict(dls=[(X, Y[0])]), r'dls: got labels of shape \(\)'), (dict(dls=[(X, [0, 1, 2])]), r'dls: got labels \[0, 1, 2\], expected a tensor'),
+    (dict(dls=[(X[:, :7], Y)]), 'dls: got .* on which the model fails'),
+    (dict(batches=1), r'batches: got 1, expected .*as \(1, 64\)'), (dict(batches=None), 'batches: got None'), (dict(batches=(-1,)), 'batches: got -1'),
+    (dict(batches=('a',)), "batches: got 'a'"), (dict(batches=(0,)), 'batches: got 0'), (dict(batches=(True,)), 'batches: got True'),
+    (dict(batches=(1.5,)), 'batches: got 1.5'), (dict(batches='64'), "batches: got '64'"),
+    (dict(seconds='x'), "seconds: got 'x'"), (dict(seconds=None), 'seconds: got None'), (dict(seconds=float('nan')), 'seconds: got nan'),
+    (dict(seconds=-1), 'seconds: got -1'), (dict(seconds=True), 'seconds: got True'), (dict(seconds=1j), 'seconds: got 1j')])
+def test_bad_arguments_are_refused_before_the_clock_runs(wrong, says, monkeypatch):
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda *a, **k: pytest.fail('it was timed'))
+    with pytest.raises((TypeError, ValueError), match=says): payoff(mlp(), mlp(), X, **wrong)
+
+
+def test_a_model_without_classes_has_no_accuracy(clock):
+    with pytest.raises(ValueError, match=r'dls: the model gives .*shape \(3,\), expected'):
+        payoff(nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)), nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)), X, dls=[(X, Y)])
+
+
+def test_no_batches_no_latency(clock):
+    assert 'latency' not in str(payoff(mlp(), mlp(), X, batches=()).rows)
+    assert 'latency, batch 3' in rows(payoff(mlp(), mlp(), X, batches=(n for n in [3])))

@@ -1,3 +1,5 @@
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection
@@ -40,3 +42,48 @@ def test_a_curve_for_each():
     ax = plot_tradeoff({'magnitude': [(90, .8), (50, .9)], 'gradient': [(50, .95)]}, metric='F1')
     assert [list(line.get_xdata()) for line in ax.lines] == [[50, 90], [50]]
     assert ax.get_ylabel() == 'F1' and len({line.get_color() for line in ax.lines}) == 2
+
+
+BAD = [None, 7, 'x', [[1., 2.]], torch.empty(0, 3), torch.empty(3, 0), np.empty((0, 3)), np.array([['a', 'b']]), torch.ones(2, 2) * 1j,
+       torch.ones(2, 2, device='meta'), nn.LazyLinear(3).weight]
+every_bad = pytest.mark.parametrize('bad', BAD, ids=[f'{type(b).__name__}{i}' for i, b in enumerate(BAD)])
+
+
+@every_bad
+def test_what_is_no_weight_is_refused(bad):
+    good, open_figures = torch.ones(2, 2), plt.get_fignums()
+    for says, draw in (('weight', lambda: plot_kernels(bad)), ('before', lambda: plot_weights(bad, good)), ('after', lambda: plot_weights(good, bad))):
+        with pytest.raises((ValueError, TypeError), match=f'{says}: got .*expected'): draw()
+    if bad is not None:
+        with pytest.raises((ValueError, TypeError), match='keep: got .*expected'): plot_kernels(good, bad)
+    assert plt.get_fignums() == open_figures
+
+
+def test_arrays_and_sparse_tensors_are_drawn():
+    weight = np.array([[1., 0.], [0., 2.]], np.float32)
+    assert crosses(plot_kernels(weight)) == 2 == crosses(plot_kernels(torch.tensor(weight), weight != 0)) == crosses(plot_kernels(torch.tensor(weight).to_sparse()))
+    assert plot_weights(weight[::-1], weight).get_xlabel()
+
+
+@pytest.mark.parametrize('wrong', [dict(filters=0), dict(filters='all'), dict(channels=-1), dict(channels=1.5), dict(filters=None)])
+def test_numbers_of_kernels(wrong):
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))}: got .*expected an integer of 1 or more'): plot_kernels(torch.ones(2, 2), **wrong)
+
+
+def test_histograms_of_no_numbers():
+    one = torch.ones(2, 2)
+    with pytest.raises(ValueError, match='bins: got 0'): plot_weights(one, one, bins=0)
+    with pytest.raises(ValueError, match=r'after: got shape \(3,\), expected that of before, \(2, 2\)'): plot_weights(one, torch.ones(3))
+    with pytest.raises(ValueError, match='before: got NaN or infinite numbers, expected'): plot_weights(one / 0, one)
+
+
+@pytest.mark.parametrize('curves', [None, 7, [], {}, {'a': []}, {'a': None}, {'a': 7}, {'a': [1, 2]}, {'a': [(1, 2, 3)]}, {'a': [(1, None)]}, {'a': 'xy'},
+                                    [(50, .9)], torch.ones(2, 2), np.ones((2, 2))])
+def test_curves_that_are_none_are_refused(curves):
+    open_figures = plt.get_fignums()
+    with pytest.raises((ValueError, TypeError), match='curves.*: got .*expected'): plot_tradeoff(curves)
+    assert plt.get_fignums() == open_figures
+
+
+def test_curves_of_arrays():
+    assert list(plot_tradeoff({'a': np.array([[90, .8], [50, .9]])}).lines[0].get_xdata()) == [50, 90]

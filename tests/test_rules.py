@@ -10,7 +10,7 @@ from fastcore.docments import docments
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
-from fasterai.granularity import block
+from fasterai.granularity import block, head
 from fasterai.rules import Rules
 from fasterai.sparsifier import Sparsifier
 
@@ -137,3 +137,50 @@ def test_a_new_rule_is_an_argument_of_both():
         for thing in (Sparsifier, SparsifyCallback):
             assert inspect.signature(thing).parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
             assert docments(thing)[name]
+
+
+@pytest.mark.parametrize('coupled', ['yes', float('nan'), 1, None, 0])
+def test_coupled_is_a_bool(coupled):
+    for make in (Rules, lambda **given: SparsifyCallback(50, **given)):
+        with pytest.raises(TypeError, match='coupled: got .*expected True or False'): make(granularity='filter', coupled=coupled)
+
+
+@pytest.mark.parametrize('min_keep', [10 ** 9, 432, .9999999])
+def test_a_floor_under_which_nothing_can_be_pruned_is_refused(net, min_keep):
+    with pytest.raises(ValueError, match='min_keep: got .*expected fewer than the 432 weights of the largest layer'): Sparsifier(net, min_keep=min_keep)
+
+
+def test_a_layer_below_the_floor_stays_whole(net):
+    sizes = {i: net[i].weight.numel() for i in (0, 3, 8)}
+    Sparsifier(net, min_keep=sizes[8], layers=['0', '3', '8']).sparsify_model(20)
+    assert [int((net[i].weight == 0).sum()) for i in (0, 3, 8)] == [0, round(.2 * sum(sizes.values())), 0]
+
+
+@pytest.mark.parametrize('granularity', ['filter', 'channel', 'layer', 'horizontal_slice', 'vertical_slice', block(4, 4), head(2)])
+def test_what_never_goes_with_a_pattern_is_said_when_built(granularity):
+    for make in (Rules, lambda *given: SparsifyCallback(50, *given)):
+        with pytest.raises(ValueError, match="granularity: got .*, expected 'weight' with context='2:4'"): make(granularity, '2:4')
+
+
+def test_what_may_go_with_a_pattern_is_left_to_the_layers():
+    for granularity in ('weight', 'kernel', 'vector', block(1, 1), ('kh',), lambda axes: ()): Rules(granularity, '2:4')
+    Sparsifier(nn.Sequential(nn.Linear(8, 4)), 'kernel', '2:4').sparsify_model(50)
+
+
+@pytest.mark.parametrize('context', ['lamp', 'normalized'])
+def test_whole_layers_are_not_compared_within_themselves(context):
+    for make in (Rules, lambda *given: SparsifyCallback(50, *given)):
+        with pytest.raises(ValueError, match='granularity: got .layer., expected one with several groups a layer'): make('layer', context)
+
+
+def test_a_dict_of_layers_is_refused_when_built():
+    for make in (Rules, lambda layers: SparsifyCallback(50, layers=layers)):
+        with pytest.raises(TypeError, match="layers: got {'0': 50}, .*sparsity="): make(layers={'0': 50})
+
+
+@pytest.mark.parametrize('layers', [3, None, [3], ['0', None], [[]]])
+def test_what_is_no_layer_is_refused_when_built(layers):
+    wrong = layers if layers is not None else [None]
+    for make in (Rules, lambda layers: SparsifyCallback(50, layers=layers)):
+        with pytest.raises(TypeError, match='layers: got .*expected a type, a name or glob'): make(layers=wrong)
+    with pytest.raises(TypeError, match='sparsity: got 3, expected a type, a name or glob'): SparsifyCallback({3: 50})

@@ -1,6 +1,7 @@
 import pickle
 
 import pytest
+import torch
 from fastai.callback.schedule import SchedCos, SchedLin
 
 from fasterai.schedule import (
@@ -15,6 +16,7 @@ from fasterai.schedule import (
     plot_schedule,
     read_schedule,
 )
+from fasterai.sparsifier import Sparsifier
 
 
 @pytest.mark.parametrize('schedule, values', [  # at 0, 1/4, 1/2, 3/4, 1
@@ -76,3 +78,20 @@ def test_bad_schedules_are_refused(make, says):
 def test_any_function_of_progress_serves():
     for f in (SchedCos(0, 1), SchedLin(0, 1), lambda p: p ** 2): assert read_schedule(f) is f
     with pytest.raises(TypeError, match='schedule: got 3'): read_schedule(3)
+
+
+@pytest.mark.parametrize('schedule', [lambda: 1., lambda a, b: 1., None, 7])
+def test_what_is_not_called_with_the_progress_is_refused(schedule):
+    with pytest.raises(TypeError, match='schedule: got .*expected .*a function of progress'): read_schedule(schedule)
+
+
+@pytest.mark.parametrize('share', [1j, 'a', [.5], -.1])
+def test_schedules_that_return_something_else_are_refused(share):
+    with pytest.raises(ValueError, match='schedule: got <lambda>, which gives .* expected 0 to 1'): read_schedule(lambda p: share)
+
+
+@pytest.mark.parametrize('share', [None, '1', [], True, float('nan'), 2, 1j])
+def test_shares_that_are_none_are_refused(net, share):
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match='share: got .*expected a number from 0 to 1'): Sparsifier(net).sparsify_model(50, share)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

@@ -7,6 +7,7 @@ from torch import nn
 
 from fasterai.callback import SparsifyCallback
 from fasterai.sensitivity import Sensitivity, sensitivity
+from fasterai.sparsifier import Sparsifier
 
 
 def kept(model):
@@ -118,3 +119,82 @@ def test_copies_stay_apart():
     twin = deepcopy(net)
     sensitivity(net, lambda m: 1., levels=[90])
     assert same(bits(net), bits(twin))
+
+
+# What cannot be put back, and what is no number
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['expanded', 'float8', 'inference'])
+def test_weights_that_cannot_be_zeroed_are_refused_before_anything_is(kind):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    weight = torch.randn(3, 4)
+    if kind == 'expanded': weight = weight[:, :1].expand(3, 4)
+    if kind == 'float8': weight = weight.to(torch.float8_e4m3fn)
+    if kind == 'inference':
+        with torch.inference_mode(): weight = weight.clone()
+    net[1].weight = nn.Parameter(weight, requires_grad=False)
+    before, calls = bits(net), []
+    with pytest.raises(ValueError, match="layers: the weight of '1'"): sensitivity(net, lambda m: calls.append(0) or 1.)
+    assert not calls and all(torch.equal(a.float(), b.float()) for a, b in zip(before, bits(net), strict=True))
+    sensitivity(net, lambda m: 1., layers='0')
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(before, bits(net), strict=True))
+
+
+def test_values_come_back_first(monkeypatch):
+    net = convnet()
+    before = bits(net)
+    def fails(self, state): raise RuntimeError
+    monkeypatch.setattr(Sparsifier, 'load_state_dict', fails)
+    with pytest.raises(RuntimeError): sensitivity(net, lambda m: 1., 'filter')
+    assert same(before, bits(net))
+
+
+@pytest.mark.parametrize('metric, error, says', [
+    (lambda: .5, TypeError, 'metric: got <lambda>, expected a function of the model'),
+    (lambda a, b: .5, TypeError, 'metric: got <lambda>, expected a function of the model'),
+    (7, TypeError, 'metric: got 7, expected a function of the model'),
+    ('acc', TypeError, "metric: got 'acc', expected a function of the model"),
+    (lambda m: None, TypeError, 'metric: got None from <lambda>, expected a number'),
+    (lambda m: 'acc', TypeError, "metric: got 'acc' from <lambda>, expected a number"),
+    (lambda m: torch.ones(2), TypeError, 'metric: got .* from <lambda>, expected a number'),
+    (lambda m: 1j, TypeError, 'metric: got 1j from <lambda>, expected a number'),
+    (lambda m: float('nan'), ValueError, 'metric: got nan from <lambda>, expected a number'),
+    (lambda m: torch.tensor(float('inf')), ValueError, 'metric: got .*inf.* from <lambda>')])
+def test_metrics_that_are_none(metric, error, says):
+    net = convnet()
+    before = bits(net)
+    with pytest.raises(error, match=says): sensitivity(net, metric)
+    assert same(before, bits(net))
+
+
+def test_a_metric_that_is_lost_on_the_way():
+    net = convnet()
+    before, answers = bits(net), iter([1., 1., float('nan')])
+    with pytest.raises(ValueError, match="metric: got nan from <lambda> with '0' at 90 %"):
+        sensitivity(net, lambda m: next(answers), levels=(50, 90))
+    assert same(before, bits(net))
+
+
+@pytest.mark.parametrize('levels', [50, None, (True,), (None,), ('a',), 'all', (float('nan'),), (.5,), (101,), (0,), [[50]], {}])
+def test_levels_that_are_none(levels):
+    calls = []
+    with pytest.raises((TypeError, ValueError), match='levels: got'): sensitivity(convnet(), lambda m: calls.append(0) or 1., levels=levels)
+    assert not calls
+
+
+def test_levels_may_be_a_tensor():
+    assert sensitivity(convnet(), lambda m: 1., levels=torch.tensor([90, 50]), layers='0').levels == [50, 90]
+
+
+@pytest.mark.parametrize('sparsity', [None, 'x', '50', True, float('nan'), [50], -1, 1000])
+def test_suggestions_for_no_sparsity(sparsity):
+    with pytest.raises((TypeError, ValueError), match='sparsity: got'): measured().suggest(sparsity)
+
+
+@pytest.mark.parametrize('wrong', [dict(higher_is_better='yes'), dict(higher_is_better=float('nan'))])
+def test_flags(wrong):
+    with pytest.raises(TypeError, match='higher_is_better: got .*expected True, False or None'): sensitivity(convnet(), lambda m: 1., **wrong)
+
+
+def test_the_damage_of_no_layer():
+    with pytest.raises(ValueError, match="layer: got 'c', expected one of a, b"): measured().damage('c')

@@ -53,3 +53,20 @@ def test_only_one_copy_of_a_shared_weight(model):
 
 
 def test_a_model_without_tensors(): Snapshot(nn.ReLU()).restore()
+
+
+def test_what_is_expanded_comes_back(model):
+    model.register_buffer('wide', torch.randn(3, 1).expand(3, 4))
+    before, snapshot = model.wide.clone(), Snapshot(model)
+    with torch.no_grad(): model.wide[:, :1].add_(1)
+    model[0].weight.data.fill_(0)
+    snapshot.restore()
+    assert torch.equal(model.wide, before) and model[0].weight.any()
+
+
+def test_what_was_made_in_inference_mode_comes_back(model):
+    with torch.inference_mode(): model.register_buffer('stuck', torch.ones(3))
+    snapshot = Snapshot(model)
+    with torch.inference_mode(): model.stuck.add_(1)
+    snapshot.restore()
+    assert torch.equal(model.stuck, torch.ones(3))

@@ -167,3 +167,33 @@ def test_one_layer_with_several_weights_by_name_or_module():
 def test_old_weight_norm_of_a_recurrent_layer_is_refused():
     with pytest.warns(FutureWarning): lstm = nn.utils.weight_norm(nn.LSTM(3, 4), 'weight_hh_l0')
     with pytest.raises(ValueError, match="weight of 'weight_hh_l0' is not a parameter of its own"): Sparsifier(nn.Sequential(lstm)[0])
+
+
+@pytest.mark.parametrize('state', [None, 7, 'x', [], torch.ones(2), torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=.1)])
+def test_states_of_no_optimizer_are_refused(net, state):
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(50)
+    with pytest.raises(TypeError, match='state: got .*expected the state of an optimizer, as optimizer.state'): sparsifier.mask_optimizer_state(state)
+
+
+@pytest.mark.parametrize('layer', [['0'], {'0': 50}, None, 7])
+def test_no_layer_is_refused(net, layer):
+    with pytest.raises(TypeError, match='layer: got .*expected'): Sparsifier(net).sparsify_layer(layer, 50)
+
+
+@pytest.mark.parametrize('example', [lambda x: x, lambda a, b: a])
+def test_an_example_is_made_without_arguments(net, example):
+    with pytest.raises(TypeError, match='example: got <lambda>, expected a batch, or a function without arguments'): Sparsifier(net, 'filter', example=example)
+
+
+def test_a_floor_above_the_sparsity_is_said(net):
+    sparsifier = Sparsifier(net, min_keep=.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        sparsifier.sparsify_model(50, share=.5)  # more is to come
+        sparsifier.sparsify_model(9)
+    with pytest.warns(UserWarning, match='sparsity: asked for 50 %, but min_keep=0.9 lets at most 9.89 % be zero'): sparsifier.sparsify_model(50)
+    with pytest.warns(UserWarning, match='sparsity: asked for 60 %, but min_keep=0.9 lets at most 9.95 % be zero'): sparsifier.sparsify_layer('3', 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        sparsifier.sparsify_model(100)  # all but the floor

@@ -136,3 +136,9 @@ def test_batches_of_nothing_autocast_and_single_items():
 def test_a_single_layer(monkeypatch):
     monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in (1., .5)])
     assert type(speed_up(zeroed(nn.Linear(16, 16)), torch.randn(2, 16), verbose=False)) is SparseLinear
+
+
+@pytest.mark.parametrize('seconds', ['x', None, float('nan'), -1, True])
+def test_times_that_are_none_are_refused(seconds):
+    with pytest.raises((TypeError, ValueError), match='seconds: got .*expected a number of seconds'):
+        speed_up(zeroed(nn.Linear(16, 16)), torch.randn(2, 16), seconds=seconds)

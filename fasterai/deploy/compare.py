@@ -1,8 +1,14 @@
 "Run models on inputs, compare their outputs, and make inputs like those given."
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from fasterai.snapshot import evaluation_mode
@@ -19,11 +25,69 @@ def check_module(
     raise TypeError(f'{argument}: got {type(model).__name__}, expected a torch.nn.Module')
 
 
+class Computed(NamedTuple):
+    "Describe a way to compute a tensor of a module before each call, from a hook."
+    hook: type
+    name: str  # the hook's attribute that has the tensor's name
+    by: str  # what made the hook
+    remove: str  # the function that makes the tensor a parameter again
+
+
+COMPUTED = [
+    Computed(prune.BasePruningMethod, '_tensor_name', 'torch.nn.utils.prune', 'torch.nn.utils.prune.remove'),
+    Computed(WeightNorm, 'name', 'torch.nn.utils.weight_norm', 'torch.nn.utils.remove_weight_norm'),
+    Computed(SpectralNorm, 'name', 'torch.nn.utils.spectral_norm', 'torch.nn.utils.remove_spectral_norm'),
+]
+
+
+def check_copyable(
+    model,  # what the user gave
+    argument: str = 'model',  # its name, for the error
+):
+    """Raise an error that says what to do for a model that cannot be copied, or has masks of its own.
+
+    `TypeError` if it is no torch.nn.Module, else `ValueError`."""
+    check_module(model, argument)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta: raise ValueError(f'{argument}: got {name!r} on the meta device, expected values')
+    for name, module in model.named_modules():
+        tensors = {attr: value for attr, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        unfit = [attr for attr, tensor in tensors.items() if not tensor.is_leaf]
+        for hook in module._forward_pre_hooks.values():
+            way = next((way for way in COMPUTED if isinstance(hook, way.hook)), None)
+            if way is None: continue
+            attr = getattr(hook, way.name)
+            if attr not in unfit and way.hook is not prune.BasePruningMethod: continue
+            raise ValueError(f'{argument}: got one in which {way.by} computes the {attr} of {name!r} '
+                             'before each call, expected a parameter: '
+                             f'call {way.remove}(module, {attr!r}) first')
+        if not unfit: continue
+        raise ValueError(f'{argument}: got one in which {unfit[0]} of {name!r} is a result with gradients, '
+                         'which cannot be copied; expected it to be deleted, or to come from detach()')
+
+
+def file_path(
+    path,  # what the user gave
+    argument: str = 'path',  # its name, for the error
+) -> Path:
+    "Return the path of a file to write; `TypeError` or `FileNotFoundError` where there cannot be one."
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f'{argument}: got {path!r}, expected a file name')
+    found = Path(path)
+    if found.parent.is_dir() and found.name and not found.is_dir(): return found
+    raise FileNotFoundError(f'{argument}: got {str(path)!r}, expected a file in a folder that exists')
+
+
 def example_inputs(
     example,  # a batch as the model takes it; a tuple or list for several inputs
 ) -> tuple:  # the inputs of `model(*inputs)`
-    "Return an example as the inputs of one call."
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    "Return an example as the inputs of one call; `ValueError` if there is no item in it."
+    inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    for value in inputs:
+        if not isinstance(value, torch.Tensor) or not value.ndim or len(value): continue
+        raise ValueError(f'example: got an empty batch of shape {tuple(value.shape)}, '
+                         'expected at least one item')
+    return inputs
 
 
 def fresh(
@@ -47,13 +111,14 @@ def fresh(
 def outputs(
     model: nn.Module,
     inputs: tuple,
+    argument: str = 'example',  # which argument of the user's has the inputs, for the error
 ) -> list:  # of tensors
     "Run a model in eval mode and without gradients, and return its output tensors; `ValueError` if it fails."
     try:
         with evaluation_mode(model), torch.no_grad(): out = model(*inputs)
     except Exception as error:
         shapes = [_shape_of(i) for i in inputs]
-        raise ValueError(f'example: got {shapes}, on which the model fails: '
+        raise ValueError(f'{argument}: got {shapes}, on which the model fails: '
                          f'{type(error).__name__}: {error}') from error
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.deploy.compare import agree, check_module, example_inputs, fresh, outputs
+from fasterai.arguments import flag
+from fasterai.deploy.compare import agree, check_copyable, example_inputs, file_path, fresh, outputs
 from fasterai.snapshot import evaluation_mode
 
 TOLERANCE = 1e-4  # of the largest output: another runtime sums in another order
@@ -28,10 +29,15 @@ def export_onnx(
     The file is written only if onnxruntime computes the outputs of torch, for the example and for random
     inputs."""
     import onnxruntime
-    check_module(model)
-    inputs, path = example_inputs(example), Path(path)
+    check_copyable(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError('model: got a ScriptModule, expected the torch.nn.Module that it was made from')
+    path, dynamic_batch = file_path(path), flag('dynamic_batch', dynamic_batch)
+    inputs = example_inputs(example)
     if not all(isinstance(i, torch.Tensor) for i in inputs):
         raise TypeError(f'example: got {[type(i).__name__ for i in inputs]}, expected tensors')
+    if dynamic_batch and not all(i.ndim for i in inputs):
+        raise ValueError('example: got a tensor without axes, expected a batch, or dynamic_batch=False')
     inputs = tuple(i.detach().cpu().clone() for i in inputs)
     plain = deepcopy(model).cpu()
     outputs(plain, inputs)  # an error of the model's own comes first

@@ -1,6 +1,7 @@
 "Measure what zeros have brought: parameters, multiply-adds, bytes, latency, accuracy."
 import tempfile
 import zlib
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasterai.deploy.compare import check_module, example_inputs, outputs
+from fasterai.arguments import seconds_of, whole
+from fasterai.deploy.compare import check_copyable, example_inputs, outputs
 from fasterai.deploy.files import save_sparse
 from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import faster, side_by_side
@@ -84,11 +86,12 @@ def payoff(
     seconds: float = 2.,  # time to spend on each batch size, about
 ) -> Payoff:
     "Measure two networks side by side: parameters, multiply-adds, files, latency, accuracy."
-    check_module(dense, 'dense')
-    check_module(sparse, 'sparse')
+    check_copyable(dense, 'dense')
+    check_copyable(sparse, 'sparse')
+    seconds, batches, dls = seconds_of(seconds), _read_batch_sizes(batches), _read_dls(dls)
     inputs, models = example_inputs(example), (deepcopy(dense), deepcopy(sparse))
-    if dls is not None: dls = dls.valid if hasattr(dls, 'valid') else list(dls)
     for model in models: outputs(model, inputs)  # an error of the model's own comes first
+    accuracies = () if dls is None else [_accuracy(m, dls) for m in models]  # its errors come before the times
     counts = [_counts(m, inputs) for m in models]
     rows = [(what, '', *of_both) for what, of_both in zip(COUNTS, zip(*counts))]
     rows += [(what, 'B', *of_both) for what, of_both in zip(FILES, zip(*map(_file_sizes, models)))]
@@ -99,7 +102,7 @@ def payoff(
         rows.append((what, 's', old.seconds, new.seconds))
         spread[what] = (old.low, old.high), (new.low, new.high)
         comparisons.append((size, faster(new, old), faster(old, new)))
-    if dls is not None: rows.append(('accuracy', '%', *(_accuracy(m, dls) for m in models)))
+    if accuracies: rows.append(('accuracy', '%', *accuracies))
     return Payoff(tuple(rows), spread, tuple(_notes(comparisons, *counts)))
 
 
@@ -189,12 +192,46 @@ def _latencies(models, inputs, seconds):
 
 def _accuracy(model, dls):
     correct = total = 0
-    for *x, y in dls:
-        out = outputs(model, tuple(x))[0]
-        correct += int((out.argmax(1) == y).sum())
+    for batch in dls:
+        *x, y = _checked_batch(batch)
+        guesses = _guesses(outputs(model, tuple(x), 'dls'))
+        _check_labels(y, guesses.shape)
+        correct += int((guesses == y).sum())
         total += y.numel()
     if not total: raise ValueError('dls: got no batches, expected at least one of (x, y)')
     return 100 * correct / total
+
+
+def _read_batch_sizes(sizes):
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise TypeError(f'batches: got {sizes!r}, expected batch sizes, as (1, 64)')
+    return [whole('batches', size) for size in sizes]
+
+
+def _read_dls(dls):
+    "Return batches that can be read twice; None for None."
+    if dls is None or hasattr(dls, 'valid'): return getattr(dls, 'valid', None)
+    if isinstance(dls, Iterable): return list(dls)
+    raise TypeError(f'dls: got {dls!r}, expected fastai DataLoaders, or batches of (x, y)')
+
+
+def _checked_batch(batch):
+    if isinstance(batch, (tuple, list)) and len(batch) > 1: return batch
+    raise TypeError(f'dls: got a {type(batch).__name__} in it, expected batches of (x, y)')
+
+
+def _guesses(found):
+    "Return the class that a model gives each item the highest output for."
+    if found and found[0].ndim > 1: return found[0].argmax(1)
+    came = f'outputs of shape {tuple(found[0].shape)}' if found else 'no tensor'
+    raise ValueError(f'dls: the model gives {came}, expected (items, classes) for an accuracy')
+
+
+def _check_labels(labels, shape):
+    if isinstance(labels, torch.Tensor) and labels.shape == shape: return
+    came = repr(labels)
+    if isinstance(labels, torch.Tensor): came = f'of shape {tuple(labels.shape)}'
+    raise ValueError(f'dls: got labels {came}, expected a tensor of shape {tuple(shape)}')
 
 
 def _notes(comparisons, dense, sparse):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch_pruning import ops
 
-from fasterai.deploy.compare import agree, check_module, example_inputs, fresh, outputs
+from fasterai.deploy.compare import agree, check_copyable, example_inputs, fresh, outputs
 from fasterai.snapshot import evaluation_mode
 
 # the reasons why filters that are zero stay
@@ -33,7 +33,7 @@ def shrink(
 
     What depends on a filter is found by Torch-Pruning (Fang et al. 2023). The copy computes the same outputs:
     a filter whose removal would change them stays."""
-    check_module(model)
+    check_copyable(model)
     inputs, base = example_inputs(example), deepcopy(model)
     reference = _reference_outputs(base, inputs)
     small, removed, remaining = _remove_zero_filters(base, inputs)

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from fasterai.deploy.compare import agree, check_module, example_inputs, outputs
+from fasterai.arguments import seconds_of
+from fasterai.deploy.compare import agree, check_copyable, example_inputs, outputs
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.snapshot import evaluation_mode
 from fasterai.tables import as_text
@@ -152,7 +153,8 @@ def speed_up(
     seconds: float = .3,  # time to spend on each layer, about
 ) -> nn.Module:  # a copy with faster layers, for inference
     "Replace each layer by the fastest form that computes the same; keep it if none is faster here."
-    check_module(model)
+    check_copyable(model)
+    seconds = seconds_of(seconds)
     inputs, model = example_inputs(example), deepcopy(model)
     expected, new = outputs(model, inputs), deepcopy(model)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
