@@ -43,7 +43,7 @@ class one_shot(Curve):
     "Prune to the target sparsity in one step (one-shot pruning)."
     at: float = .5  # the share of training, 0 to 1, after which the network is pruned
 
-    def __call__(self, progress): return float(progress >= self.at)
+    def __call__(self, progress): return float(progress > self.at or progress == 1)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class dense_sparse_dense(Curve):
     start: float = .25  # the share of training, 0 to 1, after which the network is sparse
     end: float = .75  # the share of training, 0 to 1, after which it is dense again
 
-    def __call__(self, progress): return float(self.start <= progress < self.end)
+    def __call__(self, progress): return float(self.start < progress <= self.end and progress < 1)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from fasterai.sparsifier import Sparsifier
 
 
 @pytest.mark.parametrize('schedule, values', [  # at 0, 1/4, 1/2, 3/4, 1
-    (one_shot(at=.5), [0, 0, 1, 1, 1]),
+    (one_shot(at=.5), [0, 0, 0, 1, 1]),
     (one_shot(at=1), [0, 0, 0, 0, 1]),
-    (one_shot(at=0), [1, 1, 1, 1, 1]),
+    (one_shot(at=0), [0, 1, 1, 1, 1]),
     (iterative(0, 1, n_steps=2), [0, .5, .5, 1, 1]),
     (iterative(0, 1, n_steps=4), [0, .25, .5, .75, 1]),
     (linear(0, 1), [0, .25, .5, .75, 1]),
@@ -30,7 +30,7 @@ from fasterai.sparsifier import Sparsifier
     (gradual(0, 1), [0, 1 - .75 ** 3, 1 - .5 ** 3, 1 - .25 ** 3, 1]),
     (cosine(0, 1), [0, .1464466, .5, .8535534, 1]),
     (one_cycle(0, 1), [0, .1824484, .8809058, .9960528, 1]),
-    (dense_sparse_dense(.25, .75), [0, 1, 1, 0, 0]),
+    (dense_sparse_dense(.25, .75), [0, 0, 1, 1, 0]),
 ])
 def test_tables(schedule, values):
     assert [schedule(p) for p in (0, .25, .5, .75, 1)] == pytest.approx(values, abs=1e-6)
@@ -95,3 +95,18 @@ def test_shares_that_are_none_are_refused(net, share):
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(ValueError, match='share: got .*expected a number from 0 to 1'): Sparsifier(net).sparsify_model(50, share)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('steps', [2, 3, 10, 40, 41])
+@pytest.mark.parametrize('at', [0, .25, .5, .6, .9])
+def test_what_happens_after_a_share_of_training_leaves_so_many_steps_as_they_are(steps, at):
+    "A schedule is asked before each step, with the progress that the step will make."
+    dense = [one_shot(at)(step / steps) for step in range(1, steps + 1)].count(0)
+    assert dense == min(int(at * steps), steps - 1)
+    ramp = [linear(at, 1)(step / steps) for step in range(1, steps + 1)].count(0)
+    assert ramp == int(at * steps)
+
+
+def test_a_phase_has_as_many_steps_as_its_share():
+    sparse = [dense_sparse_dense(.25, .75)(step / 40) for step in range(1, 41)]
+    assert sparse == [0] * 10 + [1] * 20 + [0] * 10
