@@ -155,30 +155,50 @@ def fractions(
     selected,  # `Selected`
     argument: str = 'sparsity',  # how errors call a key of the dict
 ) -> dict:  # name of a selected layer: fraction of zeros, 0 to 1
-    """Return the sparsity of each selected layer as a fraction.
+    "Return the sparsity of each selected layer as a fraction."
+    found = {}
+    for names, fraction in entries(sparsity, rules, selected, argument): found |= dict.fromkeys(names, fraction)
+    return {name: found[name] for name in selected.candidates if name in found}
 
-    In a dict an entry that names a layer wins over a glob, type or module that means several; among those
-    the first wins."""
-    if not isinstance(sparsity, Mapping): return _same_for_all(rules.fraction(sparsity), rules, selected)
+
+def entries(
+    sparsity,  # percent, or {name, glob, type, module or parameter: percent}
+    rules,  # `Rules`
+    selected,  # `Selected`
+    argument: str = 'sparsity',  # how errors call a key of the dict
+) -> list:  # of (names of selected layers, fraction of zeros 0 to 1), one for each entry that has layers
+    """Find the layers of each entry of a dict of sparsities; a number is one entry for all layers.
+
+    An entry that names a layer wins over a glob, type or module that means several; among those the first
+    wins."""
+    if isinstance(sparsity, Mapping): found = _by_entry(sparsity, rules, selected, argument)
+    else: found = [(list(selected.candidates), rules.fraction(sparsity))]
+    for names, fraction in found: _check_reach(names, fraction, rules, selected)
+    return found
+
+
+def _by_entry(sparsity, rules, selected, argument):
     if not sparsity: raise ValueError('sparsity: got an empty dict, expected at least one entry')
-    named, by_name, several = Named(selected.model), {}, {}
-    for choice, value in sparsity.items():
-        fraction = rules.fraction(value, f'sparsity[{choice!r}]' if isinstance(choice, str) else 'sparsity')
+    named, by_name, several = Named(selected.model), {}, {}  # {name of a layer: number of its entry}
+    read = []
+    for i, (choice, value) in enumerate(sparsity.items()):
+        read.append(rules.fraction(value, f'sparsity[{choice!r}]' if isinstance(choice, str) else 'sparsity'))
         names = matching(choice, named, named.weights, argument)
         _check_selected(choice, names, selected, argument)
         for name in names:
             found = by_name if means_by_name(choice, name, named.every[name]) else several
-            found.setdefault(name, fraction)
-    found = several | by_name
-    return {name: found[name] for name in selected.candidates if name in found}
+            found.setdefault(name, i)
+    entry = several | by_name
+    names = [[name for name in selected.candidates if entry.get(name) == i] for i in range(len(read))]
+    return [(layers, fraction) for layers, fraction in zip(names, read) if layers]
 
 
-def _same_for_all(fraction, rules, selected):
+def _check_reach(names, fraction, rules, selected):
+    "Raise `ValueError` where the context cannot make so many zeros in these layers."
     check = rules.context_info.check
-    if check is not None:
-        groupings = [layer.grouping for layer in selected.candidates.values()]
-        check([g.shape for g in groupings], [g.axes for g in groupings], fraction)
-    return dict.fromkeys(selected.candidates, fraction)
+    if check is None: return
+    groupings = [selected.candidates[name].grouping for name in names]
+    check([g.shape for g in groupings], [g.axes for g in groupings], fraction)
 
 
 def _check_selected(choice, names, selected, argument):

@@ -119,7 +119,7 @@ class SparsifyCallback(KeepSparse):
 
     @takes_rules
     def __init__(self,
-        sparsity,  # percent of the selected weights that shall be zero; or `{layer's name or glob: percent}`, for each layer
+        sparsity,  # percent of the selected weights that shall be zero; or `{layer's name or glob: percent}`: the layers of one entry compete among themselves
         granularity: str | tuple | Callable = 'weight',  # which weights are pruned as one: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
         context: str | Callable = 'global',  # who competes with whom (the scope): a name, an N:M pattern as `'2:4'`, or a function
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`

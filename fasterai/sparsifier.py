@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fasterai.allocation import fractions
+from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
@@ -68,7 +68,7 @@ class Sparsifier:
     # Pruning
 
     def sparsify_model(self,
-        sparsity,  # percent of the selected weights that shall be zero; or {name, glob, type or module: percent}, for each layer
+        sparsity,  # percent of the selected weights that shall be zero; or {name, glob, type or module: percent}, whose layers compete among themselves
         share: float = 1.,  # how much of that sparsity is wanted now, 0 to 1, as a schedule returns it
         regrow: bool = False,  # let weights come back, from zero, where the sparsity falls
     ) -> Change:  # its `masks`, and which weights `died` or were `born`
@@ -77,10 +77,8 @@ class Sparsifier:
         Weights that are zero already count, and stay zero without `regrow`. An error leaves the model as
         it was."""
         share, regrow = read_share(share), flag('regrow', regrow)
-        names = list(self.layers)
-        wanted = fractions(sparsity, self.rules, self.selected)
-        if isinstance(sparsity, Mapping): return self._event(self._budget_each(wanted, share), regrow)
-        return self._event([Budget(self.selected.tied(names), wanted[names[0]], share)], regrow)
+        self.selected.resolve()
+        return self._event(self._budgets(entries(sparsity, self.rules, self.selected), share), regrow)
 
     def sparsify_layer(self,
         layer,  # a selected layer: its name, module or parameter; each weight within it to the same sparsity
@@ -96,19 +94,28 @@ class Sparsifier:
             raise ValueError(f'layer: got {layer!r}, '
                              f'expected one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
         wanted = fractions({layer: sparsity}, self.rules, self.selected, 'layer')
-        return self._event(self._budget_each(wanted, Fraction(1)), regrow=False)
+        each = [([name], fraction) for name, fraction in wanted.items()]
+        return self._event(self._budgets(each, Fraction(1)), regrow=False)
 
-    def _budget_each(self, wanted, share):
-        "Return a budget for each layer, or for each set of layers that are pruned as one."
+    def _budgets(self, entries, share):
+        """Return a budget for each entry; what is pruned as one goes into the first entry that has a part
+        of it."""
+        wanted = {name: fraction for names, fraction in entries for name in names}
         budgets, done = [], set()
-        for name, fraction in wanted.items():
-            tied = self.selected.tied_to(name)
-            if any(wanted.get(other) != fraction for other in tied):
-                raise ValueError(f'sparsity: got one for {name!r} alone, expected the same for all of '
-                                 f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
-            if name not in done: budgets.append(Budget(self.selected.tied(tied), fraction, share))
-            done.update(tied)
+        for names, fraction in entries:
+            together = dict.fromkeys(other for name in names for other in self._tied_alike(name, wanted))
+            tied = self.selected.tied([name for name in together if name not in done])
+            done.update(together)
+            if tied: budgets.append(Budget(tied, fraction, share))
         return budgets
+
+    def _tied_alike(self, name, wanted):
+        """Return what is pruned as one with a layer; `ValueError` where another sparsity is wanted of a
+        part of it."""
+        tied = self.selected.tied_to(name)
+        if all(wanted.get(other) == wanted[name] for other in tied): return tied
+        raise ValueError(f'sparsity: got one for {name!r} alone, expected the same for all of '
+                         f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
 
     def _event(self, budgets, regrow):
         self.masks.to_devices()

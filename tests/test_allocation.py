@@ -62,8 +62,8 @@ def test_uniform_plus():
     assert [sum(k) for k in kept('uniform_plus', parts()[1:], '1/2')] == [30, 15]  # no convolution
 
 
-def test_a_dict_goes_layer_by_layer(net):
-    Sparsifier(net).sparsify_model({'*': 10, '3': 50, nn.Linear: 90})
+def test_the_entries_of_a_dict(net):
+    Sparsifier(net, context='local').sparsify_model({'*': 10, '3': 50, nn.Linear: 90})
     assert zeros(net) == {'0.weight': 5, '3.weight': 216, '8.weight': 8}  # a name goes first, then what stands first
     net = convnet()
     Sparsifier(net).sparsify_model({'3': 50})
@@ -127,3 +127,30 @@ def test_allocations_count_zeros_that_are_there():
     sparsifier = Sparsifier(model, context='erk')
     sparsifier.sparsify_model(50)
     assert [row.zeros for row in sparsifier.report().rows] == [300, 150, 150]
+
+
+def test_the_layers_of_one_entry_compete_among_themselves():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(*[nn.Linear(10, 10, bias=False) for _ in range(4)])
+    net, other = model(), model()
+    with torch.no_grad():
+        for m in (net, other): m[1].weight /= 100
+    Sparsifier(net, context='global').sparsify_model({'3': 50, '*': 40})
+    assert zeros(net)['3.weight'] == 50
+    assert sum(zeros(net).values()) == 50 + 120
+    assert zeros(net)['1.weight'] == 99  # small weights go first within '*', and one stays
+    Sparsifier(other, context='global', exclude='3').sparsify_model(40)
+    assert all(torch.equal(net[i].weight, other[i].weight) for i in range(3))
+
+
+def test_layers_that_are_named_each_reach_their_own_sparsity():
+    net = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    Sparsifier(net).sparsify_model({'0': 30, '1': 60})
+    assert zeros(net) == {'0.weight': 30, '1.weight': 60}
+
+
+def test_what_uniform_plus_cannot_reach_in_an_entry_is_refused():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match='expected .* % at most with uniform_plus'): Sparsifier(net, context='uniform_plus').sparsify_model({'*': 95})
+
