@@ -157,7 +157,8 @@ def fractions(
 ) -> dict:  # name of a selected layer: fraction of zeros, 0 to 1
     "Return the sparsity of each selected layer as a fraction."
     found = {}
-    for names, fraction in entries(sparsity, rules, selected, argument): found |= dict.fromkeys(names, fraction)
+    for names, fraction in entries(sparsity, rules, selected, argument):
+        found |= dict.fromkeys(names, fraction)
     return {name: found[name] for name in selected.candidates if name in found}
 
 
