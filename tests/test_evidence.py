@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fasterai.callback import SparsifyCallback
 from fasterai.evidence import EVIDENCE, Evidence, Kind
+from fasterai.peers import ALONE
 from fasterai.schedule import linear
 from fasterai.sparsifier import Sparsifier
 
@@ -144,3 +145,13 @@ def test_missing_evidence_says_how_to_supply_it():
     assert evidence.lacking(layers) == {'b'}
     layers[1].weight.grad = torch.tensor([0., 1])
     assert evidence.lacking(layers) == set()
+
+
+@pytest.mark.parametrize('grad, lacks', [(torch.tensor(0.), True), (torch.tensor(2.), False), (torch.zeros(3, 2), True), (torch.eye(3), False),
+                                         (torch.cat([torch.zeros(4, 2), torch.ones(1, 2)]), False), (torch.zeros(0, 2), True)])
+def test_a_gradient_that_is_all_zero_is_none(grad, lacks, monkeypatch):
+    layers = [SimpleNamespace(name=n, weight=nn.Parameter(torch.zeros_like(g))) for n, g in (('a', torch.ones(1)), ('b', grad))]
+    layers[0].weight.grad, layers[1].weight.grad = torch.ones(1), grad
+    for on_host in (ALONE.on_host, lambda tensor: False):
+        monkeypatch.setattr(ALONE, 'on_host', on_host)
+        assert Evidence(('grad',), None).lacking(layers) == ({'b'} if lacks else set())
