@@ -5,7 +5,8 @@ from math import floor, prod
 
 import numpy as np
 
-from fasterai.layers import Named, matching, means_by_name
+from fasterai.layers import matching, means_by_name
+from fasterai.names import Named
 
 CAP = Fraction(4, 5)  # highest share of zeros of the last layer, by uniform_plus
 
@@ -159,7 +160,7 @@ def fractions(
     found = {}
     for names, fraction in entries(sparsity, rules, selected, argument):
         found |= dict.fromkeys(names, fraction)
-    return {name: found[name] for name in selected.candidates if name in found}
+    return {name: found[name] for name in selected.learning() if name in found}
 
 
 def entries(
@@ -173,7 +174,7 @@ def entries(
     An entry that names a layer wins over a glob, type or module that means several; among those the first
     wins."""
     if isinstance(sparsity, Mapping): found = _by_entry(sparsity, rules, selected, argument)
-    else: found = [(list(selected.candidates), rules.fraction(sparsity))]
+    else: found = [(list(selected.learning()), rules.fraction(sparsity))]
     for names, fraction in found: _check_reach(names, fraction, rules, selected)
     return found
 
@@ -190,7 +191,8 @@ def _by_entry(sparsity, rules, selected, argument):
             found = by_name if means_by_name(choice, name, named.every[name]) else several
             found.setdefault(name, i)
     entry = several | by_name
-    names = [[name for name in selected.candidates if entry.get(name) == i] for i in range(len(read))]
+    learning = selected.learning()
+    names = [[name for name in learning if entry.get(name) == i] for i in range(len(read))]
     return [(layers, fraction) for layers, fraction in zip(names, read) if layers]
 
 

@@ -5,37 +5,46 @@ from dataclasses import replace
 import numpy as np
 from fastai.callback.core import Callback as FastaiCallback
 from fastai.callback.training import GradientClip
-from fastai.learner import noop
+from fastai.learner import SkipToEpoch, noop
 from fastai.text.models.awdlstm import WeightDropout
 
 from fasterai.allocation import fractions
 from fasterai.arguments import known_arguments, name_of
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.granularity import add_layer_type
-from fasterai.layers import Named, Weight, bare, check_kinds, choose, matching
+from fasterai.layers import check_kinds, choose, matching
+from fasterai.masks import followed
+from fasterai.names import Named, bare, find_again
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import read_schedule
+from fasterai.selected import warn_lost
 from fasterai.sparsifier import Sparsifier
+from fasterai.zeros import count_zeros
 
 add_layer_type(WeightDropout, **{'weight_*_raw': 'O I'})  # fastai's AWD_LSTM makes the weights that it drops from these
 
 
 class KeepSparse(FastaiCallback):
-    """Keep the zeros of a network zero in every fit.
+    """Keep the zeros of a network zero in a fit.
 
-    `SparsifyCallback` leaves one with the Learner. `learn.remove_cb(KeepSparse)` lets the next fit move
-    the zeros."""
+    `SparsifyCallback` leaves one with the Learner, which keeps its masks in every later fit, by the names of
+    the layers. `learn.remove_cb(KeepSparse)` lets the next fit move the zeros."""
     order = GradientClip.order - .4  # by then MixedPrecision has unscaled the gradients, and nothing has clipped them
-    _stateattrs = ('_sparsifier',)  # it is not exported with the Learner: its masks are the zeros in the weights
-    active, _sparsifier, emptied = False, None, ()
+    _stateattrs = ('_sparsifier',)  # it is not exported with the Learner: the zeros are in the weights
+    active, begun, _sparsifier, own_masks = False, False, None, {}  # own_masks: {name of a layer: mask}
+    handed = 0  # the number of the fit whose masks it keeps, 1 for the first; 0: none
 
     @known_arguments
     def __init__(self,
         granularity: str | tuple = 'weight',  # at filter granularity the BatchNorm of a pruned filter is kept zero too
         layers=None,  # None for all but embeddings; else as in `Sparsifier`
         exclude=None,  # layers that take no part, in the same forms
+        masks: Mapping | None = None,  # masks of one's own: {name of a layer: bool, of the weight's shape, True = keep}; None: the zeros that are there
     ):
-        self.rules = Rules(granularity, layers=layers, exclude=exclude)
+        self.rules = Rules(granularity, layers=layers, exclude=exclude, keep_zeros=masks is None)
+        if masks is not None and not isinstance(masks, Mapping):
+            raise TypeError(f'masks: got {type(masks).__name__}, expected {{name of a layer: bool tensor}}')
+        self.own_masks = masks or {}
 
     @property
     def sparsifier(self) -> Sparsifier:
@@ -43,11 +52,22 @@ class KeepSparse(FastaiCallback):
         if self._sparsifier is None: raise ValueError('sparsifier: there is none before the first fit')
         return self._sparsifier
 
+    # When
+
     def before_fit(self):
         if self._only_validates(): return
         layers = self._layers_to_keep()
         self.active = bool(layers) and not hasattr(self.learn, 'lr_finder')
-        if self.active: self._build(replace(self.rules, layers=layers, exclude=None))
+        if not self.active: return
+        keep_zeros = self.rules.keep_zeros and not self._has_masks() or self._goes_on_from_a_file()
+        self._build(replace(self.rules, layers=layers, exclude=None, keep_zeros=keep_zeros))
+        self._end_behind_all()
+
+    def before_batch(self):
+        "Mask the weights with the first batch, with which the data flow is found."
+        if not self.active or not self.training or self.begun: return
+        self.begun = True
+        self.sparsifier.apply_masks()
 
     def before_step(self):
         if not self.active: return
@@ -63,7 +83,22 @@ class KeepSparse(FastaiCallback):
         "Mask again: another callback may have moved weights, and they are validated and saved next."
         if self.active: self.sparsifier.apply_masks()
 
+    def _end(self):
+        "Mask once more, when all other callbacks are done: they may have put other weights or a model in place."
+        if not self.active: return
+        if self._model() is not self.sparsifier.model: self._follow_model()
+        self.sparsifier.apply_masks()
+
+    def _end_behind_all(self):
+        "Have `_end` called after the fit, behind all other callbacks."
+        for cb in [cb for cb in self.learn.cbs if isinstance(cb, AfterAll) and cb.owner not in self.learn.cbs]:
+            self.learn.remove_cb(cb)  # of a fit that broke off
+        if not any(isinstance(cb, AfterAll) and cb.owner is self for cb in self.learn.cbs):
+            self.learn.add_cb(AfterAll(self))
+
     def _prune(self): "Make an event. This callback only keeps zeros, and makes none."
+
+    # What
 
     def _only_validates(self):
         "Tell whether this is `validate` or `get_preds`, perhaps in the middle of a fit. They hold the lock."
@@ -72,30 +107,67 @@ class KeepSparse(FastaiCallback):
     def _model(self): return bare(self.learn.model)
 
     def _layers_to_keep(self):
-        "Return the names of the layers that no `SparsifyCallback` has."
-        layers = self.rules.layers
-        if isinstance(layers, list): layers = [weight for weight in layers if self._is_there(weight)]
-        if layers == []: return []
+        "Return the weights of layers that no `SparsifyCallback` has."
         pruning = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active]
-        taken = {name for cb in pruning for name in cb.sparsifier.selected.candidates}
-        chosen = choose(self._model(), layers, self.rules.exclude).chosen
-        return [name for name in chosen if name not in taken]
+        taken = {layer.at for cb in pruning for layer in cb.sparsifier.selected.candidates.values()}
+        return [weight for weight in self._weights() if weight not in taken]
 
-    def _is_there(self, weight):
-        "Tell whether a weight is still in the model: it may have been replaced since it was pruned."
-        if not isinstance(weight, Weight): return True
-        there = any(weight.module is module for module in self._model().modules())
-        return there and weight.attr in weight.module._parameters
+    def _weights(self):
+        "Return the weights that are meant."
+        if self._has_masks(): return list(self._found_again().values())
+        if self.handed:  # it was copied or exported with the Learner, without its masks
+            every = Named(self._model()).every
+            return [every[name] for name in self.rules.layers if name in every]
+        return list(choose(self._model(), self.rules.layers, self.rules.exclude).chosen.values())
+
+    def _has_masks(self): return bool(self.handed) and self._sparsifier is not None
+
+    def _goes_on_from_a_file(self):
+        "Tell whether the fit is resumed, by `start_epoch`: then the zeros that are there were pruned before."
+        return any(isinstance(cb, SkipToEpoch) and cb._skip_to > 0 for cb in self.learn.cbs)
+
+    def _found_again(self):
+        "Find the layers of the Sparsifier in the model as it is now; name those that are lost, once."
+        layers = self.sparsifier.selected.candidates
+        found = find_again({name: layer.at for name, layer in layers.items()}, self._model())
+        lost = [name for name, layer in layers.items() if not layer.fits(found.get(name))]
+        warn_lost(lost)
+        for name in lost: del layers[name]
+        return {name: found[name] for name in layers}
 
     def _build(self, rules):
-        """Make the Sparsifier.
-
-        The zeros are its masks; of a tensor that is all zero only if an event has emptied it."""
+        "Make the Sparsifier. It begins with the masks that earlier fits have left, and those of the user."
+        held = self._held()
         self._sparsifier = Sparsifier(self._model(), **rules.given, example=self._batch)
-        self.state_masked = False
-        emptied = {at for cb in self.learn.cbs if isinstance(cb, KeepSparse) for at in cb.emptied}
-        for name, layer in self.sparsifier.selected.candidates.items():
-            if layer.at in emptied and not layer.weight.any(): self.sparsifier.masks.empty(name)
+        self.state_masked, self.begun = False, False
+        self.sparsifier.masks.begin_with(held, self.own_masks)
+
+    def _held(self):
+        "Return the masks that callbacks of earlier fits left with the Learner: {weight: mask}."
+        held, keepers = {}, [cb for cb in self.learn.cbs if isinstance(cb, KeepSparse) and cb._has_masks()]
+        for fit in sorted({cb.handed for cb in keepers}):
+            of_one_fit = {}
+            for cb in [cb for cb in keepers if cb.handed == fit]:
+                for weight, keep in cb._masks_found_again().items():
+                    of_one_fit[weight] = of_one_fit[weight] & keep if weight in of_one_fit else keep
+            held |= of_one_fit  # a later fit may have let weights come back
+        return held
+
+    def _masks_found_again(self):
+        "Return the masks of the Sparsifier, for the model as it is now: {weight: mask}."
+        layers, masks, found = self.sparsifier.selected.candidates, self.sparsifier.masks.of, {}
+        for name, weight in self._found_again().items():
+            keep = masks[name].keep
+            found[weight] = keep if layers[name].is_at(weight) else followed(name, keep, weight.tensor)
+        return found
+
+    def _follow_model(self):
+        "Go over to the model that is in the Learner now, with the masks of the one before."
+        masks = self.sparsifier.masks.of
+        held = {weight: masks[name].keep for name, weight in self._found_again().items()}
+        rules = replace(self.sparsifier.rules, layers=list(held), exclude=None)
+        self._sparsifier = Sparsifier(self._model(), **rules.given, example=self._batch)
+        self.sparsifier.masks.begin_with(held)
 
     def _batch(self):
         "Return the inputs that are in the loop, None before the first."
@@ -108,6 +180,18 @@ class KeepSparse(FastaiCallback):
         self.sparsifier.mask_optimizer_state(getattr(opt, 'opt', opt).state)
         for slow, fast in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):
             self.sparsifier.mask_optimizer_state({p: {'slow': s} for p, s in zip(fast, slow)})
+
+
+class AfterAll(FastaiCallback):
+    "Call the `_end` of another callback after a fit, when all others are done."
+    order = 1 << 30
+
+    def __init__(self, owner): self.owner = owner
+
+    def after_fit(self):
+        if self.learn.lock.locked(): return
+        if self.owner in self.learn.cbs: self.owner._end()
+        self.learn.remove_cb(self)
 
 
 class SparsifyCallback(KeepSparse):
@@ -143,11 +227,15 @@ class SparsifyCallback(KeepSparse):
         self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
         self._check_names()
-        self._build(self.rules)
+        keep_zeros = self.rules.keep_zeros or self._goes_on_from_a_file()
+        self._build(replace(self.rules, keep_zeros=keep_zeros))
+        self.sparsifier.selected.learned |= {*self._frozen_by_learner(self.sparsifier.selected.candidates)}
         self._wanted()
         self._begin()
         self._leave_keeper()
+        self._end_behind_all()
         self.column.add(self.learn)
+        self._say_what_is_left_alone()
 
     def before_epoch(self):
         if not self.active or self._only_validates(): return
@@ -158,12 +246,11 @@ class SparsifyCallback(KeepSparse):
     def before_train(self): self.trained = True
 
     def before_batch(self):
-        """Find the data flow with the first batch, and with it the layers that are left out.
-
-        Nothing is zeroed yet."""
-        if not self.active or not self.training or self.state_masked: return
+        "Find the data flow with the first batch, and with it the layers that are left out; then as KeepSparse."
+        if not self.active or not self.training or self.begun: return
         self.sparsifier.selected.resolve()
         self._wanted()
+        super().before_batch()
 
     def after_train(self):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."
@@ -189,7 +276,11 @@ class SparsifyCallback(KeepSparse):
         self.trackers.resume()
         if not self.compared:  # there is no best epoch to load
             self.trackers.pause(self.learn, spare=lambda cb: saves_at_end(cb) or self._goes_on(cb))
-        if self.learn.logger is not noop: print(self._summary())
+
+    def _end(self):
+        "Mask once more, and say what was reached; the last epoch's trackers are on again for the next fit."
+        super()._end()
+        self._say(self._summary())
 
     # What
 
@@ -198,31 +289,39 @@ class SparsifyCallback(KeepSparse):
         self.training_progress, self.share = 0., 0.  # both 0 to 1: of the training, of the target sparsity
         self.compared = False  # there was an epoch at the final sparsity
         self.history, self.trouble = [], ''  # sparsity of each layer by epoch; the error of the last event
+        self.pruned, self.waiting = set(), frozenset()  # names of the layers of the last event, and of those that waited in it
         masks, layers = self.sparsifier.masks, self.sparsifier.selected.candidates
         self.zeros_before = {name: layer.weight.numel() - masks.left(name) for name, layer in layers.items()}
 
     def _prune(self):
-        "Make an event, if the schedule returns something new."
+        "Make an event, if the schedule returns something new, or a layer can be pruned that could not before."
         self.training_progress = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
         share = float(self.schedule(self.training_progress))
-        if share == self.share or self._frozen(): return
-        self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
-        self.share = share
-        masks, layers = self.sparsifier.masks, self.sparsifier.layers
-        self.keeper.emptied = [layer.at for name, layer in layers.items() if not masks.left(name)]
+        layers = self.sparsifier.layers
+        is_new = share != self.share or share and (self.pruned != {*layers} or self._heard_of(layers))
+        if not is_new or self._frozen_by_learner(layers): return
+        change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
+        self.share, self.pruned, self.waiting = share, {*layers}, change.waiting
         self._mask_optimizer_state()
 
-    def _frozen(self):
-        return [name for name, layer in self.sparsifier.layers.items() if not layer.weight.requires_grad]
+    def _heard_of(self, layers):
+        "Tell whether there is evidence now of a layer that waited for it at the last event."
+        return any(self.sparsifier.evidence.known(layers[name]) for name in self.waiting if name in layers)
+
+    def _frozen_by_learner(self, layers):
+        "Return those of the layers that `learn.freeze`, `freeze_to` or `fine_tune` has frozen, by name."
+        n = getattr(self.learn.opt, 'frozen_idx', 0)
+        frozen = {id(p) for group in self.learn.opt.param_lists[:n] for p in group if not p.requires_grad}
+        return [name for name, layer in layers.items() if id(layer.weight) in frozen]
 
     def _goes_on(self, tracker):
         "Tell whether a tracker may see an epoch before the final sparsity."
         if saves_every_epoch(tracker): return True
-        return bool(self._frozen()) and tracker.reset_on_fit  # fine_tune: it begins anew in the second part
+        return bool(self._frozen_by_learner(self.sparsifier.layers)) and tracker.reset_on_fit  # fine_tune: it begins anew in the second part
 
     def _wanted(self):
-        "Return the sparsity of each layer; refuse what means none of those that are selected."
-        return fractions(self.sparsity, self.sparsifier.rules, self.sparsifier.selected)
+        "Find the sparsity of each layer; refuse what means none of those that are selected."
+        self.asked = fractions(self.sparsity, self.sparsifier.rules, self.sparsifier.selected)
 
     def _check_names(self):
         "Refuse what means no layer of the model."
@@ -232,16 +331,36 @@ class SparsifyCallback(KeepSparse):
 
     def _leave_keeper(self):
         "Leave a `KeepSparse` with the Learner that keeps the zeros of these layers in later fits."
-        layers = [layer.at for layer in self.sparsifier.selected.candidates.values()]
-        rules = Rules(self.rules.granularity, layers=layers)
-        keepers = [cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.rules == rules]
-        if keepers:
-            self.keeper = keepers[0]
-            return
-        self.keeper = KeepSparse(rules.granularity, layers)
-        self.learn.add_cb(self.keeper)
+        rules = Rules(self.rules.granularity, layers=list(self.sparsifier.selected.candidates), keep_zeros=True)
+        keepers = [cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.handed]
+        pruning = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active and cb is not self]
+        others = [cb.keeper for cb in pruning]
+        free = [cb for cb in keepers if cb not in others]
+        alike = [cb for cb in free if cb.rules == rules]
+        if not alike: self.learn.add_cb(KeepSparse(rules.granularity, rules.layers))
+        self.keeper = alike[0] if alike else self.learn.cbs[-1]
+        self.keeper.handed = 1 + max([cb.handed for cb in free if cb is not self.keeper], default=0)
+        self.keeper._sparsifier = self._sparsifier
 
     # What is said
+
+    def _say(self, line):
+        if self.learn.logger is not noop: print(f'sparsity: {line}')
+
+    def _say_what_is_left_alone(self):
+        "Name, before the first epoch, the layers that are frozen for good, and zeros that are not held."
+        frozen = self.sparsifier.selected.frozen
+        if frozen:
+            self._say(f'{_some(frozen)} {_is(frozen)} frozen, and not by the Learner, so left alone unless '
+                      'something lets it learn; the other layers are pruned')
+        if self.sparsifier.rules.keep_zeros: return
+        masks, layers = self.sparsifier.masks.of, self.sparsifier.selected.learning()
+        zeros = {name: count_zeros(layer.weight, masks[name]) for name, layer in layers.items()}
+        total, n = sum(layer.weight.numel() for layer in layers.values()), sum(zeros.values())
+        if 100 * n <= total: return
+        where = sorted([name for name in zeros if zeros[name]], key=zeros.get, reverse=True)
+        self._say(f'{n:,} of {total:,} weights come in as zeros, in {_some(where)}, and may learn until '
+                  'they are pruned; keep_zeros=True holds them')
 
     def __repr__(self):
         given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}
@@ -269,21 +388,30 @@ class SparsifyCallback(KeepSparse):
 
     def _summary(self):
         "Say what was asked and what was reached."
-        report, frozen, wanted = self.sparsifier.report(), self._frozen(), self._wanted()
-        asked = 100 * sum(wanted.get(row.layer, 0) * row.weights for row in report.rows) / report.weights
+        report, waiting = self.sparsifier.report(), self._frozen_by_learner(self.sparsifier.layers)
+        asked = 100 * sum(self.asked.get(row.layer, 0) * row.weights for row in report.rows) / report.weights
         text = (f'asked {float(asked):.4g} %, reached {report.sparsity:.2f} % '
                 f'({report.zeros:,} of {report.weights:,} weights)')
-        if not frozen: return f'sparsity: {text}{self._why(report, asked)}'
-        return (f'sparsity: waits while {len(frozen)} of {len(report.rows)} selected layers are frozen '
-                f'({frozen[0]!r} first); fine_tune unfreezes them for its second part, '
+        if not waiting: return f'{text}{self._why(report, asked)}'
+        return (f'waits while {len(waiting)} of {len(report.rows)} selected layers are frozen '
+                f'({waiting[0]!r} first); fine_tune unfreezes them for its second part, '
                 f'elsewhere learn.unfreeze() does, or choose others by layers=; {text}')
 
     def _why(self, report, asked):
         "Say why another sparsity was reached than asked, where there is a reason."
-        zeros_before = sum(self.zeros_before[row.layer] for row in report.rows)
+        zeros_before = sum(self.zeros_before.get(row.layer, 0) for row in report.rows)
         if self.trouble: return f'; the last event failed: {self.trouble}'
-        done = self.training_progress
+        done, wanted = self.training_progress, asked * report.weights / 100
         if done < 1: return f', stopped after {100 * done:.0f} % of the training'
-        if zeros_before > asked * report.weights / 100: return '; zeros that are there stay, and count'
+        if zeros_before > round(wanted): return '; zeros that are there stay, and count'
         if self.share < 1: return f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
         return ''
+
+
+def _some(names):
+    "Write up to three names."
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(map(repr, names[:3])) + more
+
+
+def _is(names): return 'are' if len(names) > 1 else 'is'

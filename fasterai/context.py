@@ -28,7 +28,7 @@ class ContextInfo:
     axis: str | None = None  # the axis that each weight must have
     has_floor: bool = True  # `min_keep` may be given
     sparsity: Fraction | None = None  # the one sparsity that it can reach; None: any
-    counted: bool = False  # it says in `layer.remaining_after` how many weights stay
+    counted: bool = False  # it says in `layer.outcome` how many weights stay
     check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
 
     def __call__(self, layers, fraction): return self.prune(layers, fraction)
@@ -119,16 +119,15 @@ class within:
     def __call__(self, layers, fraction): return [self._prune(layer, fraction) for layer in layers]
 
     def _prune(self, layer, fraction):
-        alive, = layer.peers.fetched([layer.alive])
-        scores = np.where(alive, layer.all_scores(), -np.inf)  # what is pruned already goes first
+        scores = layer.scores_with_pruned_lowest()  # what is pruned already goes first
         sizes, at = tuple(layer.axes.values()), list(layer.axes).index(self.axis)
         lines = np.moveaxis(scores.reshape(sizes), at, 0)
         order = lines.reshape(len(lines), -1).argsort(1, kind='stable')  # ties by position
         keep = np.ones(order.shape, bool)
         np.put_along_axis(keep, order[:, :round(fraction * order.shape[1])], False, 1)
         keep = np.ascontiguousarray(np.moveaxis(keep.reshape(lines.shape), 0, at)).reshape(-1)
-        keep, = layer.peers.sent([keep & alive], [layer.alive.device])
-        return keep
+        keep, = layer.peers.sent([keep], [layer.alive.device])
+        return keep & layer.alive
 
     def __repr__(self): return f'within({self.axis!r})'
 
@@ -141,8 +140,8 @@ CONTEXTS = {
     'er': ContextInfo(allotted(allocation.er), by_shape=True, counted=True),
     'uniform_plus': ContextInfo(allotted(allocation.uniform_plus), by_shape=True, counted=True,
                                 check=allocation.check_uniform_plus),
-    'lamp': ContextInfo(lamp, within_layers=True),
-    'normalized': ContextInfo(normalized, within_layers=True),
+    'lamp': ContextInfo(lamp, within_layers=True, counted=True),
+    'normalized': ContextInfo(normalized, within_layers=True, counted=True),
 }
 
 
@@ -193,6 +192,7 @@ def prune_together(
 
     A layer that would fall below its floor keeps its best groups, and the other layers are pruned more."""
     order, at_floor, warned = Lowest(layers), {}, []
+    _free(layers, sum(layer.zeros for layer in layers) - zeros)
     floors = {layer: _floor(layer, everything, len(layers) > 1) for layer in layers}
     while True:
         there = sum(layer.zeros for layer in layers) + sum(cost for _, cost in at_floor.values())
@@ -208,8 +208,15 @@ def prune_together(
         order.leave(below)
     if warned: _warn_best_kept(warned)
     decided = dict(zip(order.layers, removed)) | at_floor
-    for layer in layers: layer.remaining_after = layer.remaining - decided[layer][1]
+    for layer in layers: layer.outcome.left = layer.remaining - decided[layer][1]
     return [decided[layer][0] for layer in layers]
+
+
+def _free(layers, surplus):
+    "Let the last of the scattered zeros go that are more than was asked for."
+    for layer in reversed(layers):
+        layer.outcome.freed = min(layer.scattered, max(round(surplus), 0))
+        surplus -= layer.outcome.freed
 
 
 def _floor(layer, everything, several):

@@ -63,6 +63,7 @@ class CriterionInfo:
     evidence: tuple = ()  # names in `EVIDENCE`: what it asks for
     elementwise: bool = False  # it can be called on a chunk of a layer
     pure: bool = False  # it does not write into its evidence, and takes tensors as well as arrays
+    zeros_lowest: bool = False  # it gives weights that are zero a score below those of all others
 
 
 def evidence_of(
@@ -77,13 +78,13 @@ def evidence_of(
 def _is_elementwise(criterion): return getattr(criterion, 'elementwise', False)
 
 
-def _row(criterion):
-    return CriterionInfo(criterion, evidence_of(criterion), _is_elementwise(criterion), pure=True)
+def _row(criterion, **more):
+    return CriterionInfo(criterion, evidence_of(criterion), _is_elementwise(criterion), pure=True, **more)
 
 
 # To add a criterion, write a function whose arguments name its evidence, and a row.
 CRITERIA = {
-    'magnitude': _row(magnitude),
+    'magnitude': _row(magnitude, zeros_lowest=True),
     'gradient': _row(gradient),
     'random': _row(random),
 }
@@ -122,18 +123,20 @@ def score(
     evidence: dict,  # name: a tensor of one layer, or the same chunk of each; all tensors, or all arrays
     name: str,  # the layer's name, for errors
     shape: tuple,  # of the weight, or of the chunk
-) -> torch.Tensor | np.ndarray:  # float32, of that shape, larger = keep
+) -> torch.Tensor | np.ndarray:  # float32, or float64 where some evidence is, of that shape; larger = keep
     """Score a layer or a chunk of it.
 
     Half-precision evidence is widened first, so that products do not underflow."""
     kind = type(next(iter(evidence.values())))
+    is_double = any(e.dtype in (torch.float64, np.float64) for e in evidence.values())
     given = {n: _widened(e) for n, e in evidence.items()}
     if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
         scores = criterion.score(**given)
         if not isinstance(scores, kind) or scores.shape != shape or not _can_be_ordered(scores):
             raise _wrong_scores(criterion, scores, name, shape)
-        return scores.float() if kind is torch.Tensor else scores.astype(np.float32, copy=False)
+        if kind is torch.Tensor: return scores.double() if is_double else scores.float()
+        return scores.astype(np.float64 if is_double else np.float32, copy=False)
 
 
 def _can_be_ordered(scores):

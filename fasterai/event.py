@@ -11,6 +11,7 @@ from fasterai.peers import ALONE
 from fasterai.rules import Rules
 from fasterai.scoring import Scores
 from fasterai.selection import LayerGroups
+from fasterai.zeros import find_zeros, lowest_where, zero_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,12 @@ class Mask:
     def counted(cls, keep, grouping):
         "Make a mask from its bools."
         return cls(keep, _costs(grouping, keep), ALONE.count(keep))
+
+    @classmethod
+    def full(cls, weight, grouping):
+        "Make a mask that keeps all of a weight."
+        keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        return cls(keep, _full_costs(grouping, weight.device), weight.numel())
 
     @property
     def size(self) -> int: return self.keep.numel()
@@ -117,36 +124,59 @@ def decide(
 
 def _prune(rules, budget, masks, scores, regrow):
     "Return the new masks of the layers of one budget."
+    zeros = find_zeros(budget.tied, masks)
     competing = []
     for tied in budget.tied:
-        groups = [_groups(layer, masks[layer.name], rules, scores, regrow) for layer in tied]
-        competing.append(_as_one(groups))
+        groups = [_groups(layer, masks[layer.name], rules, scores, zeros, regrow) for layer in tied]
+        together = _as_one(groups)
+        competing.append(together if regrow else _zeros_first(together, tied, masks, rules.criterion, zeros))
     after = {}
     for tied, groups, keep in zip(budget.tied, competing, rules.context_info(competing, budget.fraction)):
-        alone = len(tied) == 1
-        left = groups.remaining_after if alone and rules.context_info.counted else None
-        for layer in tied:
-            after[layer.name] = _new_mask(layer.grouping, masks[layer.name], keep, left, alone, regrow)
-    return after
+        alone, freed = len(tied) == 1, groups.outcome.freed
+        left = groups.outcome.left if alone and rules.context_info.counted else None
+        for layer in reversed(tied):
+            mask, found = masks[layer.name], None if regrow else zeros.get(layer.name)
+            if found is None:
+                after[layer.name] = _new_mask(layer.grouping, mask, keep, left, alone, regrow)
+                continue
+            after[layer.name] = _with_zeros(layer.grouping, mask, keep, found, freed)
+            freed -= min(freed, found.n_scattered)
+    return {layer.name: after[layer.name] for layer in budget.layers}
 
 
-def _groups(layer, mask, rules, scores, regrow):
+def _groups(layer, mask, rules, scores, zeros, regrow):
     "Return the groups of a layer as the context sees them."
-    grouping = layer.grouping
+    grouping, found = layer.grouping, zeros.get(layer.name)
     known = mask.left // grouping.size if mask.costs is None else None
+    costs = mask.costs if found is None else found.costs
+    scattered = 0 if found is None else found.n_scattered
     groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
-                         mask.costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
-                         grouping.axes, known)
-    return _all_competing(groups, grouping, rules.regrowth) if regrow else groups
+                         costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
+                         grouping.axes, known, scattered=scattered)
+    return _all_competing(groups, layer, mask, found, rules.regrowth) if regrow else groups
 
 
-def _all_competing(groups, grouping, regrowth):
-    "Return the groups of a layer with the pruned ones among them, which have the scores of the regrowth."
-    pruned = ~groups.alive
+def _zeros_first(groups, tied, masks, criterion, zeros):
+    "Return the groups with those below all others that are zero although no mask holds them."
+    first = tied[0]
+    if first.grouping.size == 1 and criterion.zeros_lowest: return groups
+    is_zero = zero_groups(first, masks[first.name], zeros.get(first.name))
+    if is_zero is None: return groups
+    scores = lowest_where(groups.scores, is_zero, bounded=criterion.pure)
+    return replace(groups, scores=scores, known_alive=groups.n_alive)
 
-    def scores(where): return regrowth(groups.scores(where), pruned[where])
-    return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=grouping.groups,
-                   costs=_full_costs(grouping, pruned.device))
+
+def _all_competing(groups, layer, mask, zeros, regrowth):
+    """Return the groups of a layer with the pruned ones among them.
+
+    These, and others that are zero, have the scores of the regrowth."""
+    pruned, is_zero = ~groups.alive, zero_groups(layer, mask, zeros)
+
+    def scores(where):
+        gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
+        return regrowth(groups.scores(where), gone)
+    return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=layer.grouping.groups,
+                   costs=_full_costs(layer.grouping, pruned.device), scattered=0)
 
 
 def _as_one(tied):
@@ -165,7 +195,8 @@ def _as_one(tied):
     alive = torch.stack([groups.alive for groups in tied]).any(0)
     name = ' + '.join(groups.name for groups in tied)
     n_weights = sum(groups.n_weights for groups in tied)
-    return LayerGroups(name, n_weights, size, alive, scores, costs, floor)
+    scattered = sum(groups.scattered for groups in tied)
+    return LayerGroups(name, n_weights, size, alive, scores, costs, floor, scattered=scattered)
 
 
 def _costs_of(groups):
@@ -181,6 +212,16 @@ def _new_mask(grouping, mask, keep, left, alone, regrow):
     if costs is not None: costs = costs * keep
     if left is None: left = ALONE.count(kept)
     return Mask(kept, costs, left)
+
+
+def _with_zeros(grouping, mask, keep, zeros, freed):
+    "Return the mask of one layer that also holds its scattered zeros, but for the last `freed` of them."
+    kept = grouping.expand(keep) & mask.keep
+    held = zeros.scattered.flatten().nonzero().flatten()
+    held = held[:len(held) - min(freed, len(held))]
+    kept = kept.contiguous()
+    kept.view(-1)[held] = False
+    return Mask.counted(kept, grouping)
 
 
 def _costs(grouping, keep):

@@ -88,15 +88,18 @@ class Evidence:
         layers: list,  # those of an event
     ) -> set:  # of their names
         "Find the layers about which there is no evidence; `ValueError` where there is about none of them."
-        found = set()
-        for name in self.names:
-            lacks = self._lacks(name, layers)
-            if layers and all(lacks):
-                how = EVIDENCE[name].how or _how(EVIDENCE[name])
-                raise ValueError(f'criteria: {name} is needed and no layer has any: {how}; '
-                                 'nothing was changed')
-            found |= {layer.name for layer, lack in zip(layers, lacks) if lack}
-        return found
+        lacks = {name: self._lacks(name, layers) for name in self.names if layers}
+        for name, lack in lacks.items():
+            if not all(lack): continue
+            how = EVIDENCE[name].how or _how(EVIDENCE[name])
+            raise ValueError(f'criteria: {name} is needed and no layer has any: {how}; nothing was changed')
+        return {layer.name for lack in lacks.values() for layer, is_so in zip(layers, lack) if is_so}
+
+    def known(self,
+        layer,  # one of the selected
+    ) -> bool:
+        "Tell whether there is evidence about a layer."
+        return not any(self._lacks(name, [layer])[0] for name in self.names)
 
     def begin(self,
         layers: list,  # those of an event

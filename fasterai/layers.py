@@ -9,33 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from fasterai.arguments import nearest
-from fasterai.granularity import AXES, held, weights_of
+from fasterai.granularity import AXES
+from fasterai.names import Named, Weight, is_script, joined
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that can be pruned
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # left alone unless they are chosen
-
-
-class Weight(NamedTuple):
-    "Name one weight of a model: a parameter of a module."
-    module: nn.Module
-    attr: str = 'weight'  # the parameter's name in the module
-
-    @property
-    def tensor(self) -> nn.Parameter:
-        "Return the parameter, or the tensor that is computed in its place."
-        own = self.module._parameters.get(self.attr)  # several times as fast as getattr, which computed ones need
-        return getattr(self.module, self.attr) if own is None else own
-
-    @property
-    def stored(self) -> nn.Parameter | None:
-        "Return the parameter, None where the weight is computed from others."
-        return self.module._parameters.get(self.attr)
-
-    def holds(self,
-        thing,  # anything
-    ) -> bool:
-        "Return True if a thing is this weight. A weight that is computed is not computed for it."
-        return held(self.module, self.attr) is thing
 
 
 ONE_CHOICE = (str, type, nn.Module, torch.Tensor, Weight)  # what stands for itself, though some can be iterated
@@ -46,61 +24,6 @@ class Choice(NamedTuple):
     chosen: dict  # {name: `Weight`}; one that several layers share stands once, under the first name
     by_name: set  # the names of those that were chosen one by one
     skipped: dict  # {name: reason}, for every other weight of a layer
-
-
-class Named:
-    "Find all weights of a model by name: `weights` of known layer types, `others`, and `every` one of both."
-
-    def __init__(self, model: nn.Module):
-        self.modules = named_modules(model)
-        plain = {name: m for name, m in self.modules.items() if not _is_script(m)}
-        self.weights = {}  # {name: `Weight`} of the layer types in `AXES`
-        self.others = {}  # {name: `Weight`} of other parameters, such as biases: they must be chosen by name
-        for name, module in plain.items():
-            for attr in weights_of(module): self.weights[_weight_name(name, attr)] = Weight(module, attr)
-        known = {(w.module, w.attr) for w in self.weights.values()}
-        for name, module in plain.items():
-            for attr, parameter in module._parameters.items():
-                if parameter is None or (module, attr) in known: continue
-                self.others[_join(name, attr)] = Weight(module, attr)
-        self.every = self.weights | self.others
-
-
-def _is_script(module): return isinstance(module, torch.jit.ScriptModule)  # or traced
-def _weight_name(module, attr): return module if module and attr == 'weight' else _join(module, attr)
-def _join(module, attr): return f'{module}.{attr}'.lstrip('.')  # the name of the model itself is empty
-
-
-# ---- Names of the bare model
-
-def named_modules(
-    model: nn.Module,
-) -> dict:  # {name: module}
-    """Return the modules of a model by their names in the bare model, without DataParallel, DDP and
-    torch.compile."""
-    names, found, modules = {}, {}, dict(model.named_modules())
-    for path, module in modules.items():
-        parent, _, last = path.rpartition('.')
-        is_wrapped = bool(path) and wrapped(modules[parent]) is module
-        names[path] = names[parent] if is_wrapped else _join(names.get(parent, ''), last)
-        found[names[path]] = module  # what is wrapped replaces its wrapper
-    return found
-
-
-def bare(
-    model: nn.Module,
-) -> nn.Module:
-    "Return the model inside DataParallel, DDP and torch.compile."
-    while (inner := wrapped(model)) is not None: model = inner
-    return model
-
-
-def wrapped(
-    module: nn.Module,
-) -> nn.Module | None:
-    "Return the module inside a wrapper, None where it is no wrapper."
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return module.module
-    return module._modules.get('_orig_mod')  # of torch.compile
 
 
 # ---- Which weights are chosen, and why others are not
@@ -114,7 +37,7 @@ def choose(
 
     `ValueError` if an entry means none, or means a weight that cannot be pruned; `TypeError` if it is none of
     these kinds."""
-    if _is_script(model):
+    if is_script(model):
         raise ValueError('model: got a ScriptModule, expected the torch.nn.Module that it was made from')
     named = Named(model)
     wanted, by_name = _wanted(named, layers)
@@ -313,7 +236,7 @@ def check_masked_along(
             if tensor is None or not masked: continue
             reason = '' if is_lazy(tensor) else why_not_zeroed(tensor)
             if not reason: continue
-            raise ValueError(f'layers: {_join(name, attr)!r} is masked along with filters, and {reason}')
+            raise ValueError(f'layers: {joined(name, attr)!r} is masked along with filters, and {reason}')
 
 
 # ---- What one entry of `layers` means
@@ -325,7 +248,7 @@ def means_by_name(
 ) -> bool:
     "Return True if an entry of `layers` is this weight itself or its own module, by name or as an object."
     if isinstance(choice, str):
-        return choice in (name, f'{name}.weight') or name == _join(choice, weight.attr)
+        return choice in (name, f'{name}.weight') or name == joined(choice, weight.attr)
     if isinstance(choice, Weight): return choice == weight
     return choice is weight.module or weight.holds(choice)
 

@@ -1,10 +1,13 @@
 "Hold zeros: in weights, in their gradients, and in what an optimizer keeps for them."
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
+from fasterai.peers import ALONE
 from fasterai.selected import Selected
 
 PIECE = 1 << 20  # weights that are masked together
@@ -12,26 +15,76 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32,  # integers of t
         torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-class Masks:
+class Masks(Mapping):
     """Hold the masks of the selected layers, and of what is masked along with their filters.
 
-    They begin with the zeros that are in the weights. `masks['name']` is a layer's mask: bool, True =
-    keep."""
+    `masks['name']` is a copy of a layer's mask: bool, True = keep; `masks['name'] = mask` and
+    `masks.update({name: mask})` set masks of one's own."""
 
     def __init__(self,
         selected: Selected,
+        keep_zeros: bool = False,  # begin with the zeros that are in the weights; else nothing is masked
     ):
         self.selected = selected
-        self.of = {}  # layer's name: `Mask`
+        self._of = {}
         for name, layer in selected.candidates.items():
-            self.of[name] = Mask.counted(_nonzero(layer.weight), layer.grouping)
+            if keep_zeros: self._of[name] = Mask.counted(_nonzero(layer.weight), layer.grouping)
+            else: self._of[name] = Mask.full(layer.weight, layer.grouping)
         self._dependents = None  # {module: {tensor's name: bool (channels,), True = masked}}; None: not known yet
+        self._version = 0  # of the selected layers, for which the dependents were found
 
     def __getitem__(self,
         name: str,  # of a selected layer
     ) -> torch.Tensor:  # bool, of the weight's shape, True = keep
-        "Return a layer's mask."
-        return self.of[name].keep
+        "Return a copy of a layer's mask."
+        if name in self.selected.layers: return self.of[name].keep.clone(memory_format=torch.contiguous_format)
+        raise KeyError(f'masks: got {name!r}, expected one of {", ".join(self)}{nearest(name, self)}')
+
+    def __iter__(self): return iter(self.selected.layers)
+    def __len__(self): return len(self.selected.layers)
+
+    def __setitem__(self,
+        name: str,  # of a selected layer
+        mask: torch.Tensor,  # bool, of the weight's shape, True = keep
+    ):
+        "Set the mask of a layer, and zero what it masks; `ValueError` or `TypeError` where it does not fit."
+        self.update({name: mask})
+
+    def update(self,
+        masks: Mapping,  # name of a selected layer: bool, of the weight's shape, True = keep
+    ):
+        """Set the masks of some layers, and zero what they mask. Weights that come back start from zero.
+
+        `TypeError` or `ValueError`, and nothing changed, where one does not fit."""
+        if not isinstance(masks, Mapping):
+            raise TypeError(f'masks: got {type(masks).__name__}, expected {{name of a layer: bool tensor}}')
+        self._set({name: self._read(name, mask) for name, mask in masks.items()}, {})
+
+    def begin_with(self,
+        held: Mapping,  # `Weight`: bool, of its shape, True = keep; of other layers too
+        own: Mapping = {},  # name of a selected layer: the same
+    ):
+        "Add masks before the first batch, which finds the data flow: they are applied with it."
+        names = {layer.at: name for name, layer in self.selected.candidates.items()}
+        held = {names[weight]: keep for weight, keep in held.items() if weight in names}
+        for name, keep in [*held.items(), *own.items()]:
+            mask = self._read(name, keep)
+            both = self._of[name].keep & mask.keep
+            self._of[name] = Mask.counted(both, self.selected.candidates[name].grouping)
+
+    def _read(self, name, mask):
+        layers = self.selected.candidates
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(f'masks: got {name!r}, expected one of {", ".join(layers)}{nearest(name, layers)}')
+        shape = tuple(layer.weight.shape)
+        fits = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == layer.weight.shape
+        if not fits or mask.is_meta or mask.layout != torch.strided:
+            came = type(mask).__name__
+            if isinstance(mask, torch.Tensor): came = f'a tensor of {mask.dtype} of shape {tuple(mask.shape)}'
+            raise ValueError(f'masks: got {came} for {name!r}, '
+                             f'expected a bool tensor of shape {shape}, True = keep')
+        return Mask.counted(mask.detach().to(layer.weight.device, copy=True).contiguous(), layer.grouping)
 
     def left(self,
         name: str,  # of a selected layer
@@ -39,20 +92,23 @@ class Masks:
         "Return how many weights of a layer stay."
         return self.of[name].left
 
-    def empty(self,
-        name: str,  # of a selected layer
-    ):
-        "Mask a whole layer."
-        self.of[name] = Mask(torch.zeros_like(self.of[name].keep), None, 0)
-
-    def to_devices(self):
-        "Move each mask to the device of its weight, and drop those of layers that were left out since."
-        layers = self.selected.layers
-        self.of = {name: self.of[name].to(layer.weight.device) for name, layer in layers.items()}
+    @property
+    def of(self) -> dict:  # name of a layer: `event.Mask`, where its weight is
+        "Return the masks of all layers, those that are frozen too."
+        self.selected.follow()
+        layers = self.selected.candidates
+        self._of = {name: self._of[name].to(layer.weight.device) for name, layer in layers.items()}
+        for name in [name for name in self.selected.replaced if name in layers]:
+            keep = followed(name, self._of[name].keep, layers[name].weight)
+            self._of[name] = Mask.counted(keep, layers[name].grouping)
+        self.selected.replaced.clear()
+        return self._of
 
     @property
     def _masked_along(self):
-        if self._dependents is None: self._dependents = self.selected.dependents(self.of)
+        if self._version != self.selected.version: self._dependents = None
+        if self._dependents is None:
+            self._dependents, self._version = self.selected.dependents(self._of), self.selected.version
         return self._dependents
 
     # Holding
@@ -61,9 +117,9 @@ class Masks:
         of: set | None = None,  # ids of parameters: only these, and buffers of their modules; None: all
     ):
         "Yield each tensor that has masked entries, and its mask: (tensor, bool)."
-        self.to_devices()
-        for name, layer in self.selected.layers.items():
-            if of is None or id(layer.weight) in of: yield layer.weight, self.of[name].keep
+        layers, masks = self.selected.layers, self.of
+        for name, layer in layers.items():
+            if of is None or id(layer.weight) in of: yield layer.weight, masks[name].keep
         for module, tensors in self._masked_along.items():
             for name in tensors:
                 tensor = getattr(module, name)
@@ -79,8 +135,8 @@ class Masks:
 
     def moved(self) -> list:  # of names
         "Return the layers of which a masked weight is not zero."
-        layers = self.selected.layers.items()
-        return [name for name, layer in layers if layer.weight.detach()[~self.of[name].keep].any()]
+        layers, masks = self.selected.layers.items(), self.of
+        return [name for name, layer in layers if layer.weight.detach()[~masks[name].keep].any()]
 
     def mask_gradients(self,
         of: set | None = None,  # as in `tensors`
@@ -112,9 +168,11 @@ class Masks:
         self._set(change.after, change.weights)
 
     def _set(self, masks, weights):
-        before, after = self._masked_along, self.of | masks
+        self.selected.resolve()
+        after = self.of | masks
+        before = self._masked_along
         dependents = self.selected.dependents(after)  # what may fail stands before what changes anything
-        self.of, self._dependents = after, dependents
+        self._of, self._dependents, self._version = after, dependents, self.selected.version
         with torch.no_grad():
             self._start_again(before)
             for name, weight in weights.items(): self.selected.layers[name].weight.copy_(weight)
@@ -134,7 +192,8 @@ class Masks:
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
         "Return the masks, packed to bits."
-        return {name: _packed(self.of[name].keep) for name in self.selected.layers}
+        layers, masks = self.selected.layers, self.of
+        return {name: _packed(masks[name].keep) for name in layers}
 
     def load_state_dict(self,
         state: dict,  # of `state_dict`
@@ -142,7 +201,7 @@ class Masks:
         """Take over packed masks and apply them.
 
         `TypeError` or `ValueError`, and nothing changed, where they do not fit."""
-        layers = self.selected.layers
+        layers, held = self.selected.layers, self.of
         if not isinstance(state, Mapping):
             raise TypeError(f'state: got {type(state).__name__}, expected what state_dict() returns')
         if set(state) != set(layers):
@@ -150,9 +209,24 @@ class Masks:
             raise ValueError(f'state: got masks for {came}, expected those for {", ".join(layers)}')
         masks = {}
         for name, layer in layers.items():
-            keep = _unpacked(name, state[name], self.of[name].keep.shape).to(layer.weight.device)
+            keep = _unpacked(name, state[name], held[name].keep.shape).to(layer.weight.device)
             masks[name] = Mask.counted(keep, layer.grouping)
         self._set(masks, {})
+
+
+def followed(
+    name: str,  # of the layer
+    keep: torch.Tensor,  # bool: the mask of a layer that was replaced
+    weight: torch.Tensor,  # of the layer in its place, of the same shape
+) -> torch.Tensor:  # bool
+    "Return the mask for a layer that was put in the place of another: what is not zero in it is let go, and said."
+    weight = weight.detach()
+    lost = ~keep.to(weight.device) & (weight != 0)
+    n = ALONE.count(lost)
+    if n:
+        warnings.warn(f'masks: {name!r} was replaced, and {n:,} of {ALONE.count(~keep):,} masked weights are not '
+                      f'zero in the new one: they are not held; masks[{name!r}] = mask sets a mask', stacklevel=3)
+    return keep.to(weight.device) | lost
 
 
 def _owners(module, tensor):

@@ -32,8 +32,7 @@ class pattern:
 
     def _prune(self, layer, share):
         "Return the keep mask of one layer, where this share of the pattern is wanted."
-        alive, = layer.peers.fetched([layer.alive])
-        scores = np.where(alive, layer.all_scores(), -np.inf)
+        scores = layer.scores_with_pruned_lowest()
         keep, = layer.peers.sent([self._whole_pattern(scores, layer)], [layer.alive.device])
         keep = keep & layer.alive
         if share >= 1: return keep

@@ -30,6 +30,7 @@ class Rules:
     min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group. A layer with no more weights stays whole
     coupled: bool = False  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
     exclude: object = None  # layers that take no part, in the forms of `layers`; the others compete as before
+    keep_zeros: bool = False  # hold the zeros that are in the weights already, as of a sparse model that is trained on; False: they may learn until an event prunes them
     regrow: str | Regrowth = 'position'  # which pruned weights come back first where the sparsity falls: a name, or a function
 
     def __post_init__(self):
@@ -40,7 +41,7 @@ class Rules:
             check_kinds(getattr(self, name), name)
         for read in READ: getattr(self, read)
         self._check_groups(self.granularity_info.one_layer, self.granularity_info.several)
-        flag('coupled', self.coupled)
+        for name in ('coupled', 'keep_zeros'): flag(name, getattr(self, name))
         if self.coupled: self._check_coupled()
 
     @cached_property

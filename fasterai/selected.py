@@ -1,14 +1,16 @@
 "Hold which weights take part, which are pruned together, and which tensors are masked along with a filter."
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.arguments import callable_with
-from fasterai.dataflow import trace, watch
+from fasterai.dataflow import Flow, trace, watch
 from fasterai.granularity import Grouping
-from fasterai.layers import Weight, bare, check_masked_along, choose
+from fasterai.layers import check_masked_along, choose
+from fasterai.names import Places, Weight, bare, find_again, named_modules
 from fasterai.peers import ALONE
 from fasterai.rules import Rules
 
@@ -32,6 +34,19 @@ class Layer:
     def weight(self) -> nn.Parameter:
         "Return the weight."
         return self.at.tensor
+
+    def fits(self,
+        weight: Weight | None,  # one that was found in the place of this
+    ) -> bool:
+        "Tell whether a weight is a parameter of the shape that this one had."
+        if weight is None or weight.stored is None: return False
+        return weight.stored.shape == self.grouping.shape
+
+    def is_at(self,
+        weight: Weight,  # one that was found in the place of this
+    ) -> bool:
+        "Tell whether a weight is this one, as the same module or the same parameter; else it was replaced."
+        return weight.module is self.module or weight.stored is self.at.stored
 
     def filters_alive(self,
         mask,  # `event.Mask` of this layer
@@ -59,22 +74,64 @@ class Selected:
         self.candidates = {n: _layer(n, at, rules.granularity) for n, at in self.choice.chosen.items()}  # name: `Layer`
         rules.check_groupings({n: layer.grouping for n, layer in self.candidates.items()})
         check_masked_along(model, [c.at for c in self.candidates.values() if c.grouping.whole_filters])
-        self.flow = None  # `Flow`, where it is needed and could be found
+        self.flow = None  # `Known`, where the data flow is needed and could be found
         self.ties = []  # lists of names of layers whose n-th filters are pruned together
+        self.learned = set(self.choice.by_name)  # names of layers that were seen to learn, or that were named
+        self.places, self.version = Places(model), 0  # the version rises when modules were replaced
+        self.replaced = set()  # names of layers that were replaced, and whose masks have not followed yet
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not _is_function(example): self.resolve()
 
     @property
     def layers(self) -> dict:  # name: `Layer`
-        "Return the selected layers."
+        "Return the selected layers; `ValueError` where all of them are frozen."
         self.resolve()
-        return self.candidates
+        self.follow()
+        return self.learning()
 
     @property
     def skipped(self) -> dict:  # name: reason
         "Return the layers that were left out, and why."
         self.resolve()
-        return self.choice.skipped
+        frozen = dict.fromkeys(self.frozen, 'is frozen, so it is left alone: name it in layers= to include it')
+        return self.choice.skipped | frozen
+
+    # Frozen layers
+
+    @property
+    def frozen(self) -> list:  # of names
+        "Return the layers that do not learn and never did, and those that are pruned as one with them."
+        learn = {name for name, layer in self.candidates.items() if layer.weight.requires_grad}
+        self.learned |= learn
+        frozen = [name for name in self.candidates if name not in self.learned]
+        return [name for name in self.candidates if any(other in frozen for other in self.tied_to(name))]
+
+    def learning(self) -> dict:  # name: `Layer`
+        "Return the layers that learn or did before; `ValueError` where none does."
+        frozen = self.frozen
+        if len(frozen) < len(self.candidates):
+            return {name: layer for name, layer in self.candidates.items() if name not in frozen}
+        names = ', '.join(map(repr, self.candidates))
+        raise ValueError(f'layers: got only layers that are frozen, {names}; expected at least one that '
+                         'learns: let it require gradients, or name it in layers=')
+
+    # Modules that are replaced
+
+    def follow(self):
+        "Find the layers again, by their names, where modules were replaced; name those that are lost."
+        moved = any(layer.at.stored is None or layer.weight.shape != layer.grouping.shape
+                    for layer in self.candidates.values())
+        if not moved and not self.places.changed: return
+        found = find_again({name: layer.at for name, layer in self.candidates.items()}, self.model)
+        lost = [name for name, layer in self.candidates.items() if not layer.fits(found.get(name))]
+        self.places, self.version = Places(self.model), self.version + 1
+        warn_lost(lost)
+        for name in lost:
+            del self.candidates[name]
+            self.choice.skipped[name] = 'is no longer in the model as it was pruned'
+        for name, layer in self.candidates.items():
+            if not layer.is_at(found[name]): self.replaced.add(name)
+            self.candidates[name] = replace(layer, at=found[name])
 
     def tied(self,
         names: list,  # of layers
@@ -98,7 +155,7 @@ class Selected:
         example = self.example() if _is_function(self.example) else self.example
         flow = _flow(bare(self.model), example)
         if flow is not None: self._leave_out(self._without_filters(flow))
-        self.flow, self.example = flow, None
+        self.flow, self.example = None if flow is None else Known(flow, self.candidates, self.model), None
         if self.rules.coupled: self._couple()
         self.resolved = True
 
@@ -129,7 +186,7 @@ class Selected:
             raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: '
                              'pass example=one batch of inputs')
         names = {id(layer.weight): name for name, layer in self.candidates.items()}
-        for ids in self.flow.tied():
+        for ids in self.flow.flow.tied():
             known = [name for i, name in names.items() if i in ids]
             if len(known) == len(ids):
                 self.ties.append(known)
@@ -145,13 +202,9 @@ class Selected:
         layers = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not layers: return {}
         alive = ALONE.fetched([layer.filters_alive(masks[layer.name]) for layer in layers])
-        dead = {id(layer.weight): ~torch.from_numpy(filters) for layer, filters in zip(layers, alive)}
-        found = self._biases(dead)
-        if self.flow is None: return found
-        biases = {id(getattr(module, name)) for module, tensors in found.items() for name in tensors}
-        for norm, channels in self.flow.zero_channels(dead, biases).items():
-            names = [name for name in ('running_mean', 'bias') if getattr(norm, name) is not None]
-            found[norm] = dict.fromkeys(names, channels)
+        dead = {layer.name: ~torch.from_numpy(filters) for layer, filters in zip(layers, alive)}
+        found = self._biases({id(layer.weight): dead[layer.name] for layer in layers})
+        if self.flow is not None: found |= self.flow.zero_channels(dead, found, self.model)
         return found
 
     def _biases(self, dead):
@@ -167,6 +220,68 @@ class Selected:
                 if bias is None or bias.shape != dead[id(weight)].shape: continue
                 found.setdefault(module, {})[name] = dead[id(weight)]
         return found
+
+
+class Known:
+    """Hold a data flow by names: a `Flow` knows tensors and modules as the objects that they were.
+
+    So it stays right where they are replaced later."""
+
+    def __init__(self,
+        flow: Flow,
+        layers: dict,  # name: `Layer`
+        model: nn.Module,
+    ):
+        self.flow, self.lost = flow, set()  # names of norms that were lost, and said to be
+        self.weights = {name: layer.weight for name, layer in layers.items()}
+        modules = named_modules(model).items()
+        self.norms = {module: name for name, module in modules if isinstance(module, _BatchNorm)}
+        self.biases = {(path, name): tensor for path, module in modules
+                       for name, tensor in module._parameters.items() if 'bias' in name}
+
+    def zero_channels(self,
+        dead: dict,  # name of a layer: bool (filters,), True where the filter is zero
+        biases: dict,  # module: {name: bool (channels,)}, those that are zero with filters
+        model: nn.Module,
+    ) -> dict:  # BatchNorm: {name: bool (channels,)}, with the modules that the model has now
+        "Find what is masked of each BatchNorm that receives channels of zeros."
+        modules = named_modules(model)
+        paths = {module: path for path, module in modules.items()}
+        zero_biases = set()
+        for module, tensors in biases.items():
+            for name in tensors:
+                before = self.biases.get((paths[module], name))
+                zero_biases |= {id(before), id(getattr(module, name))}
+        by_id = {id(self.weights[name]): filters for name, filters in dead.items()}
+        found = {}
+        for norm, channels in self.flow.zero_channels(by_id, zero_biases).items():
+            now = self._again(norm, modules, paths)
+            if now is None: continue
+            names = [name for name in ('running_mean', 'bias') if getattr(now, name) is not None]
+            found[now] = dict.fromkeys(names, channels)
+        return found
+
+    def _again(self, norm, modules, paths):
+        "Return the BatchNorm that is now in the place of one, None where there is none; name it if it is lost."
+        if norm in paths: return norm
+        alike = [m for m in paths if isinstance(m, _BatchNorm) and m.num_features == norm.num_features]
+        same = [m for m in alike if norm.bias is not None and m.bias is norm.bias]
+        if same: return same[0]
+        path = self.norms[norm]
+        if modules.get(path) in alike: return modules[path]
+        fused = isinstance(modules.get(path), nn.Identity)  # its bias is that of the layer before
+        if not fused and path not in self.lost: warn_lost([path])
+        self.lost.add(path)
+        return None
+
+
+def warn_lost(
+    names: list,  # of layers
+):
+    "Name layers whose masks are lost, because the model no longer has them."
+    if not names: return
+    warnings.warn(f'masks: {", ".join(map(repr, names))} cannot be found in the model any more, '
+                  'under this name and with this shape: its zeros are not kept from now on', stacklevel=3)
 
 
 def _is_function(example): return callable(example) and not isinstance(example, torch.Tensor)

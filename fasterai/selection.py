@@ -16,6 +16,13 @@ CHUNK = 1 << 19  # weights that are scored together: few enough for a processor'
 SAMPLE = 1 << 16  # groups: so many are all ranked; of more, a sample and those near the cut
 
 
+@dataclass
+class Outcome:
+    "Hold what a context says of a layer beside its mask. Copies of the layer share it."
+    left: int | None = None  # how many weights stay; None: it does not say
+    freed: int = 0  # how many of the scattered zeros are more than was asked for, and are not held
+
+
 @dataclass(eq=False)
 class LayerGroups:
     """Hold the groups of one layer for a selection: each has a score and a cost, in the order of their
@@ -24,7 +31,7 @@ class LayerGroups:
     n_weights: int  # number of weights in the layer
     group_size: int  # number of weights in a group
     alive: torch.Tensor  # (groups,) bool, False = pruned already
-    scores: Callable[[slice | torch.Tensor], torch.Tensor | np.ndarray]  # returns (n,) float32 for a slice of groups, or for positions
+    scores: Callable[[slice | torch.Tensor], torch.Tensor | np.ndarray]  # returns (n,) float32, or float64, for a slice of groups, or for positions
     costs: torch.Tensor | None = None  # (groups,) ints, the weights that are left in each group; None where it is `group_size`
     floor: int | None = None  # number of weights that stay at least; None: one group, unless 100 % is asked
     one_layer: bool = False  # its one group is the layer, and may be pruned where there are other layers
@@ -32,7 +39,8 @@ class LayerGroups:
     axes: dict | None = None  # name: size, of the weight; for contexts of single weights
     known_alive: InitVar[int | None] = None  # number of living groups, if it is known; else it is counted
     peers: Alone = ALONE  # reads and sums the numbers
-    remaining_after: int | None = field(default=None, init=False)  # a context may say here how many weights stay
+    scattered: int = 0  # number of zeros in groups with other weights that no mask holds: they count, and are held from now on
+    outcome: Outcome = field(default_factory=Outcome)  # what the context says beside the mask
 
     def __post_init__(self, known_alive):
         if known_alive is not None: self.n_alive = known_alive
@@ -59,9 +67,17 @@ class LayerGroups:
         the sparsity."""
         return self.n_weights - self.remaining
 
-    def all_scores(self) -> np.ndarray:  # (groups,) float32, not to be changed
+    def all_scores(self) -> np.ndarray:  # (groups,), not to be changed
         "Return the scores of all groups."
         return self.peers.fetched([self.joined_scores()])[0]
+
+    def scores_with_pruned_lowest(self) -> np.ndarray:  # (groups,), not to be changed
+        "Return the scores of all groups, with those of pruned groups below all others."
+        scores = self.all_scores()
+        if self.all_alive: return scores
+        alive, = self.peers.fetched([self.alive])
+        if scores.min(initial=np.inf) == -np.inf: scores = np.maximum(scores, np.finfo(float).min, dtype=float)
+        return np.where(alive, scores, -np.inf)
 
     def joined_scores(self):  # (groups,), where the layer is
         "Join the scores of all chunks."
@@ -161,7 +177,7 @@ class Lowest:
     def _inside(self, budget, exact):
         "Find the cut among the groups inside the bracket."
         below = self._below()
-        score = self.ranks.reaching(budget - below)
+        score = np.float64(self.ranks.reaching(budget - below))  # numpy would round a float to the type of the scores
         equal = [np.flatnonzero(found.scores == score) for found in self.found]
         costs = np.concatenate([_costs_at(found, at) for found, at in zip(self.found, equal)])
         pruned = costs.cumsum()  # weights in the first n + 1 groups with this score, by position

@@ -11,8 +11,8 @@ from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
-from fasterai.layers import Named
 from fasterai.masks import Masks
+from fasterai.names import Named
 from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.report import Report, measure
 from fasterai.rules import Rules, as_arguments, takes_rules
@@ -23,8 +23,9 @@ from fasterai.selected import Selected
 class Sparsifier:
     """Prune a model, structured or unstructured: score its weights, zero the least important, keep them zero.
 
-    The model stays an ordinary one: the same classes, parameters, `state_dict` keys and hooks. Zeros that it
-    comes in with are kept. A wrong argument raises `TypeError` or `ValueError`, which names it."""
+    The model stays an ordinary one: the same classes, parameters, `state_dict` keys and hooks. What is zero
+    already may learn until it is pruned, or is held with `keep_zeros=True`. A wrong argument raises
+    `TypeError` or `ValueError`, which names it."""
 
     @takes_rules
     def __init__(self,
@@ -41,7 +42,7 @@ class Sparsifier:
         self.model = model
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.selected = Selected(model, self.rules, example)
-        self.masks = Masks(self.selected)
+        self.masks = Masks(self.selected, self.rules.keep_zeros)
         self.evidence = Evidence(self.rules.evidence, self.selected)
         self._hooks = []  # in optimizers
 
@@ -118,7 +119,6 @@ class Sparsifier:
                          f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
 
     def _event(self, budgets, regrow):
-        self.masks.to_devices()
         change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
         self.masks.apply(change)
         _warn_waiting(change)

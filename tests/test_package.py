@@ -21,8 +21,8 @@ def test_the_star_import_shadows_nothing():
 ROWS = [
     'synonyms arguments tables snapshot peers operations optimizers plot',  # leaves
     'ranking selection dataflow',
-    'granularity evidence criteria layers pattern allocation context schedule regrowth rules',  # choices
-    'scoring event',
+    'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
+    'zeros scoring event',
     'selected masks',  # state
     'report sparsifier sensitivity',
     'epochs callback demo all',  # with fastai

@@ -60,9 +60,9 @@ def test_what_is_not_selected_is_not_touched(net, granularity):
     assert touched == ({'3.weight'} if granularity == 'weight' else {'3.weight', '3.bias', '4.bias'})  # 4 is the norm; its running mean was zero
 
 
-def test_zeros_that_come_in_are_kept_and_count(net):
+def test_zeros_that_come_in_are_kept_where_one_asks_and_count(net):
     net[3].weight.data[:4] = 0
-    sparsifier = Sparsifier(net)
+    sparsifier = Sparsifier(net, keep_zeros=True)
     sparsifier.sparsify_model(0)
     net[3].weight.data += 1
     sparsifier.apply_masks()

@@ -111,7 +111,7 @@ def test_a_keeper_does_not_miss_a_layer_that_was_replaced(make_learner):
     learn.model[8] = nn.Linear(8, 10)
     learn.create_opt()
     before = int((learn.model[3].weight == 0).sum())
-    learn.fit(1)
+    with pytest.warns(UserWarning, match="masks: '8' was replaced, and (\\d+) of \\1 masked weights are not zero"): learn.fit(1)
     assert (learn.model[3].weight == 0).sum() == before and (learn.model[8].weight != 0).all()
 
 
@@ -130,7 +130,7 @@ def test_a_model_that_comes_in_sparse_keeps_its_zeros(make_learner, target):
     there = {i: model[i].weight == 0 for i in (0, 3)}
     before = zeros(model)
     learn = make_learner(model)
-    learn.fit(2, .1, cbs=[SparsifyCallback(target), look := Each(lambda learn: all((learn.model[i].weight[z] == 0).all() for i, z in there.items()))])
+    learn.fit(2, .1, cbs=[SparsifyCallback(target, keep_zeros=True), look := Each(lambda learn: all((learn.model[i].weight[z] == 0).all() for i, z in there.items()))])
     assert all(look.seen) and zeros(learn.model) == max(before, wanted(target))
 
 
@@ -150,7 +150,7 @@ def test_files_are_those_of_the_dense_model(make_learner, tmp_path, with_opt):
     assert zeros(fresh.model) == zeros(learn.model) == wanted(90)
 
 
-@pytest.mark.parametrize('keeper', [lambda: KeepSparse(), lambda: SparsifyCallback(10)])
+@pytest.mark.parametrize('keeper', [lambda: KeepSparse(), lambda: SparsifyCallback(10, keep_zeros=True)])
 def test_a_fresh_learner_keeps_what_it_loads(make_learner, keeper):
     learn = make_learner()
     learn.fit(1, cbs=SparsifyCallback(90))

@@ -1,0 +1,109 @@
+"Find the zeros that no mask holds: at an event they count, and go first, whatever the criterion says."
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fasterai.peers import ALONE
+from fasterai.selection import CHUNK
+
+
+class Zeros(NamedTuple):
+    """Describe the zeros of one layer that its mask does not hold, where a group has several weights.
+
+    A group is empty where it has nothing else, in all layers that are pruned with this one."""
+    scattered: torch.Tensor  # bool, of the weight's shape: zeros in groups that are not empty
+    n_scattered: int
+    empty: torch.Tensor  # bool (groups,)
+    costs: torch.Tensor  # (groups,): weights that are left in each group; an empty one costs what its mask keeps
+
+
+def find_zeros(
+    tied: list,  # of lists of layers that are pruned as one; each has a name, a weight and a grouping
+    masks: dict,  # layer's name: `event.Mask`
+) -> dict:  # layer's name: `Zeros`, where there are any and groups have several weights
+    "Find the zeros that no mask holds."
+    layers = [layer for together in tied for layer in together if layer.grouping.size > 1]
+    counts = ALONE.fetched([_count(layer.weight, masks[layer.name])[None] for layer in layers])
+    some = {layer.name for layer, (count,) in zip(layers, counts) if count}
+    found = {}
+    for together in tied:
+        if any(layer.name in some for layer in together): found |= _described(together, masks)
+    return found
+
+
+def count_zeros(
+    weight: torch.Tensor,
+    mask,  # `event.Mask`
+) -> int:
+    "Count the zeros of one layer that its mask does not hold."
+    return int(_count(weight, mask))
+
+
+def _count(weight, mask):
+    "Count in pieces that fit a processor's cache; the number stays where the weight is."
+    if not ALONE.on_host(weight) or not weight.numel(): return _free(weight, mask).sum()
+    rows = max(1, CHUNK * len(weight) // weight.numel())
+    pieces = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    return torch.tensor(sum(ALONE.count(_free(weight, mask, piece)) for piece in pieces))
+
+
+def _free(weight, mask, where=...):
+    "Tell which weights are zero although the mask keeps them: bool, of the weight's shape."
+    zero = weight.detach()[where] == 0
+    return zero if mask.left == mask.size else zero & mask.keep[where]
+
+
+def _described(together, masks):
+    free, kept, left = {}, {}, {}
+    for layer in together:
+        name, keep = layer.name, masks[layer.name].keep
+        free[name] = _free(layer.weight, masks[name])
+        kept[name] = layer.grouping.count(keep)
+        left[name] = layer.grouping.count(keep & ~free[name])
+    empty = (sum(kept.values()) > 0) & (sum(left.values()) == 0)
+    found = {}
+    for layer in together:
+        name = layer.name
+        scattered = free[name] & ~layer.grouping.expand(empty)
+        costs = torch.where(empty, kept[name], left[name])
+        found[name] = Zeros(scattered, ALONE.count(scattered), empty, costs)
+    return found
+
+
+# Groups that are zero
+
+def zero_groups(
+    layer,
+    mask,  # `event.Mask`
+    zeros: Zeros | None,  # of this layer
+) -> Callable | None:  # (where) -> bool (n,), tensor or array; None: there are none
+    "Return a function that tells which living groups have only zeros."
+    if layer.grouping.size > 1: return None if zeros is None else zeros.empty.__getitem__
+    rows = []
+
+    def is_zero(where):
+        if not rows: rows.extend(layer.grouping.rows(values) for values in (layer.weight.detach(), mask.keep))
+        weight, keep = rows
+        return ALONE.array(weight[where] == 0) & ALONE.array(keep[where])
+    return is_zero
+
+
+def lowest_where(
+    scores: Callable,  # (where) -> (n,), as in `LayerGroups`
+    is_zero: Callable,  # (where) -> bool (n,), of `zero_groups`
+    bounded: bool,  # no score is -inf already
+) -> Callable:  # (where) -> (n,)
+    "Return scores that are -inf where something is zero, and nowhere else."
+    def lowest(where):
+        found, zero = scores(where), is_zero(where)
+        if isinstance(found, np.ndarray): return _lowest_in_array(found, zero, bounded)
+        if not bounded: found = found.clamp(min=torch.finfo(found.dtype).min)
+        return found.masked_fill(torch.as_tensor(zero, device=found.device), -torch.inf)
+    return lowest
+
+
+def _lowest_in_array(found, zero, bounded):
+    if not bounded: found = np.maximum(found, np.finfo(found.dtype).min)
+    return np.where(zero, found.dtype.type(-np.inf), found) if zero.any() else found

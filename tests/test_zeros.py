@@ -1,0 +1,171 @@
+"Zeros that no mask holds: they may learn until an event, count there, and go first, whatever the criterion says."
+import pytest
+import torch
+from conftest import convnet
+from torch import nn
+
+from fasterai.context import within
+from fasterai.granularity import block
+from fasterai.sparsifier import Sparsifier
+
+
+def linear(*rows):
+    "A Linear of these weights, as a model with one layer."
+    weight = torch.tensor(rows, dtype=torch.float32)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data.copy_(weight)
+    return nn.Sequential(layer)
+
+
+def held(sparsifier, name='0'): return (~sparsifier.masks[name]).int().tolist()
+
+
+def shuffled(weight): return torch.rand_like(weight)
+
+
+CRITERIA = {'magnitude': 'magnitude', 'largest first': lambda weight: -weight.abs(), 'random': shuffled, 'gradient': 'gradient',
+            'lowest of all': lambda weight: torch.full_like(weight, -torch.inf)}
+
+
+def test_zeros_that_come_in_learn_until_an_event_takes_them():
+    model = linear([0, 0, 3, 4], [5, 0, 7, 8])
+    sparsifier = Sparsifier(model)
+    assert held(sparsifier) == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    sparsifier.sparsify_model(25)
+    assert held(sparsifier) == [[1, 1, 0, 0], [0, 0, 0, 0]]  # two of the three are asked for
+    sparsifier.sparsify_model(50)
+    assert held(sparsifier) == [[1, 1, 1, 0], [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize('name', CRITERIA)
+@pytest.mark.parametrize('context', ['local', 'global', 'erk', 'lamp', 'normalized'])
+def test_zeros_go_first_whatever_the_criterion_says(name, context, net):
+    sparsifier = Sparsifier(net, 'weight', context, CRITERIA[name])
+    for p in net.parameters(): p.grad = torch.randn_like(p)
+    net[3].weight.grad[4:] = 0  # scores of zero that are no weights of zero
+    net[3].weight.data[::2, 1] = 0
+    made = net[3].weight == 0
+    sparsifier.sparsify_model(30)
+    assert sparsifier.report().zeros == 170 and not sparsifier.masks['3'][made].any()
+
+
+@pytest.mark.parametrize('context, masked', [
+    ('2:4', [1, 0, 1, 0, 1, 1, 0, 0]), (within('O'), [1, 1, 1, 1, 0, 0, 0, 0]), ('local', [1, 1, 1, 1, 0, 0, 0, 0])], ids=str)
+def test_after_zeros_made_by_hand_a_pattern_is_what_was_asked(context, masked):
+    sparsifier = Sparsifier(linear([0, 2, 0, 0, 5, 6, 7, 8]), context=context)
+    sparsifier.sparsify_model(50)
+    assert held(sparsifier) == [masked]
+
+
+def test_a_pattern_after_a_mask_counts_what_is_masked_first():
+    model = linear([9, 2, 3, 9])
+    sparsifier = Sparsifier(model, context='2:4')
+    sparsifier.masks['0'] = torch.tensor([[True, True, True, False]])
+    model[0].weight.data[0, :2] = 0
+    sparsifier.sparsify_model(50)
+    assert held(sparsifier) == [[1, 0, 0, 1]]  # the masked one, and the first of the zeros
+
+
+FILTERS = [[0, 0, 0, 0], [1, 1, 1, 1], [0, 2, 2, 2], [3, 3, 3, 3]]
+
+
+@pytest.mark.parametrize('sparsity, masks', [
+    (0, [[0] * 4] * 4),
+    (25, [[1] * 4, [0] * 4, [1, 0, 0, 0], [0] * 4]),
+    (6.25, [[0] * 4, [0] * 4, [1, 0, 0, 0], [0] * 4]),  # the nearest whole filter is none
+    (50, [[1] * 4, [1] * 4, [1, 0, 0, 0], [0] * 4])])
+def test_empty_filters_go_first_and_scattered_zeros_count(sparsity, masks):
+    sparsifier = Sparsifier(linear(*FILTERS), 'filter', layers='0', criteria=lambda weight: weight)
+    sparsifier.sparsify_model(sparsity)
+    assert held(sparsifier) == masks
+
+
+def test_of_more_zeros_than_are_asked_for_the_first_are_held():
+    model = linear([1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1])  # an identity
+    sparsifier = Sparsifier(model, 'filter', layers='0')
+    sparsifier.sparsify_model(25)
+    assert held(sparsifier) == [[0, 1, 1, 1], [1, 0, 0, 0], [0] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'kernel', 'filter', 'vector', block(3, 3)], ids=str)
+@pytest.mark.parametrize('context', ['local', 'global', 'lamp'])
+def test_measured_is_asked_after_zeros_by_hand_and_with_two_sparsifiers(granularity, context):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 1))
+    layers = ['0', '2', '4']
+    first, second = Sparsifier(model, layers=layers), Sparsifier(model, granularity, context, shuffled, layers=layers)
+    first.sparsify_model(20)
+    with torch.no_grad(): model[2].weight[torch.rand_like(model[2].weight) < .1] = 0
+    second.sparsify_model(60)
+    largest = max(layer.grouping.size for layer in second.layers.values())
+    kept = dict(second.masks)
+    total = sum(layer.weight.numel() for layer in second.layers.values())
+    assert abs(second.report().zeros - .6 * total) <= largest * (3 if context == 'local' else 1)
+    with torch.no_grad():
+        for layer in second.layers.values(): layer.weight.fill_(1)
+    second.apply_masks()
+    assert abs(second.report().zeros - .6 * total) <= largest * (3 if context == 'local' else 1)
+    assert all(torch.equal(layer.weight != 0, kept[n]) for n, layer in second.layers.items())
+
+
+def test_new_classes_learn():
+    torch.manual_seed(0)
+    head = nn.Linear(8, 4)
+    with torch.no_grad(): head.weight[2:] = 0
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), head)
+    optimizer, sparsifier = torch.optim.Adam(model.parameters(), 1e-2), Sparsifier(model)
+    sparsifier.sparsify_model(10)
+    sparsifier.attach(optimizer)
+    x, y = torch.randn(64, 8), torch.randint(0, 4, (64,))
+    for _ in range(50):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparsifier.report().zeros == 10 and (head.weight[3] != 0).any()
+
+
+def test_a_filter_that_two_layers_share_is_empty_where_both_are():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(2, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x): return self.head(self.a(x[:, :2]) + self.b(x))
+    model = Sum()
+    with torch.no_grad():
+        for i, layer in enumerate((model.a, model.b)): layer.weight.fill_(1. + i)
+        model.a.weight[:2] = 0
+        model.b.weight[1] = 0
+    sparsifier = Sparsifier(model, 'filter', layers=['a', 'b'], coupled=True, example=torch.randn(2, 6))
+    sparsifier.sparsify_model(31.25)  # 10 of 32: the second filter, and the zeros of the first
+    assert held(sparsifier, 'a') == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    assert held(sparsifier, 'b') == [[0] * 6, [1] * 6, [0] * 6, [0] * 6]
+    sparsifier.sparsify_model(50)
+    assert held(sparsifier, 'b') == [[1] * 6, [1] * 6, [0] * 6, [0] * 6] and sparsifier.report().zeros == 16
+
+
+def test_weights_that_come_back_compete_with_those_that_are_pruned():
+    sparsifier = Sparsifier(linear([1, 2, 3, 4]))
+    sparsifier.sparsify_model(75)
+    assert sparsifier.sparsify_model(50, regrow=True).born['0'].int().tolist() == [[0, 0, 1, 0]]
+    assert sparsifier.sparsify_model(25, regrow=True).born['0'].int().tolist() == [[0, 1, 0, 0]]
+    assert held(sparsifier) == [[1, 0, 0, 0]]
+
+
+# Held from the beginning
+
+def test_keep_zeros_holds_what_is_there():
+    model = linear([0, 0, 3, 4], [5, 0, 7, 8])
+    sparsifier = Sparsifier(model, keep_zeros=True)
+    assert held(sparsifier) == [[1, 1, 0, 0], [0, 1, 0, 0]]
+    sparsifier.sparsify_model(50)
+    assert held(sparsifier) == [[1, 1, 1, 0], [0, 1, 0, 0]]
+
+
+def test_keep_zeros_takes_a_tensor_of_zeros_for_new(net):
+    nn.init.zeros_(net[8].weight)
+    assert Sparsifier(net, keep_zeros=True).masks['8'].all()
+
+
+def test_keep_zeros_is_true_or_false():
+    with pytest.raises(TypeError, match="keep_zeros: got 'yes', expected True or False"): Sparsifier(convnet(), keep_zeros='yes')
