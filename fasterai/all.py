@@ -7,12 +7,14 @@ from fasterai.report import Report
 from fasterai.schedule import (
     cosine,
     dense_sparse_dense,
+    epochs,
     gradual,
     iterative,
     linear,
     one_cycle,
     one_shot,
     plot_schedule,
+    steps,
 )
 from fasterai.sensitivity import sensitivity
 from fasterai.sparsifier import Sparsifier
@@ -20,5 +22,5 @@ from fasterai.sparsifier import Sparsifier
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
-    'plot_schedule', 'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
+    'steps', 'epochs', 'plot_schedule', 'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

@@ -16,7 +16,7 @@ from fasterai.layers import check_kinds, choose, matching
 from fasterai.masks import followed
 from fasterai.names import Named, bare, find_again
 from fasterai.rules import Rules, as_arguments, takes_rules
-from fasterai.schedule import read_schedule
+from fasterai.schedule import Ramp, check_initial, initial_at, needs_length, over_fit, read_schedule
 from fasterai.selected import warn_lost
 from fasterai.sparsifier import Sparsifier
 from fasterai.zeros import count_zeros
@@ -216,6 +216,7 @@ class SparsifyCallback(KeepSparse):
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
+        self._check_initial()
         self.keeper, self.history, self.trouble = None, [], ''
         self.column, self.trackers = Column(self), Trackers()
 
@@ -227,11 +228,13 @@ class SparsifyCallback(KeepSparse):
         self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
         self._check_names()
+        self._check_initial()
         keep_zeros = self.rules.keep_zeros or self._goes_on_from_a_file()
         self._build(replace(self.rules, keep_zeros=keep_zeros))
-        self.sparsifier.selected.learned |= {*self._frozen_by_learner(self.sparsifier.selected.candidates)}
+        self.sparsifier.selected.learned |= {*self._frozen_by_learner()}
         self._wanted()
         self._begin()
+        self._plan_early()
         self._leave_keeper()
         self._end_behind_all()
         self.column.add(self.learn)
@@ -247,7 +250,9 @@ class SparsifyCallback(KeepSparse):
 
     def before_batch(self):
         "Find the data flow with the first batch, and with it the layers that are left out; then as KeepSparse."
-        if not self.active or not self.training or self.begun: return
+        if not self.active or not self.training: return
+        self.had_batch = True
+        if self.begun: return
         self.sparsifier.selected.resolve()
         self._wanted()
         super().before_batch()
@@ -256,6 +261,7 @@ class SparsifyCallback(KeepSparse):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."
         if not self.active: return
         super().after_train()
+        if not self.had_batch: return
         more_to_come = self.epoch < self.n_epoch - 1 or self.iter < self.n_iter - 1
         if more_to_come: return
         try: self._prune()
@@ -268,7 +274,7 @@ class SparsifyCallback(KeepSparse):
         report = self.sparsifier.report()
         self.history.append({'epoch': self.epoch} | {row.layer: row.sparsity for row in report.rows})
         self.column.fill(self.learn, report.sparsity)
-        if self.share == float(self.schedule(1.)): self.compared = True
+        if self._at_final_sparsity(): self.compared = True
         else: self.trackers.pause(self.learn, spare=self._goes_on)
 
     def after_fit(self):
@@ -286,7 +292,9 @@ class SparsifyCallback(KeepSparse):
 
     def _begin(self):
         "Set what is counted during a fit."
-        self.training_progress, self.share = 0., 0.  # both 0 to 1: of the training, of the target sparsity
+        self.training_progress, self.had_batch = 0., False  # 0 to 1; whether there was a batch to train on
+        self.share, self.initial = 0., 0.  # as the schedule returned them: 0 to 1, and percent
+        self.timetable, self.n_steps = None, None  # the schedule over this fit, with so many steps an epoch
         self.compared = False  # there was an epoch at the final sparsity
         self.history, self.trouble = [], ''  # sparsity of each layer by epoch; the error of the last event
         self.pruned, self.waiting = set(), frozenset()  # names of the layers of the last event, and of those that waited in it
@@ -294,30 +302,65 @@ class SparsifyCallback(KeepSparse):
         self.zeros_before = {name: layer.weight.numel() - masks.left(name) for name, layer in layers.items()}
 
     def _prune(self):
-        "Make an event, if the schedule returns something new, or a layer can be pruned that could not before."
+        "Make an event, if one is due."
         self.training_progress = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
-        share = float(self.schedule(self.training_progress))
-        layers = self.sparsifier.layers
-        is_new = share != self.share or share and (self.pruned != {*layers} or self._heard_of(layers))
-        if not is_new or self._frozen_by_learner(layers): return
-        change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=share < self.share)
-        self.share, self.pruned, self.waiting = share, {*layers}, change.waiting
+        if self.n_steps != self.n_iter and not self._plan(self.n_iter): return
+        share, initial = self._due(self.training_progress)
+        if not self._is_due(share, initial) or self._frozen_by_learner(): return
+        falls = share < self.share or initial < self.initial
+        change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=falls, initial=initial)
+        self.share, self.initial = share, initial
+        self.pruned, self.waiting = {*self.sparsifier.layers}, change.waiting
         self._mask_optimizer_state()
 
-    def _heard_of(self, layers):
-        "Tell whether there is evidence now of a layer that waited for it at the last event."
-        return any(self.sparsifier.evidence.known(layers[name]) for name in self.waiting if name in layers)
+    def _is_due(self, share, initial):
+        "Tell whether the schedule returned something new, or a layer learns or is known of that was not before."
+        if (share, initial) != (self.share, self.initial): return True
+        if not share and not initial: return False
+        layers = self.sparsifier.layers
+        known = any(self.sparsifier.evidence.known(layers[name]) for name in self.waiting if name in layers)
+        return known or self.pruned != {*layers}
 
-    def _frozen_by_learner(self, layers):
-        "Return those of the layers that `learn.freeze`, `freeze_to` or `fine_tune` has frozen, by name."
+    def _frozen_by_learner(self):
+        "Return the layers that `learn.freeze`, `freeze_to` or `fine_tune` has frozen: their names."
         n = getattr(self.learn.opt, 'frozen_idx', 0)
         frozen = {id(p) for group in self.learn.opt.param_lists[:n] for p in group if not p.requires_grad}
-        return [name for name, layer in layers.items() if id(layer.weight) in frozen]
+        layers = self.sparsifier.selected.candidates.items()  # before the first batch the data flow is not known
+        return [name for name, layer in layers if id(layer.weight) in frozen]
+
+    def _plan_early(self):
+        "Place the schedule in this fit before it begins, so that times that do not fit are refused here."
+        n_steps = len(self.learn.dls.train)
+        if n_steps and self.n_epoch: self._plan(n_steps)
+
+    def _plan(self, n_steps):
+        """Place the schedule in this fit; return whether that is done.
+
+        It is not while the Learner has frozen layers and the schedule has steps or epochs: those are of the
+        part of fine_tune that trains all layers, and may be too many for the first."""
+        if needs_length(self.schedule) and self._frozen_by_learner(): return False
+        self.timetable, self.n_steps = over_fit(self.schedule, self.n_epoch, n_steps), n_steps
+        return True
+
+    def _due(self, progress):
+        "Return which share of the sparsity is due, 0 to 1, and what it begins with, percent."
+        return float(self.timetable(progress)), initial_at(self.timetable, progress)
+
+    def _at_final_sparsity(self):
+        return self.timetable is not None and self._due(1.) == (self.share, self.initial)
+
+    def _check_initial(self):
+        "Refuse a schedule that begins with more zeros than it shall end with."
+        if not isinstance(self.schedule, Ramp): return
+        sparsity, initial = self.sparsity, self.schedule.initial
+        targets = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
+        wanted = [self.rules.fraction(target) for target in targets]
+        check_initial(initial, wanted, f'schedule: got initial={initial!r}')
 
     def _goes_on(self, tracker):
         "Tell whether a tracker may see an epoch before the final sparsity."
         if saves_every_epoch(tracker): return True
-        return bool(self._frozen_by_learner(self.sparsifier.layers)) and tracker.reset_on_fit  # fine_tune: it begins anew in the second part
+        return bool(self._frozen_by_learner()) and tracker.reset_on_fit  # fine_tune: it begins anew in the second part
 
     def _wanted(self):
         "Find the sparsity of each layer; refuse what means none of those that are selected."
@@ -388,7 +431,7 @@ class SparsifyCallback(KeepSparse):
 
     def _summary(self):
         "Say what was asked and what was reached."
-        report, waiting = self.sparsifier.report(), self._frozen_by_learner(self.sparsifier.layers)
+        report, waiting = self.sparsifier.report(), self._frozen_by_learner()
         asked = 100 * sum(self.asked.get(row.layer, 0) * row.weights for row in report.rows) / report.weights
         text = (f'asked {float(asked):.4g} %, reached {report.sparsity:.2f} % '
                 f'({report.zeros:,} of {report.weights:,} weights)')
@@ -401,6 +444,7 @@ class SparsifyCallback(KeepSparse):
         "Say why another sparsity was reached than asked, where there is a reason."
         zeros_before = sum(self.zeros_before.get(row.layer, 0) for row in report.rows)
         if self.trouble: return f'; the last event failed: {self.trouble}'
+        if not len(self.learn.dls.train): return '; there was no batch to train on'
         done, wanted = self.training_progress, asked * report.weights / 100
         if done < 1: return f', stopped after {100 * done:.0f} % of the training'
         if zeros_before > round(wanted): return '; zeros that are there stay, and count'

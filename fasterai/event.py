@@ -57,10 +57,11 @@ class Budget(NamedTuple):
     "Say which layers compete with each other, and which fraction of their weights shall be zero."
     tied: list  # of lists of layers; the n-th groups of the layers in one list are pruned together
     target: Fraction  # of zeros, in the end
-    share: Fraction  # how much of the target is wanted now
+    share: Fraction  # how much of the way from the initial sparsity to the target is wanted now
+    initial: Fraction = Fraction(0)  # of zeros, to begin with
 
     @property
-    def fraction(self): return self.target * self.share
+    def fraction(self): return self.initial + (self.target - self.initial) * self.share
 
     def without(self, names):
         "Leave out the layers of these names, and those that are pruned as one with them."

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fasterai.allocation import entries, fractions
-from fasterai.arguments import flag, method_hint, nearest
+from fasterai.arguments import flag, method_hint, nearest, percent
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.masks import Masks
@@ -16,7 +16,7 @@ from fasterai.names import Named
 from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.report import Report, measure
 from fasterai.rules import Rules, as_arguments, takes_rules
-from fasterai.schedule import read_share
+from fasterai.schedule import check_initial, read_share
 from fasterai.selected import Selected
 
 
@@ -72,14 +72,17 @@ class Sparsifier:
         sparsity,  # percent of the selected weights that shall be zero; or {name, glob, type or module: percent}, whose layers compete among themselves
         share: float = 1.,  # how much of that sparsity is wanted now, 0 to 1, as a schedule returns it
         regrow: bool = False,  # let weights come back, from zero, where the sparsity falls
+        initial: float = 0.,  # the sparsity that a share of 0 stands for, percent, 0 to 100: each goes from it to its own
     ) -> Change:  # its `masks`, and which weights `died` or were `born`
         """Prune the model to a sparsity: zero the least important weights until it is reached.
 
         Weights that are zero already count, and stay zero without `regrow`. An error leaves the model as
         it was."""
-        share, regrow = read_share(share), flag('regrow', regrow)
+        share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
         self.selected.resolve()
-        return self._event(self._budgets(entries(sparsity, self.rules, self.selected), share), regrow)
+        wanted = entries(sparsity, self.rules, self.selected)
+        check_initial(initial, [fraction for _, fraction in wanted], f'initial: got {initial!r}')
+        return self._event(self._budgets(wanted, share, begin), regrow)
 
     def sparsify_layer(self,
         layer,  # a selected layer: its name, module or parameter; each weight within it to the same sparsity
@@ -98,7 +101,7 @@ class Sparsifier:
         each = [([name], fraction) for name, fraction in wanted.items()]
         return self._event(self._budgets(each, Fraction(1)), regrow=False)
 
-    def _budgets(self, entries, share):
+    def _budgets(self, entries, share, initial=Fraction(0)):
         """Return a budget for each entry; what is pruned as one goes into the first entry that has a part
         of it."""
         wanted = {name: fraction for names, fraction in entries for name in names}
@@ -107,7 +110,7 @@ class Sparsifier:
             together = dict.fromkeys(other for name in names for other in self._tied_alike(name, wanted))
             tied = self.selected.tied([name for name in together if name not in done])
             done.update(together)
-            if tied: budgets.append(Budget(tied, fraction, share))
+            if tied: budgets.append(Budget(tied, fraction, share, initial))
         return budgets
 
     def _tied_alike(self, name, wanted):

@@ -1,3 +1,6 @@
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import convnet
@@ -6,7 +9,7 @@ from fastai.callback.schedule import SchedCos
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
-from fasterai.schedule import gradual, iterative, linear, one_shot
+from fasterai.schedule import Ramp, dense_sparse_dense, epochs, gradual, iterative, linear, one_shot, steps
 
 
 class Watch(Callback):
@@ -184,3 +187,164 @@ def test_why_more_is_zero_than_was_asked_for(make_learner, capsys):
     assert 'zeros that are there' not in capsys.readouterr().out
     fit(learn, cbs=[SparsifyCallback(50)])
     assert 'asked 50 %, reached 89.93 % (509 of 566 weights); zeros that are there stay, and count' in capsys.readouterr().out
+
+
+# Schedules in steps and epochs
+
+PERCENTS = [  # zeros after each step, 2 epochs of 4 steps
+    (80, one_shot(at=steps(3)), [0, 0, 0, 80, 80, 80, 80, 80]),
+    (80, one_shot(at=epochs(1.5)), [0, 0, 0, 0, 0, 0, 80, 80]),
+    (80, dense_sparse_dense(start=epochs(1), end=steps(6)), [0, 0, 0, 0, 80, 80, 0, 0]),
+    (80, linear(start=steps(2), end=epochs(1.5)), [0, 0, 20, 40, 60, 80, 80, 80]),
+    (80, linear(0, 1, every=steps(2)), [0, 20, 20, 40, 40, 60, 60, 80]),
+    (80, linear(steps(1), steps(6), every=steps(5)), [0, 0, 0, 0, 0, 80, 80, 80]),
+    (90, linear(start=steps(2), end=steps(6), initial=50), [0, 0, 60, 70, 80, 90, 90, 90]),
+    (90, linear(start=steps(2), end=steps(8), every=steps(3), initial=50), [0, 0, 50, 50, 70, 70, 70, 90]),
+    (90, gradual(start=epochs(1), end=epochs(2), every=steps(4), initial=50), [0, 0, 0, 0, 50, 50, 50, 90]),
+    (50, linear(start=steps(2), end=steps(6), initial=50), [0, 0, 50, 50, 50, 50, 50, 50]),
+    (90, iterative(start=0, end=1, n_steps=2, initial=50), [70, 70, 70, 70, 90, 90, 90, 90]),
+]
+
+
+@pytest.mark.parametrize('sparsity, schedule, percents', PERCENTS, ids=lambda value: repr(value) if isinstance(value, Ramp) else '')
+def test_zeros_after_each_step(make_learner, sparsity, schedule, percents):
+    callback = SparsifyCallback(sparsity, schedule=schedule)
+    assert fit(make_learner(), cbs=[callback]) == percents
+    assert callback.schedule is schedule
+
+
+class Count(Callback):
+    "Notes the steps, from 1 on, that begin with other masks than the one before."
+    order = SparsifyCallback.order + .05  # right after it
+
+    def before_fit(self): self.changes, self.step, self.left = [], 0, None
+
+    def before_step(self):
+        self.step += 1
+        masks = self.learn.sparsify.sparsifier.masks
+        left = sum(masks.left(name) for name in ('0', '3', '8'))
+        if self.left not in (None, left) or self.left is None and left < 566: self.changes.append(self.step)
+        self.left = left
+
+
+@pytest.mark.parametrize('at', [.5, steps(20), epochs(2)])
+def test_one_shot_leaves_so_many_steps_dense(make_learner, at):
+    "The event is made before step 21 is taken, so the weights that it leaves are sparse."
+    count = Count()
+    seen = fit(make_learner(batches=10), 4, [SparsifyCallback(80, schedule=one_shot(at=at)), count])
+    assert seen == [0] * 20 + [80] * 20 and count.changes == [21]
+
+
+def test_events_come_only_each_so_many_steps(make_learner):
+    count = Count()
+    fit(make_learner(), 10, [SparsifyCallback(80, schedule=gradual(start=epochs(2), end=epochs(8), every=steps(6), initial=50)), count])
+    assert count.changes == [9, 14, 20, 26, 32]
+
+
+def test_a_second_fit_resolves_anew(make_learner):
+    learn, callback = make_learner(), SparsifyCallback(80, schedule=one_shot(at=epochs(1)))
+    assert fit(learn, 2, [callback]) == [0] * 4 + [80] * 4
+    learn = make_learner(batches=2)
+    assert fit(learn, 3, [callback]) == [0] * 2 + [80] * 4
+    assert repr(callback) == 'SparsifyCallback(sparsity=80, schedule=one_shot(at=epochs(1)))'
+    with pytest.raises(ValueError, match=r'schedule: got at=steps\(9\), expected at most the 6 steps of this fit'):
+        learn.fit(3, cbs=SparsifyCallback(80, schedule=one_shot(at=steps(9))))
+
+
+def test_a_resumed_fit_keeps_the_epochs_of_the_whole(make_learner):
+    schedule = linear(start=epochs(2), end=epochs(4))
+    assert fit(make_learner(), 4, [SparsifyCallback(80, schedule=schedule)], start_epoch=3) == [50, 60, 70, 80]
+
+
+def test_fine_tune_runs_the_schedule_over_its_second_fit(make_learner):
+    learn = make_learner(splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
+    seen, watch = [], Watch()
+    watch.after_fit = lambda: seen.extend(round(100 * s) for s in watch.seen)
+    learn.fine_tune(3, freeze_epochs=1, cbs=[SparsifyCallback(80, schedule=one_shot(at=epochs(2))), watch])
+    assert seen == [0] * 4 + [0] * 8 + [80] * 4
+    with pytest.raises(ValueError, match=r'got at=epochs\(4\), expected at most the 3 epochs of this fit'):
+        learn.fine_tune(3, freeze_epochs=1, cbs=SparsifyCallback(80, schedule=one_shot(at=epochs(4))))
+
+
+def test_steps_are_those_of_the_loop(make_learner):
+    "Another callback may change the batches when the fit begins, as distributed training does."
+    class Larger(Callback):
+        order = 50
+
+        def before_fit(self): self.learn.dls.loaders[0] = self.learn.dls.train.new(bs=16)
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule=one_shot(at=steps(3))), Larger()]) == [0, 0, 0, 80]
+
+
+def test_epochs_are_compared_from_the_final_sparsity_on(make_learner):
+    class Note(Callback):
+        order = 90
+
+        def before_fit(self): self.seen = []
+        def after_epoch(self): self.seen.append(self.learn.sparsify.compared)
+    note = Note()
+    make_learner().fit(4, cbs=[SparsifyCallback(80, schedule=linear(epochs(1), epochs(3), every=epochs(1), initial=50)), note])
+    assert note.seen == [False, False, True, True]
+
+
+def test_a_fit_of_no_epochs_passes(make_learner):
+    assert fit(make_learner(), 0, [SparsifyCallback(80, schedule=one_shot(at=epochs(1)))]) == []
+
+
+def test_times_that_do_not_fit_are_refused_before_the_first_batch(make_learner):
+    learn = make_learner()
+    with pytest.raises(ValueError, match=r'schedule: got end=epochs\(8\), expected at most the 5 epochs of this fit'):
+        learn.fit(5, cbs=SparsifyCallback(90, schedule=gradual(end=epochs(8))))
+    assert not hasattr(learn, 'iter') and [m.name for m in learn.metrics] == ['accuracy']
+    assert fit(learn, 1) == [0] * 4
+
+
+def test_an_initial_sparsity_above_the_target_is_refused(make_learner):
+    schedule = gradual(initial=50)
+    for sparsity, says in ((40, 'got initial=50, expected at most the sparsity 40'), ({'0': 90, '3': 33.3}, 'at most the sparsity 33.3')):
+        with pytest.raises(ValueError, match=f'schedule: .*{says}'): SparsifyCallback(sparsity, schedule=schedule)
+    callback = SparsifyCallback(90, schedule=schedule)
+    callback.sparsity = 40
+    with pytest.raises(ValueError, match='schedule: got initial=50, expected at most the sparsity 40'): make_learner().fit(1, cbs=callback)
+
+
+def test_each_layer_goes_from_the_initial_sparsity_to_its_own(make_learner):
+    class Layers(Watch):
+        def after_step(self): self.seen.append([int((self.model[i].weight == 0).sum()) for i in (3, 8)])
+    learn, watch = make_learner(), Layers()
+    learn.fit(1, cbs=[SparsifyCallback({'3': 50, '8': 90}, schedule=linear(0, 1, every=steps(2), initial=25)), watch])
+    assert watch.seen == [[108, 20], [162, 46], [162, 46], [216, 72]]  # of 432 and 80: 25 %, half the way, the target
+
+
+def test_a_pattern_with_an_initial_sparsity(make_learner):
+    learn, watch = make_learner(), Watch()
+    watch.after_step = lambda: watch.seen.append(int((learn.model[3].weight == 0).sum()))
+    learn.fit(1, cbs=[SparsifyCallback(50, context='2:4', layers='3', schedule=linear(0, 1, every=steps(2), initial=25)), watch])
+    assert watch.seen[0] == 108 and watch.seen[-1] == 216 and watch.seen == sorted(watch.seen)
+
+
+def test_a_schedule_of_ones_own_may_take_the_initial_sparsity_back(make_learner):
+    "What comes back regrows, though the share has not fallen."
+    class until_half(Ramp):
+        def climb(self, passed): return 0.
+        def begins_with(self, progress): return 50 * (progress <= .5)
+    assert fit(make_learner(), cbs=[SparsifyCallback(80, schedule=until_half(0, 1))])[:6] == [50] * 4 + [0] * 2
+
+
+def test_a_callback_with_times_can_be_copied(make_learner):
+    callback = SparsifyCallback(90, schedule=gradual(start=epochs(1), end=steps(8), every=steps(2), initial=50))
+    for copied in (deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert repr(copied) == repr(callback) and fit(make_learner(), cbs=[copied])[3:] == [0, 50, 85, 85, 90]
+
+
+@pytest.mark.parametrize('schedule', ['gradual', one_shot(at=epochs(1)), gradual(every=steps(2), initial=50)], ids=repr)
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_a_fit_without_a_batch_to_train_on_passes(make_learner, capsys, schedule, granularity):
+    learn = make_learner()
+    learn.dls.loaders[0] = learn.dls.train.new(bs=64, drop_last=True)  # more than the 32 rows
+    learn.logger = print
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.fit(2, cbs=SparsifyCallback(90, granularity, schedule=schedule))
+    end = capsys.readouterr().out.splitlines()[-1]
+    assert 'reached 0.00 %' in end and end.endswith('there was no batch to train on')
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    assert [m.name for m in learn.metrics] == ['accuracy'] and len(learn.validate()) == 2

@@ -11,6 +11,7 @@ from fasterai.context import CONTEXTS, ContextInfo, global_
 from fasterai.event import Budget, decide
 from fasterai.granularity import block
 from fasterai.regrowth import LOWEST
+from fasterai.scoring import Scores
 from fasterai.sparsifier import Sparsifier
 
 
@@ -122,6 +123,25 @@ def decided(sparsifier, sparsity):
     tied = sparsifier.selected.tied(list(sparsifier.layers))
     budget = Budget(tied, Fraction(sparsity, 100), Fraction(1))
     return decide(sparsifier.rules, [budget], sparsifier.masks.of, sparsifier.evidence)
+
+
+@pytest.mark.parametrize('share, initial, fraction', [(0, 0, '0'), (1, 0, '9/10'), ('1/2', 0, '9/20'), (0, '1/2', '1/2'), ('1/4', '1/2', '3/5'), (1, '1/2', '9/10')])
+def test_a_budget_goes_from_its_initial_sparsity_to_its_target(share, initial, fraction):
+    assert Budget([], Fraction(9, 10), Fraction(share), Fraction(initial)).fraction == Fraction(fraction)
+
+
+@pytest.mark.parametrize('share, initial, asked', [(0, 0, []), (0, '1/2', ['0', '3', '8']), ('1/2', 0, ['0', '3', '8'])])
+def test_only_layers_of_which_something_shall_be_zero_are_scored_at_once(net, monkeypatch, share, initial, asked):
+    "On a GPU their scores are checked together, before any other is asked for."
+    class Noted(Scores):
+        def __init__(self, criterion, evidence, layers):
+            super().__init__(criterion, evidence, layers)
+            noted.extend(layer.name for layer in layers)
+    noted, sparsifier = [], Sparsifier(net)
+    monkeypatch.setattr('fasterai.event.Scores', Noted)
+    budget = Budget(sparsifier.selected.tied(list(sparsifier.layers)), Fraction(9, 10), Fraction(share), Fraction(initial))
+    decide(sparsifier.rules, [budget], sparsifier.masks.of, sparsifier.evidence)
+    assert noted == asked
 
 
 def row(*weights):

@@ -1,20 +1,30 @@
 import pickle
+from copy import deepcopy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
+from conftest import zeros
 from fastai.callback.schedule import SchedCos, SchedLin
+from torch import nn
 
 from fasterai.schedule import (
     SCHEDULES,
+    Ramp,
     cosine,
     dense_sparse_dense,
+    epochs,
     gradual,
+    initial_at,
     iterative,
     linear,
     one_cycle,
     one_shot,
+    over_fit,
     plot_schedule,
     read_schedule,
+    steps,
 )
 from fasterai.sparsifier import Sparsifier
 
@@ -110,3 +120,195 @@ def test_what_happens_after_a_share_of_training_leaves_so_many_steps_as_they_are
 def test_a_phase_has_as_many_steps_as_its_share():
     sparse = [dense_sparse_dense(.25, .75)(step / 40) for step in range(1, 41)]
     assert sparse == [0] * 10 + [1] * 20 + [0] * 10
+
+
+# Steps and epochs
+
+def table(schedule, n_epochs, steps_per_epoch):
+    "What a schedule returns before each step of a fit, in whole percent."
+    schedule, total = schedule.over(n_epochs, steps_per_epoch), n_epochs * steps_per_epoch
+    return [round(100 * schedule(step / total)) for step in range(1, total + 1)]
+
+
+@pytest.mark.parametrize('schedule, percents', [  # in 2 epochs of 4 steps
+    (one_shot(at=steps(3)), [0, 0, 0, 100, 100, 100, 100, 100]),
+    (one_shot(at=epochs(1)), [0, 0, 0, 0, 100, 100, 100, 100]),
+    (one_shot(at=epochs(1.5)), [0, 0, 0, 0, 0, 0, 100, 100]),
+    (one_shot(at=steps(0)), [100] * 8),
+    (one_shot(at=steps(8)), [0] * 7 + [100]),
+    (dense_sparse_dense(start=epochs(1), end=steps(6)), [0, 0, 0, 0, 100, 100, 0, 0]),
+    (dense_sparse_dense(start=.25, end=epochs(1)), [0, 0, 100, 100, 0, 0, 0, 0]),
+    (linear(start=steps(0), end=epochs(2)), [12, 25, 38, 50, 62, 75, 88, 100]),
+    (linear(start=steps(2), end=epochs(1.5)), [0, 0, 25, 50, 75, 100, 100, 100]),
+    (linear(start=epochs(.5), end=.75), [0, 0, 25, 50, 75, 100, 100, 100]),
+    (iterative(start=steps(2), end=epochs(2), n_steps=2), [0, 0, 50, 50, 50, 100, 100, 100]),
+    (linear(0, 1, every=steps(2)), [0, 25, 25, 50, 50, 75, 75, 100]),
+    (linear(0, 1, every=steps(1)), [12, 25, 38, 50, 62, 75, 88, 100]),
+    (linear(0, 1, every=epochs(.5)), [0, 25, 25, 50, 50, 75, 75, 100]),
+    (linear(0, 1, every=.25), [0, 25, 25, 50, 50, 75, 75, 100]),
+    (linear(0, 1, every=steps(3)), [0, 0, 38, 38, 38, 75, 75, 100]),  # 8 is no multiple of 3
+    (linear(steps(1), steps(7), every=steps(2)), [0, 0, 33, 33, 67, 67, 100, 100]),
+    (linear(steps(1), steps(6), every=steps(5)), [0, 0, 0, 0, 0, 100, 100, 100]),
+    (linear(steps(1), steps(6), every=steps(8)), [0, 0, 0, 0, 0, 100, 100, 100]),
+    (gradual(0, 1, every=steps(4)), [0, 0, 0, 88, 88, 88, 88, 100]),
+    (iterative(0, 1, n_steps=2, every=steps(2)), [0, 50, 50, 50, 50, 100, 100, 100]),
+], ids=repr)
+def test_a_table_in_steps(schedule, percents): assert table(schedule, 2, 4) == percents
+
+
+@pytest.mark.parametrize('n_epochs, steps_per_epoch', [(1, 10), (3, 7), (7, 49), (10, 100), (41, 3)])
+def test_no_time_is_a_step_off(n_epochs, steps_per_epoch):
+    "Times are fractions of training, such as 1/3, and the progress is a float: each step is tried."
+    total = n_epochs * steps_per_epoch
+    for n in range(total):
+        after = one_shot(at=steps(n)).over(n_epochs, steps_per_epoch)
+        assert (after(n / total), after((n + 1) / total)) == (0, 1)
+        ramp = linear(steps(n), steps(total), every=steps(3)).over(n_epochs, steps_per_epoch)
+        changes = [i for i in range(n + 1, total + 1) if ramp(i / total) != ramp((i - 1) / total)]
+        assert changes == [*range(n + 3, total, 3), total]
+
+
+def test_where_the_sparsity_changes_it_is_that_of_every_step():
+    smooth, held = gradual(steps(10), steps(70)).over(2, 50), gradual(steps(10), steps(70), every=steps(20)).over(2, 50)
+    assert [held(i / 100) for i in (30, 50, 70)] == pytest.approx([smooth(i / 100) for i in (30, 50, 70)])
+    assert [held(i / 100) for i in (11, 29, 31, 49)] == pytest.approx([0, 0, smooth(.3), smooth(.3)])
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_shares_of_training_stay_as_they_are(name):
+    schedule = SCHEDULES[name]()
+    resolved = schedule.over(3, 7)
+    assert resolved == schedule
+    assert all(type(value) is Fraction for key, value in vars(resolved).items() if key in ('at', 'start', 'end'))
+    assert [resolved(i / 21) for i in range(22)] == [schedule(i / 21) for i in range(22)]
+
+
+def test_times_are_exact_fractions_of_training():
+    schedule = gradual(start=epochs(1.1), end=steps(20), every=steps(2))
+    resolved = schedule.over(n_epochs=3, steps_per_epoch=10)
+    assert (resolved.start, resolved.end, resolved.every) == (Fraction(11, 30), Fraction(2, 3), Fraction(1, 15))
+    assert resolved.over(5, 5) == resolved and schedule.end == steps(20)
+
+
+IN_TIMES = [
+    "gradual(start=epochs(2), end=epochs(8), every=steps(100), initial=50)",
+    "one_shot(at=epochs(1.5))",
+    "iterative(start=0.1, end=steps(9), every=0.1, n_steps=3)",
+    "dense_sparse_dense(start=epochs(1), end=steps(500))",
+    "linear(start=0.1, end=0.75, initial=33.3)",
+]
+
+
+@pytest.mark.parametrize('typed', IN_TIMES)
+def test_a_schedule_in_times_is_a_value(typed):
+    schedule = eval(typed)
+    assert repr(schedule) == typed
+    for copied in (pickle.loads(pickle.dumps(schedule)), deepcopy(schedule), eval(typed)):
+        assert copied == schedule and hash(copied) == hash(schedule) and repr(copied) == typed
+    with pytest.raises(AttributeError): schedule.initial = 1
+
+
+def test_times_are_values():
+    assert repr([steps(100), epochs(2), epochs(1.5)]) == '[steps(100), epochs(2), epochs(1.5)]'
+    assert repr([steps(np.int64(3)), epochs(np.float32(1.5))]) == '[steps(3), epochs(1.5)]'
+    assert steps(1) == steps(1) != steps(2) and steps(1) != epochs(1) and len({epochs(2), epochs(2.)}) == 1
+    with pytest.raises(AttributeError): steps(1).n = 2
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: steps(-1), r'schedule: got steps\(-1\), expected a whole number of steps, 0 or more'),
+    (lambda: steps(1.5), r'got steps\(1.5\)'), (lambda: steps(True), r'got steps\(True\)'), (lambda: steps('a'), r"got steps\('a'\)"),
+    (lambda: epochs(-.5), r'schedule: got epochs\(-0.5\), expected a number of epochs, 0 or more'),
+    (lambda: epochs(float('nan')), r'got epochs\(nan\)'), (lambda: epochs(float('inf')), r'got epochs\(inf\)'),
+    (lambda: epochs(None), r'got epochs\(None\)'), (lambda: epochs(False), r'got epochs\(False\)'),
+    (lambda: gradual(start=epochs(3), end=epochs(2)), r'got start=epochs\(3\) and end=epochs\(2\), expected start < end'),
+    (lambda: dense_sparse_dense(start=steps(3), end=steps(3)), 'expected start < end'),
+    (lambda: gradual(end='8 epochs'), r"got end='8 epochs', expected a share of training, 0 to 1, steps\(n\) or epochs\(n\)"),
+    (lambda: gradual(start=None), 'got start=None'),
+    (lambda: gradual(every=0), 'got every=0, expected more than 0'), (lambda: gradual(every=steps(0)), r'got every=steps\(0\), expected more'),
+    (lambda: gradual(every=100), 'got every=100, expected a share of training'), (lambda: iterative(every=-1), 'got every=-1'),
+    (lambda: gradual(initial=.5), 'initial: got 0.5, expected 0, or 1 to 100 percent: write 50 for 50 %'),
+    (lambda: iterative(initial=101), 'initial: got 101, expected a number from 0 to 100'),
+    (lambda: gradual(initial=float('nan')), 'initial: got nan'),
+])
+def test_bad_times_are_refused(make, says):
+    with pytest.raises(ValueError, match=says): make()
+
+
+def test_an_initial_sparsity_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="initial: got '50%', .* did you mean 50?"): linear(initial='50%')
+    with pytest.raises(TypeError): gradual(.1, .9, steps(3))  # by name only
+
+
+@pytest.mark.parametrize('schedule, says', [
+    (gradual(end=epochs(8)), r'schedule: got end=epochs\(8\), expected at most the 5 epochs of this fit'),
+    (gradual(end=steps(21)), r'schedule: got end=steps\(21\), expected at most the 20 steps of this fit'),
+    (one_shot(at=epochs(5.01)), r'got at=epochs\(5.01\)'),
+    (dense_sparse_dense(start=epochs(6), end=1), r'got start=epochs\(6\)'),
+    (gradual(every=epochs(6)), r'got every=epochs\(6\)'),
+    (gradual(start=epochs(2), end=steps(8)), r'got start=epochs\(2\) and end=steps\(8\), expected start < end; an epoch has 4 steps here'),
+    (gradual(start=.5, end=steps(10)), r'got start=0.5 and end=steps\(10\)'),
+])
+def test_times_that_do_not_fit_the_training_are_refused(schedule, says):
+    with pytest.raises(ValueError, match=says): schedule.over(5, 4)
+
+
+def test_the_length_of_training_is_checked():
+    for n_epochs, steps_per_epoch, says in ((0, 4, 'n_epochs: got 0'), (2, 1.5, 'steps_per_epoch: got 1.5'), ('2', 4, "n_epochs: got '2'")):
+        with pytest.raises(ValueError, match=says): gradual().over(n_epochs, steps_per_epoch)
+    with pytest.raises(ValueError, match='at most the 1 epoch of this fit'): gradual(end=epochs(2)).over(1, 4)
+
+
+@pytest.mark.parametrize('schedule', [one_shot(at=steps(3)), dense_sparse_dense(end=steps(9)), gradual(.1, epochs(2)), iterative(every=steps(2))])
+def test_what_needs_the_length_of_training_says_so(schedule):
+    assert read_schedule(schedule) is schedule
+    for call in (lambda: schedule(.5), schedule.plot):
+        with pytest.raises(ValueError, match=r'schedule: got \w+=\w+\(\d\), expected \.over\(n_epochs=\.\.\., steps_per_epoch=\.\.\.\) first'): call()
+    assert schedule.over(n_epochs=3, steps_per_epoch=10).plot()
+
+
+def test_a_schedule_of_ones_own_is_checked_when_the_length_of_training_is_known():
+    class steep(Ramp):
+        def climb(self, passed): return 2 * passed
+    with pytest.raises(ValueError, match='expected 0 to 1'): read_schedule(steep())
+    schedule = read_schedule(steep(end=steps(20)))
+    with pytest.raises(ValueError, match='schedule: got steep.* expected 0 to 1'): over_fit(schedule, 2, 10)
+    def plain(progress): return progress
+    assert over_fit(plain, 2, 10) is plain
+
+
+# A sparsity to begin with
+
+def test_what_a_schedule_begins_with():
+    schedule = gradual(start=steps(2), end=steps(8), initial=50).over(1, 10)
+    assert [schedule.begins_with(step / 10) for step in range(1, 11)] == [0, 0, *[50] * 8]
+    assert [initial_at(schedule, p) for p in (.2, .3)] == [0, 50]
+    assert one_shot().begins_with(.9) == dense_sparse_dense().begins_with(.5) == initial_at(lambda p: p, .5) == 0
+    assert gradual().begins_with(.5) == 0
+
+
+def test_the_share_does_not_depend_on_what_it_begins_with():
+    assert [linear(0, 1, initial=50)(p) for p in (0, .25, 1)] == [0, .25, 1]
+
+
+@pytest.mark.parametrize('share, found', [(0, [50, 50]), (.5, [115, 60]), (1, [180, 70])])  # of 200 weights each
+def test_each_entry_goes_from_the_initial_sparsity_to_its_own(share, found):
+    net = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 10))
+    Sparsifier(net, layers=['0', '1']).sparsify_model({'0': 90, '1': 35}, share, initial=25)
+    assert list(zeros(net).values()) == found
+
+
+@pytest.mark.parametrize('initial, share, found', [(25, 0, 6), (25, .5, 9), (25, 1, 12), (50, 0, 12), (0, .5, 6)])  # of 24 weights
+def test_a_pattern_begins_with_a_part_of_its_zeros(initial, share, found):
+    net = nn.Sequential(nn.Linear(8, 3))
+    Sparsifier(net, context='2:4', layers='0').sparsify_model(50, share, initial=initial)
+    assert zeros(net) == {'0.weight': found}
+
+
+def test_initial_sparsities_that_cannot_be_are_refused(net):
+    before = [p.detach().clone() for p in net.parameters()]
+    for sparsity, initial, says in ((40, 50, 'initial: got 50, expected at most the sparsity 40'), (40, .5, 'write 50 for 50 %'),
+                                    ({'0': 90, '3': 33.3}, 50, 'at most the sparsity 33.3'), (40, -1, 'initial: got -1')):
+        with pytest.raises(ValueError, match=says): Sparsifier(net).sparsify_model(sparsity, initial=initial)
+    with pytest.raises(TypeError, match='initial: got None'): Sparsifier(net).sparsify_model(40, initial=None)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
