@@ -1,4 +1,5 @@
 "Prune in fastai's training loop: the callbacks say when, a `Sparsifier` does it."
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -13,7 +14,6 @@ from fasterai.arguments import known_arguments, name_of
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.granularity import add_layer_type
 from fasterai.layers import check_kinds, choose, matching
-from fasterai.masks import followed
 from fasterai.names import Named, bare, find_again
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, initial_at, needs_length, over_fit, read_schedule
@@ -158,7 +158,7 @@ class KeepSparse(FastaiCallback):
         layers, masks, found = self.sparsifier.selected.candidates, self.sparsifier.masks.of, {}
         for name, weight in self._found_again().items():
             keep = masks[name].keep
-            found[weight] = keep if layers[name].is_at(weight) else followed(name, keep, weight.tensor)
+            found[weight] = keep if layers[name].is_at(weight) else _where_zero(name, keep, weight.tensor.detach())
         return found
 
     def _follow_model(self):
@@ -180,6 +180,17 @@ class KeepSparse(FastaiCallback):
         self.sparsifier.mask_optimizer_state(getattr(opt, 'opt', opt).state)
         for slow, fast in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):
             self.sparsifier.mask_optimizer_state({p: {'slow': s} for p, s in zip(fast, slow)})
+
+
+def _where_zero(name, keep, weight):
+    """Return the mask for a layer that was put in the place of another between fits.
+
+    What is not zero in the new one is let go, and said: it may be a new head, or another model."""
+    lost = ~keep.to(weight.device) & (weight != 0)
+    if lost.any():
+        warnings.warn(f'masks: {name!r} was replaced, and {int(lost.sum()):,} of {int((~keep).sum()):,} masked '
+                      'weights are not zero in the new layer: they are let go', stacklevel=2)
+    return keep.to(weight.device) | lost
 
 
 class AfterAll(FastaiCallback):

@@ -1,5 +1,4 @@
 "Hold zeros: in weights, in their gradients, and in what an optimizer keeps for them."
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,7 +6,6 @@ import torch
 
 from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
-from fasterai.peers import ALONE
 from fasterai.selected import Selected
 
 PIECE = 1 << 20  # weights that are masked together
@@ -98,10 +96,6 @@ class Masks(Mapping):
         self.selected.follow()
         layers = self.selected.candidates
         self._of = {name: self._of[name].to(layer.weight.device) for name, layer in layers.items()}
-        for name in [name for name in self.selected.replaced if name in layers]:
-            keep = followed(name, self._of[name].keep, layers[name].weight)
-            self._of[name] = Mask.counted(keep, layers[name].grouping)
-        self.selected.replaced.clear()
         return self._of
 
     @property
@@ -212,21 +206,6 @@ class Masks(Mapping):
             keep = _unpacked(name, state[name], held[name].keep.shape).to(layer.weight.device)
             masks[name] = Mask.counted(keep, layer.grouping)
         self._set(masks, {})
-
-
-def followed(
-    name: str,  # of the layer
-    keep: torch.Tensor,  # bool: the mask of a layer that was replaced
-    weight: torch.Tensor,  # of the layer in its place, of the same shape
-) -> torch.Tensor:  # bool
-    "Return the mask for a layer that was put in the place of another: what is not zero in it is let go, and said."
-    weight = weight.detach()
-    lost = ~keep.to(weight.device) & (weight != 0)
-    n = ALONE.count(lost)
-    if n:
-        warnings.warn(f'masks: {name!r} was replaced, and {n:,} of {ALONE.count(~keep):,} masked weights are not '
-                      f'zero in the new one: they are not held; masks[{name!r}] = mask sets a mask', stacklevel=3)
-    return keep.to(weight.device) | lost
 
 
 def _owners(module, tensor):

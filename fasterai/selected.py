@@ -78,7 +78,6 @@ class Selected:
         self.ties = []  # lists of names of layers whose n-th filters are pruned together
         self.learned = set(self.choice.by_name)  # names of layers that were seen to learn, or that were named
         self.places, self.version = Places(model), 0  # the version rises when modules were replaced
-        self.replaced = set()  # names of layers that were replaced, and whose masks have not followed yet
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not _is_function(example): self.resolve()
 
@@ -129,9 +128,7 @@ class Selected:
         for name in lost:
             del self.candidates[name]
             self.choice.skipped[name] = 'is no longer in the model as it was pruned'
-        for name, layer in self.candidates.items():
-            if not layer.is_at(found[name]): self.replaced.add(name)
-            self.candidates[name] = replace(layer, at=found[name])
+        for name, layer in self.candidates.items(): self.candidates[name] = replace(layer, at=found[name])
 
     def tied(self,
         names: list,  # of layers

@@ -109,3 +109,55 @@ def test_masks_of_another_kind_are_refused(net, packed):
     sparsifier = Sparsifier(net)
     with pytest.raises(ValueError, match="state: got .* for '8', expected a dict"):
         sparsifier.load_state_dict(sparsifier.state_dict() | {'8': packed})
+
+
+# Masks of one's own
+
+def test_masks_are_read_set_and_combined_by_name(net):
+    one, two = Sparsifier(net), Sparsifier(convnet(), 'filter', 'local', layers=['0', '3', '8'])
+    one.sparsify_model(50)
+    two.sparsify_model(50)
+    assert list(one.masks) == ['0', '3', '8'] and len(one.masks) == 3 and '3' in one.masks and 'x' not in one.masks
+    both = {name: mask & two.masks[name] for name, mask in one.masks.items()}
+    one.masks.update(both)
+    assert all(torch.equal(one.masks[name], mask) for name, mask in both.items())
+    assert one.report().zeros == sum(int((~mask).sum()) for mask in both.values())
+    one.masks['3'] = torch.ones(8, 6, 3, 3, dtype=torch.bool)
+    assert one.masks['3'].all() and (net[3].weight == 0).any()  # what comes back starts from zero
+    with torch.no_grad(): net[3].weight.fill_(1)
+    one.apply_masks()
+    assert (net[3].weight == 1).all()
+
+
+def test_a_mask_that_was_read_is_a_copy(net):
+    for granularity in ('weight', 'filter', 'layer'):
+        sparsifier = Sparsifier(net, granularity)
+        sparsifier.masks['3'].fill_(False)
+        assert sparsifier.masks['3'].all()
+    mask = torch.zeros(8, 6, 3, 3, dtype=torch.bool)
+    sparsifier.masks['3'] = mask
+    mask.fill_(True)
+    assert not sparsifier.masks['3'].any()
+
+
+def test_an_event_counts_masks_of_ones_own(net):
+    sparsifier = Sparsifier(net, 'filter', 'local', layers='3')
+    mask = torch.ones(8, 6, 3, 3, dtype=torch.bool)
+    mask[1] = mask[5, 0] = False
+    sparsifier.masks['3'] = mask
+    sparsifier.sparsify_model(50)
+    assert abs(sparsifier.report().zeros - 216) <= 27 and not sparsifier.masks['3'][~mask].any()
+
+
+@pytest.mark.parametrize('masks, says', [
+    ({'x': torch.ones(1, dtype=torch.bool)}, "masks: got 'x', expected one of 0, 3, 8"),
+    ({'3': torch.ones(8, 6, 3, 3)}, r"masks: got a tensor of torch.float32 of shape \(8, 6, 3, 3\) for '3', expected a bool tensor of shape"),
+    ({'0': torch.zeros(6, 1, 3, 3, dtype=torch.bool), '3': torch.ones(8, 6, dtype=torch.bool)}, r'of shape \(8, 6\)'),
+    ({'3': None}, "masks: got NoneType for '3'")])
+def test_masks_of_ones_own_that_do_not_fit_are_refused(net, masks, says):
+    sparsifier = Sparsifier(net)
+    before = tensors_of(sparsifier)
+    with pytest.raises(ValueError, match=says): sparsifier.masks.update(masks)
+    assert same(before, tensors_of(sparsifier))
+    with pytest.raises(TypeError, match='masks: got list'): sparsifier.masks.update([])
+    with pytest.raises(KeyError, match="masks: got '33', expected one of 0, 3, 8; did you mean '3'?"): sparsifier.masks['33']

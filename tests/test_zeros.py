@@ -1,11 +1,15 @@
 "Zeros that no mask holds: they may learn until an event, count there, and go first, whatever the criterion says."
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import convnet
 from torch import nn
 
+from fasterai.callback import KeepSparse, SparsifyCallback
 from fasterai.context import within
 from fasterai.granularity import block
+from fasterai.schedule import gradual, one_shot
 from fasterai.sparsifier import Sparsifier
 
 
@@ -169,3 +173,113 @@ def test_keep_zeros_takes_a_tensor_of_zeros_for_new(net):
 
 def test_keep_zeros_is_true_or_false():
     with pytest.raises(TypeError, match="keep_zeros: got 'yes', expected True or False"): Sparsifier(convnet(), keep_zeros='yes')
+
+
+# In a fit
+
+def count(model): return sum(int((m.weight == 0).sum()) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+
+
+def extra_channels():
+    "A stem with input channels that are zero, as fastai makes for n_in=4."
+    model = convnet()
+    model[0] = nn.Conv2d(1, 6, 3, padding=1)
+    model[3].weight.data[:, 3:] = 0
+    return model, lambda: (model[3].weight[:, 3:] == 0)
+
+
+def new_classes():
+    model = convnet()
+    model[8].weight.data[5:] = 0
+    return model, lambda: model[8].weight[5:] == 0
+
+
+def dirac():
+    model = convnet()
+    nn.init.dirac_(model[3].weight)
+    return model, lambda: model[3].weight == 0
+
+
+def rounded():
+    model = convnet()
+    for p in model.parameters(): p.data = (p.data / .05).round() * .05
+    at = model[3].weight == 0
+    return model, lambda: model[3].weight[at] == 0
+
+
+@pytest.mark.parametrize('make', [extra_channels, new_classes, dirac, rounded])
+@pytest.mark.parametrize('criteria', ['magnitude', 'gradient', shuffled])
+def test_what_an_initialisation_made_zero_learns(make_learner, capsys, make, criteria):
+    model, made = make()
+    learn = make_learner(model)
+    learn.logger = print
+    before, there = int(made().sum()), count(model)
+    learn.fit(3, .1, cbs=SparsifyCallback(30, criteria=criteria, schedule=gradual(.2, .8)))
+    lines = capsys.readouterr().out.splitlines()
+    assert count(model) == 170 and int(made().sum()) < .7 * before
+    assert lines[0].startswith(f'sparsity: {there:,} of 566 weights come in as zeros, in ') and 'keep_zeros=True holds them' in lines[0]
+    assert '(170 of 566 weights)' in lines[-1]
+    learn.fit(1, .1)
+    assert count(model) == 170 and 'come in as zeros' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('context', ['global', 'local'])
+def test_an_event_at_the_start_takes_only_what_is_asked(make_learner, context):
+    model, made = extra_channels()
+    make_learner(model).fit(3, .1, cbs=SparsifyCallback(20, context=context, schedule=one_shot(0)))
+    assert count(model) == (113 if context == 'global' else 11 + 86 + 16)
+    assert int(made().sum()) == (113 if context == 'global' else 86)  # of 216: the others have learnt
+
+
+def test_asking_for_nothing_changes_nothing(make_learner):
+    models = [dirac()[0]]
+    models.append(deepcopy(models[0]))
+    for model, cbs in zip(models, ([], SparsifyCallback(0))): make_learner(model).fit(2, .1, cbs=cbs)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models)))
+
+
+@pytest.mark.parametrize('sparse, says', [(.005, False), (.02, True)])
+@pytest.mark.parametrize('keep', [False, True])
+def test_zeros_are_said_where_they_are_more_than_a_hundredth(make_learner, capsys, sparse, says, keep):
+    model = convnet()
+    model[3].weight.data.view(-1)[:round(sparse * 566)] = 0
+    learn = make_learner(model)
+    learn.logger = print
+    learn.fit(1, cbs=SparsifyCallback(30, keep_zeros=keep))
+    assert ("weights come in as zeros, in '3'," in capsys.readouterr().out) == (says and not keep)
+
+
+@pytest.mark.parametrize('first', [SparsifyCallback(50, schedule=one_shot(.2)), SparsifyCallback(50, 'filter', 'local', schedule=one_shot(.2), layers=['0', '3', '8'])],
+                         ids=['weight', 'filter'])
+@pytest.mark.parametrize('criteria', ['magnitude', shuffled])
+def test_two_callbacks_on_the_same_layers(make_learner, first, criteria):
+    learn = make_learner()
+    learn.fit(3, .1, cbs=[deepcopy(first), SparsifyCallback(60, criteria=criteria, schedule=one_shot(.6))])
+    assert count(learn.model) == round(.6 * 566)
+    learn.fit(1, .1)
+    assert count(learn.model) == round(.6 * 566)
+
+
+def test_two_callbacks_where_the_later_one_asks_for_less(make_learner):
+    learn = make_learner()
+    learn.fit(3, .1, cbs=[SparsifyCallback(60, schedule=one_shot(.6)), SparsifyCallback(50, criteria=shuffled, schedule=one_shot(.2))])
+    assert count(learn.model) == round(.6 * 566)
+    learn.fit(1, .1)
+    assert count(learn.model) == round(.6 * 566)
+
+
+def test_a_later_callback_lets_come_back_what_an_earlier_one_pruned(make_learner):
+    learn = make_learner()
+    learn.fit(1, .1, cbs=SparsifyCallback(60, 'kernel'))
+    learn.fit(2, .1, cbs=SparsifyCallback(60, schedule='dense_sparse_dense'))
+    learn.fit(1, .1)
+    assert count(learn.model) == 0
+
+
+def test_masks_of_ones_own_in_a_fit(make_learner):
+    learn = make_learner()
+    mask = torch.rand(8, 6, 3, 3) < .5
+    learn.fit(2, .1, cbs=KeepSparse(masks={'3': mask}))
+    assert torch.equal(learn.model[3].weight != 0, mask)
+    with pytest.raises(ValueError, match="masks: got '4', expected one of 0, 3, 8"): learn.fit(1, cbs=KeepSparse(masks={'4': mask}))
+    with pytest.raises(TypeError, match='masks: got Tensor, expected {name of a layer: bool tensor}'): KeepSparse(masks=mask)
