@@ -1,11 +1,12 @@
 "Check what the user gives: raise one clear error for what is wrong."
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import wraps
 from inspect import signature
 from math import isfinite, isnan
 from numbers import Integral, Real
+from typing import NamedTuple
 
 from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
 
@@ -104,6 +105,49 @@ def _takes(function, count):
     except ValueError: return True  # its arguments cannot be read
     except TypeError: return False
     return True
+
+
+class Inputs(NamedTuple):
+    "Hold the inputs of one call of a model. Its text has their shapes."
+    args: tuple
+    kwargs: dict = {}
+
+    def call(self,
+        model: Callable,
+    ):
+        "Run a model on the inputs, and return what it returns."
+        return model(*self.args, **self.kwargs)
+
+    def __str__(self):
+        shapes = [_shape_of(value) for value in self.args]
+        shapes += [f'{name}={_shape_of(value)}' for name, value in self.kwargs.items()]
+        return f'[{", ".join(shapes)}]'
+
+
+def _shape_of(value):
+    "Return the shape of a tensor, else the name of a type, as a text."
+    shape = getattr(value, 'shape', None)
+    return type(value).__name__ if shape is None else str(tuple(shape))
+
+
+def read_example(
+    example,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; anything else is one input
+    model,  # whose `forward` says which keywords there are; a dict with other keys is one input
+) -> Inputs:
+    "Return an example as the inputs of one call."
+    if isinstance(example, tuple): return Inputs(tuple(example))
+    if isinstance(example, Mapping) and _takes_keywords(model, example): return Inputs((), dict(example))
+    return Inputs((example,))
+
+
+def _takes_keywords(model, names):
+    "Tell whether the `forward` of a model takes arguments of these names."
+    try: parameters = signature(model.forward).parameters.values()
+    except (TypeError, ValueError): return False  # they cannot be read
+    if not all(isinstance(name, str) for name in names): return False
+    if any(p.kind is p.VAR_KEYWORD for p in parameters): return True
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return known.issuperset(names)
 
 
 def nearest(

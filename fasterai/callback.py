@@ -172,7 +172,7 @@ class KeepSparse(FastaiCallback):
     def _batch(self):
         "Return the inputs that are in the loop, None before the first."
         batch = getattr(self.learn, 'xb', (None,))
-        return None if batch[0] is None else batch
+        return None if batch[0] is None else tuple(batch)  # a DataLoader of torch gives a list
 
     def _mask_optimizer_state(self):
         "Mask the optimizer's state. fastai's Lookahead and OptimWrapper hold another optimizer inside."

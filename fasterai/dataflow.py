@@ -110,13 +110,15 @@ def _tie(sets, ids):
 
 def watch(
     model: nn.Module,
-    example: tuple,  # inputs of one batch, as `model(*example)` takes them
+    args: tuple,  # inputs of one batch
+    kwargs: dict | None = None,  # inputs that are given by name
 ) -> Flow:
     """Find the data flow by running the model once, in eval mode and without gradients.
 
     Modes, buffers and random numbers are put back."""
     watcher = _Watcher(_norms(model))
-    with evaluation_mode(model), _unchanged(model), torch.no_grad(), watcher: out = model(*example)
+    with evaluation_mode(model), _unchanged(model), torch.no_grad(), watcher:
+        out = model(*args, **kwargs or {})
     return Flow(watcher.tape, [watcher.node_of(t) for t in _tensors(out)])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fasterai.arguments import callable_with
+from fasterai.arguments import callable_with, read_example
 from fasterai.dataflow import Flow, trace, watch
 from fasterai.granularity import Grouping
 from fasterai.layers import check_masked_along, choose
@@ -65,7 +65,7 @@ class Selected:
     def __init__(self,
         model: nn.Module,
         rules: Rules,
-        example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that returns one when needed
+        example=None,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; or a function that returns one when needed
     ):
         if _is_function(example):
             callable_with('example', example, 0, 'a batch, or a function without arguments')
@@ -303,9 +303,9 @@ def _flow(model, example):
 
 
 def _watched(model, example):
-    inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    try: return watch(model, inputs)
+    inputs = read_example(example, model)
+    try: return watch(model, *inputs)
     except Exception as error:
-        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs]
-        said = f'{type(error).__name__}: {error}'
-        raise ValueError(f'example: got {shapes}, on which the model fails: {said}') from error
+        hint = '; a tuple has several inputs, a list is one' if isinstance(example, list) else ''
+        said = f'{type(error).__name__}: {error}{hint}'
+        raise ValueError(f'example: got {inputs}, on which the model fails: {said}') from error

@@ -34,7 +34,7 @@ class Sparsifier:
         context: str | Callable = 'global',  # who competes with whom (the scope): a name, an N:M pattern as `'2:4'`, or a function
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
-        example=None,  # a batch as the model takes it (a tuple for several inputs), or a function that returns one when needed
+        example=None,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; or a function that returns one when needed
         **kwargs,  # the other rules, as in `Rules`
     ):
         if not isinstance(model, nn.Module):

@@ -4,9 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from conftest import convnet
+from torch import nn
 
-from fasterai.arguments import nearest, one_of, percent
+from fasterai.arguments import Inputs, nearest, one_of, percent, read_example
 from fasterai.callback import SparsifyCallback
 from fasterai.context import CONTEXTS, within
 from fasterai.criteria import CRITERIA
@@ -130,3 +132,39 @@ def test_an_argument_that_is_there_is_no_synonym():
     assert not set(METHODS) & set(dir(new()))
     tables = {'granularity': GRANULARITIES, 'context': CONTEXTS, 'criteria': CRITERIA, 'schedule': SCHEDULES}
     for argument, table in tables.items(): assert not set(table) & set(VALUES[argument])
+
+
+# What an example means
+
+class Takes(nn.Module):
+    def forward(self, first, /, a=None, *rest, b=None): return first
+
+
+class TakesAny(nn.Module):
+    def forward(self, **kwargs): return kwargs
+
+
+class Unreadable: forward = max
+
+
+@pytest.mark.parametrize('example, model, args, kwargs', [
+    (1, Takes(), (1,), {}),
+    ((1, 2), Takes(), (1, 2), {}),
+    ((), Takes(), (), {}),
+    ([1, 2], Takes(), ([1, 2],), {}),
+    (([1, 2], 3), Takes(), ([1, 2], 3), {}),
+    ({'a': 1, 'b': 2}, Takes(), (), {'a': 1, 'b': 2}),
+    ({'a': 1, 'c': 2}, Takes(), ({'a': 1, 'c': 2},), {}),
+    ({'first': 1}, Takes(), ({'first': 1},), {}),  # it takes no keyword
+    ({'rest': 1}, Takes(), ({'rest': 1},), {}),
+    (({'a': 1},), Takes(), ({'a': 1},), {}),
+    ({'x': 1}, TakesAny(), (), {'x': 1}),
+    ({0: 1}, TakesAny(), ({0: 1},), {}),
+    ({'key': 1}, Unreadable(), ({'key': 1},), {})])
+def test_what_an_example_means(example, model, args, kwargs): assert read_example(example, model) == Inputs(args, kwargs)
+
+
+def test_inputs_call_a_model_and_show_their_shapes():
+    inputs = Inputs((1, torch.ones(2, 3), []), {'b': torch.ones(4)})
+    assert str(inputs) == "[int, (2, 3), list, b=(4,)]"
+    assert Inputs((1,), {'a': 2}).call(Takes()) == 1

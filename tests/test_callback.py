@@ -3,9 +3,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import convnet
+from conftest import convnet, new_learner
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos
+from fastai.data.core import DataLoaders
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
@@ -88,6 +89,33 @@ def test_filter_granularity_takes_its_example_from_the_loop(make_learner):
     learn.fit(1, cbs=callback)
     assert [(r.layer, r.dead, r.groups) for r in callback.sparsifier.report().rows] == [('net.0', 3, 6), ('net.3', 4, 8)]
     assert (learn.model.net[1].bias == 0).sum() == 3 and "makes the network's output" in callback.sparsifier.skipped['net.8']
+
+
+class TakesList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = convnet()
+
+    def forward(self, pictures): return self.net(torch.cat([picture[None] for picture in pictures]))
+
+
+class TakesDict(TakesList):
+    def forward(self, batch): return super().forward(list(batch['pictures']))
+
+
+@pytest.mark.parametrize('model, as_batch', [
+    (TakesList, lambda x, y: (list(x), y)),
+    (TakesDict, lambda x, y: ({'pictures': x}, y)),
+    (TakesDict, lambda x, y: [{'pictures': x}, y])], ids=['list', 'dict', 'batches are lists'])
+def test_a_batch_may_hold_a_list_or_a_dict(tmp_path, model, as_batch):
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+    batches = [as_batch(x[i:i + 8], y[i:i + 8]) for i in (0, 8)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+    learn = new_learner(tmp_path, model())
+    learn.dls = DataLoaders(loader, loader)
+    callback = SparsifyCallback(50, 'filter', 'local')
+    learn.fit(1, cbs=callback)
+    assert [(r.layer, r.dead) for r in callback.sparsifier.report().rows] == [('net.0', 3), ('net.3', 4)]
 
 
 def test_the_table_shows_what_is_measured(make_learner):

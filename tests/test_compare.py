@@ -81,6 +81,32 @@ def test_an_empty_example_is_refused(door, tmp_path):
         DOORS[door](nn.Linear(4, 3), torch.randn(0, 4), tmp_path)
 
 
+class Named(nn.Module):
+    "Two inputs by name, and a list of tensors."
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, *, x, more=()): return self.head(self.body(x) + sum(self.body(m) for m in more))
+
+
+def test_keywords_and_lists():
+    x, model = torch.randn(2, 4), Named()
+    with torch.no_grad(): model.body.weight[0] = 0
+    with torch.no_grad(): model.body.bias[0] = 0
+    assert shrink(model, {'x': x}, verbose=False).body.out_features == 3
+    assert shrink(model, {'x': x, 'more': [x, x]}, verbose=False).body.out_features == 3
+    assert speed_up(model, {'x': x}, verbose=False, seconds=0) is not model
+    found = payoff(model, model, {'x': x}, batches=(1,), seconds=0)
+    assert ('multiply-adds', '', 28, 28) in found.rows
+    with pytest.raises(TypeError, match=r'example: got \[x=\(2, 4\), more=list\], expected tensors: their items are repeated'):
+        payoff(model, model, {'x': x, 'more': [x]}, seconds=0)
+
+
+def test_a_list_with_an_empty_tensor_is_refused():
+    with pytest.raises(ValueError, match='example: got an empty batch'): shrink(Named(), {'x': torch.ones(2, 4), 'more': [torch.ones(0, 4)]})
+
+
 def test_the_way_out_is_one():
     model = pruned()
     prune.remove(model[1], 'weight')

@@ -158,6 +158,7 @@ def test_watching_leaves_no_trace():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())
     with pytest.raises(RuntimeError): watch(model, (torch.randn(1, 7, 3, 3),))
+    assert watch(model, (), {'input': IMAGE}).output_weights == watch(model, (IMAGE,)).output_weights
     assert [m.training for m in model.modules()] == modes
 
 

@@ -56,9 +56,18 @@ def test_what_comes_out_otherwise_is_not_written(tmp_path, monkeypatch):
 
 def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match='model: got int'): export_onnx(3, tmp_path / 'a', torch.randn(2))
-    with pytest.raises(TypeError, match=r"example: got \['str'\]"): export_onnx(nn.Linear(2, 2), tmp_path / 'a', 'x')
+    with pytest.raises(TypeError, match=r"example: got \[str\], expected tensors"): export_onnx(nn.Linear(2, 2), tmp_path / 'a', 'x')
     with pytest.raises(ValueError, match='example: got .* on which the model fails'):
         export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 3))
+
+
+def test_inputs_that_are_no_tensors_in_order_are_refused(tmp_path):
+    class Named(nn.Module):
+        def forward(self, *, a): return a
+    for model, example, says in [(Named(), {'a': torch.ones(2, 3)}, r'example: got keywords \[a=\(2, 3\)\], expected tensors, in a tuple'),
+                                 (nn.ReLU(), [torch.ones(2, 3)], r'example: got \[list\], expected tensors'),
+                                 (nn.ReLU(), (), r'example: got \[\], expected tensors')]:
+        with pytest.raises(TypeError, match=says): export_onnx(model, tmp_path / 'a', example)
 
 
 def test_half_precision_and_one_tensor_twice(tmp_path):

@@ -81,6 +81,50 @@ def test_an_example_can_come_later():
     assert asked == [1] and list(sparsifier.layers) == ['a']
 
 
+class Detector(nn.Module):
+    "It takes a list of pictures."
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, pictures): return [self.head(self.body(picture[None])) for picture in pictures]
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, *, inputs): return self.head(self.body(inputs))
+
+
+class OneDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, batch): return {'found': self.head(self.body(batch['inputs']))}
+
+
+PICTURE, VALUES = torch.randn(3, 8, 8), torch.randn(2, 8)
+
+
+@pytest.mark.parametrize('model, example', [
+    (Detector, [PICTURE, PICTURE]), (Detector, ([PICTURE, PICTURE],)), (Detector, {'pictures': [PICTURE]}),
+    (Keywords, {'inputs': VALUES}), (Keywords, lambda: {'inputs': VALUES}),
+    (OneDict, {'inputs': VALUES}), (OneDict, ({'inputs': VALUES},)), (OneDict, {'batch': {'inputs': VALUES}})])
+def test_inputs_of_other_kinds(model, example):
+    sparsifier = Sparsifier(model(), 'filter', example=example)
+    assert list(sparsifier.layers) == ['body'] and "makes the network's output" in sparsifier.skipped['head']
+
+
+def test_inputs_that_do_not_suit_are_shown():
+    with pytest.raises(ValueError, match=r'example: got \[list\], on which the model fails.*; a tuple has several inputs, a list is one'):
+        Sparsifier(Branch(), 'filter', example=[torch.ones(1, 1, 4, 4)])
+    with pytest.raises(ValueError, match=r'example: got \[inputs=\(2, 9\)\], on which the model fails'):
+        Sparsifier(Keywords(), 'filter', example={'inputs': torch.randn(2, 9)})
+
+
 def test_the_biases_of_a_tied_weight_die_together():
     class Tied(nn.Module):
         def __init__(self):

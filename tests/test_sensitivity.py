@@ -21,6 +21,17 @@ def bits(model): return [t.detach().clone() for t in (*model.parameters(), *mode
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_an_example_by_keywords():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, *, inputs): return self.head(self.body(inputs))
+    found = sensitivity(Keywords(), lambda m: 1., 'filter', levels=(50,), example={'inputs': torch.randn(2, 8)})
+    assert list(found.values) == ['body']
+
+
 @pytest.mark.filterwarnings('ignore:sparsity')
 @pytest.mark.parametrize('granularity', ['weight', 'filter'])
 def test_each_layer_alone_and_all_as_before(granularity):

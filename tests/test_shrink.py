@@ -7,6 +7,7 @@ from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 from torchvision import models
 
+from fasterai.arguments import Inputs
 from fasterai.deploy.compare import agree, outputs
 from fasterai.deploy.shrink import parameters, shrink
 from fasterai.sparsifier import Sparsifier
@@ -14,7 +15,7 @@ from fasterai.sparsifier import Sparsifier
 pytestmark = pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')
 
 
-def same(small, model, x): return agree(outputs(small, (x,)), outputs(model, (x,)))
+def same(small, model, x): return agree(outputs(small, Inputs((x,))), outputs(model, Inputs((x,))))
 
 
 def trained_a_little(model, x):

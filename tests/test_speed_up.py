@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from fasterai.arguments import Inputs
 from fasterai.deploy.compare import agree, outputs
 from fasterai.deploy.speed_up import SparseLinear, realisations, speed_up
 from fasterai.deploy.timing import Latency, side_by_side
@@ -65,7 +66,7 @@ def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(MODULE, 'side_by_side', clock)
     new = speed_up(model, x)
     assert [type(m).__name__ for m in new] == ['SparseLinear', 'ReLU', 'SparseLinear', 'Linear']
-    assert agree(outputs(new, (x,)), outputs(model, (x,)), 1e-5)
+    assert agree(outputs(new, Inputs((x,))), outputs(model, Inputs((x,))), 1e-5)
     said = capsys.readouterr().out
     assert 'CSR 500.000 ms  CSR' in said
     assert 'the whole model: 1000.000 ms before, 500.000 ms after: 2.00 × as fast' in said

@@ -1,6 +1,7 @@
 "Run models on inputs, compare their outputs, and make inputs like those given."
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from fasterai.arguments import Inputs, read_example
 from fasterai.snapshot import evaluation_mode
 
 TOLERANCE = 1e-5  # by how much outputs may differ, relative to the largest
@@ -79,21 +81,33 @@ def file_path(
 
 
 def example_inputs(
-    example,  # a batch as the model takes it; a tuple or list for several inputs
-) -> tuple:  # the inputs of `model(*inputs)`
+    example,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords
+    model: nn.Module,
+) -> Inputs:
     "Return an example as the inputs of one call; `ValueError` if there is no item in it."
-    inputs = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    for value in inputs:
+    inputs = read_example(example, model)
+    for value in tree_leaves(inputs):
         if not isinstance(value, torch.Tensor) or not value.ndim or len(value): continue
         raise ValueError(f'example: got an empty batch of shape {tuple(value.shape)}, '
                          'expected at least one item')
     return inputs
 
 
+def plain_tensors(
+    inputs: Inputs,
+    reason: str,  # why others will not do, as the end of the error message
+):
+    "Raise a `TypeError` where tensors are inside lists or dicts, whose first axis may be no batch."
+    for value in (*inputs.args, *inputs.kwargs.values()):
+        if isinstance(value, torch.Tensor): continue
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)): continue
+        raise TypeError(f'example: got {inputs}, expected tensors: {reason}')
+
+
 def fresh(
-    inputs: tuple,
+    inputs: Inputs,
     lengths: tuple = (),  # of the first axis, one batch for each; empty for one batch of the inputs' own length
-) -> Iterator[tuple]:
+) -> Iterator[Inputs]:
     """Make other inputs of the same types and shapes, from a fixed seed.
 
     Floats become normal random numbers; tensors of other types keep their items, drawn at random."""
@@ -105,25 +119,21 @@ def fresh(
         if not tensor.is_floating_point(): return tensor[order.to(tensor.device)]
         return torch.randn((len(order), *tensor.shape[1:]), generator=generator).to(tensor)
 
-    for length in lengths or (None,): yield tuple(like(i, length) for i in inputs)
+    for length in lengths or (None,): yield tree_map(partial(like, length=length), inputs)
 
 
 def outputs(
     model: nn.Module,
-    inputs: tuple,
+    inputs: Inputs,
     argument: str = 'example',  # which argument of the user's has the inputs, for the error
 ) -> list:  # of tensors
     "Run a model in eval mode and without gradients, and return its output tensors; `ValueError` if it fails."
     try:
-        with evaluation_mode(model), torch.no_grad(): out = model(*inputs)
+        with evaluation_mode(model), torch.no_grad(): out = inputs.call(model)
     except Exception as error:
-        shapes = [_shape_of(i) for i in inputs]
-        raise ValueError(f'{argument}: got {shapes}, on which the model fails: '
+        raise ValueError(f'{argument}: got {inputs}, on which the model fails: '
                          f'{type(error).__name__}: {error}') from error
     return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-
-
-def _shape_of(value): return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def agree(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fasterai.arguments import flag
+from fasterai.arguments import Inputs, flag
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, file_path, fresh, outputs
 from fasterai.snapshot import evaluation_mode
 
@@ -21,7 +21,7 @@ HALF_TOLERANCE = 2e-2  # where any parameter or input is of such a type
 def export_onnx(
     model: nn.Module,  # the model, which is not changed; its zeros are written as ordinary weights
     path: str | Path,  # the file to write; an old one is replaced once the new one is found right
-    example,  # a batch as the model takes it, a tuple for several inputs
+    example,  # a tensor, or a tuple of tensors for several inputs: a batch as the model takes it
     dynamic_batch: bool = True,  # True: the first axis of all inputs may have any length; False: the example's only
 ) -> Path:  # the file
     """Write a model as ONNX, in eval mode.
@@ -33,29 +33,35 @@ def export_onnx(
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError('model: got a ScriptModule, expected the torch.nn.Module that it was made from')
     path, dynamic_batch = file_path(path), flag('dynamic_batch', dynamic_batch)
-    inputs = example_inputs(example)
-    if not all(isinstance(i, torch.Tensor) for i in inputs):
-        raise TypeError(f'example: got {[type(i).__name__ for i in inputs]}, expected tensors')
-    if dynamic_batch and not all(i.ndim for i in inputs):
-        raise ValueError('example: got a tensor without axes, expected a batch, or dynamic_batch=False')
-    inputs = tuple(i.detach().cpu().clone() for i in inputs)
+    inputs = _tensors(example_inputs(example, model), dynamic_batch)
     plain = deepcopy(model).cpu()
     outputs(plain, inputs)  # an error of the model's own comes first
     tolerance = HALF_TOLERANCE if _is_half(plain, inputs) else TOLERANCE
-    lengths = (1, len(inputs[0]) + 1) if dynamic_batch else ()
+    lengths = (1, len(inputs.args[0]) + 1) if dynamic_batch else ()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         with warnings.catch_warnings(), evaluation_mode(plain):
             warnings.simplefilter('ignore')  # the exporter's own
-            _write(plain, inputs, temporary, dynamic_batch)
+            _write(plain, inputs.args, temporary, dynamic_batch)
             session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
             for batch in (inputs, *fresh(inputs, lengths)):
-                if agree(_run(session, batch), outputs(plain, batch), tolerance): continue
-                shapes = [tuple(b.shape) for b in batch]
-                raise ValueError(f'model: onnxruntime does not compute for inputs of shape {shapes} '
+                if agree(_run(session, batch.args), outputs(plain, batch), tolerance): continue
+                raise ValueError(f'model: onnxruntime does not compute for inputs of shape {batch} '
                                  f'what torch does; {str(path)!r} was not written')
         os.replace(temporary, path)
     return path
+
+
+def _tensors(inputs, dynamic_batch):
+    "Return copies of the inputs on the CPU; `TypeError` or `ValueError` where they are no tensors in order."
+    if inputs.kwargs:
+        raise TypeError(f'example: got keywords {inputs}, expected tensors, '
+                        'in a tuple in the order of the arguments of the model')
+    if not inputs.args or not all(isinstance(value, torch.Tensor) for value in inputs.args):
+        raise TypeError(f'example: got {inputs}, expected tensors')
+    if dynamic_batch and not all(value.ndim for value in inputs.args):
+        raise ValueError('example: got a tensor without axes, expected a batch, or dynamic_batch=False')
+    return Inputs(tuple(value.detach().cpu().clone() for value in inputs.args))
 
 
 def _write(model, inputs, path, dynamic_batch):
@@ -76,4 +82,4 @@ def _run(session, batch):
     return [torch.from_numpy(np.asarray(f)) for f in found]
 
 
-def _is_half(model, inputs): return any(t.dtype in HALF for t in (*model.parameters(), *inputs))
+def _is_half(model, inputs): return any(t.dtype in HALF for t in (*model.parameters(), *inputs.args))

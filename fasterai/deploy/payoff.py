@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasterai.arguments import seconds_of, whole
-from fasterai.deploy.compare import check_copyable, example_inputs, outputs
+from fasterai.arguments import Inputs, seconds_of, whole
+from fasterai.deploy.compare import check_copyable, example_inputs, outputs, plain_tensors
 from fasterai.deploy.files import save_sparse
 from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import faster, side_by_side
@@ -80,7 +81,7 @@ class Payoff:
 def payoff(
     dense: nn.Module,  # the network before pruning
     sparse: nn.Module,  # the network after it: with zeros, shrunk, or sped up
-    example,  # a batch as both take it, a tuple for several inputs; its items are repeated for other batch sizes
+    example,  # a batch as both take it: a tuple for several inputs, a dict for keywords; its items are repeated for other batch sizes
     dls=None,  # fastai DataLoaders, or batches of (x, y), for the accuracy
     batches: tuple = (1, 64),  # batch sizes at which the latency is measured
     seconds: float = 2.,  # time to spend on each batch size, about
@@ -89,7 +90,8 @@ def payoff(
     check_copyable(dense, 'dense')
     check_copyable(sparse, 'sparse')
     seconds, batches, dls = seconds_of(seconds), _read_batch_sizes(batches), _read_dls(dls)
-    inputs, models = example_inputs(example), (deepcopy(dense), deepcopy(sparse))
+    inputs, models = example_inputs(example, dense), (deepcopy(dense), deepcopy(sparse))
+    plain_tensors(inputs, 'their items are repeated for other batch sizes')
     for model in models: outputs(model, inputs)  # an error of the model's own comes first
     accuracies = () if dls is None else [_accuracy(m, dls) for m in models]  # its errors come before the times
     counts = [_counts(m, inputs) for m in models]
@@ -137,7 +139,7 @@ def _batch(inputs, size):
     def repeated(value):
         if not isinstance(value, torch.Tensor) or not value.ndim: return value
         return value[torch.arange(size, device=value.device) % len(value)]
-    return tuple(map(repeated, inputs))
+    return tree_map(repeated, inputs)
 
 
 def _multiply_adds(model, inputs):
@@ -185,8 +187,8 @@ def _zipped(path):
 
 
 def _latencies(models, inputs, seconds):
-    device = next((i.device for i in inputs if isinstance(i, torch.Tensor)), 'cpu')
-    calls = [partial(model, *inputs) for model in models]
+    device = next((i.device for i in tree_leaves(inputs) if isinstance(i, torch.Tensor)), 'cpu')
+    calls = [partial(inputs.call, model) for model in models]
     with evaluation_mode(*models), torch.no_grad(): return side_by_side(calls, seconds, device=device)
 
 
@@ -194,7 +196,7 @@ def _accuracy(model, dls):
     correct = total = 0
     for batch in dls:
         *x, y = _checked_batch(batch)
-        guesses = _guesses(outputs(model, tuple(x), 'dls'))
+        guesses = _guesses(outputs(model, Inputs(tuple(x)), 'dls'))
         _check_labels(y, guesses.shape)
         correct += int((guesses == y).sum())
         total += y.numel()

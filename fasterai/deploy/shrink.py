@@ -26,7 +26,7 @@ MEETS_NONZERO = 'they are added to, or read by, channels that are not zero: coup
 
 def shrink(
     model: nn.Module,  # any dense network with zeros in it; it is not changed
-    example,  # a batch as the model takes it, a tuple for several inputs
+    example,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords
     verbose: bool = True,  # print how many filters were removed, and why others could not be
 ) -> nn.Module:  # a smaller copy, an ordinary model
     """Remove the filters whose outputs are zero for any input, with the weights that read them.
@@ -34,7 +34,7 @@ def shrink(
     What depends on a filter is found by Torch-Pruning (Fang et al. 2023). The copy computes the same outputs:
     a filter whose removal would change them stays."""
     check_copyable(model)
-    inputs, base = example_inputs(example), deepcopy(model)
+    inputs, base = example_inputs(example, model), deepcopy(model)
     reference = _reference_outputs(base, inputs)
     small, removed, remaining = _remove_zero_filters(base, inputs)
     if not _same_outputs(small, reference):  # an operation makes a zero something else: try layer by layer
@@ -104,8 +104,8 @@ def _try_to_remove(model, inputs, names, skip):
 def _dependencies(model, inputs):
     "Build Torch-Pruning's graph of which layers share channels; sets all parameters to require gradients."
     for p in model.parameters(): p.requires_grad_(p.is_floating_point())  # autograd is followed
-    example = inputs if len(inputs) > 1 else inputs[0]
-    try: return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+    graph = tp.DependencyGraph()
+    try: return graph.build_dependency(model, inputs, lambda model, inputs: inputs.call(model), verbose=False)
     except Exception as error:
         raise ValueError(f'model: {type(model).__name__} cannot be followed by torch-pruning: '
                          f'{type(error).__name__}: {error}') from error

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fasterai.arguments import seconds_of
+from fasterai.arguments import Inputs, seconds_of
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, outputs
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.snapshot import evaluation_mode
@@ -148,21 +148,21 @@ def _semi_structured(layer):
 
 def speed_up(
     model: nn.Module,  # any dense network with zeros in it; it is not changed
-    example,  # a batch as the model takes it, a tuple for several inputs; the choice is made for its batch size
+    example,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; the choice is made for its batch size
     verbose: bool = True,  # print the forms that were tried, and their latencies
     seconds: float = .3,  # time to spend on each layer, about
 ) -> nn.Module:  # a copy with faster layers, for inference
     "Replace each layer by the fastest form that computes the same; keep it if none is faster here."
     check_copyable(model)
     seconds = seconds_of(seconds)
-    inputs, model = example_inputs(example), deepcopy(model)
+    inputs, model = example_inputs(example, model), deepcopy(model)
     expected, new = outputs(model, inputs), deepcopy(model)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     rows, chosen = [], {}
     for layer, (names, x) in _layers_that_run(new, inputs).items():
         built, failed = _build(layer, x)
         if not built and not failed: continue
-        dense, *times = _latencies([layer, *built.values()], (x,), seconds, device)
+        dense, *times = _latencies([layer, *built.values()], Inputs((x,)), seconds, device)
         best = min(zip(times, built), key=lambda found: found[0].seconds, default=None)
         kept = best[1] if best and faster(best[0], dense) else 'dense'
         if kept in built: chosen[layer] = built[kept]
@@ -205,7 +205,7 @@ def _build(layer, x):
 
 
 def _latencies(models, inputs, seconds, device):
-    calls = [partial(model, *inputs) for model in models]
+    calls = [partial(inputs.call, model) for model in models]
     with torch.no_grad(): return side_by_side(calls, seconds, device=device)
 
 
