@@ -10,6 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,15 +18,15 @@ from torch.utils._pytree import tree_leaves
 @dataclass(frozen=True, eq=False)
 class Node:
     "Describe the result of one operation: where its channels are, and which layers they come from."
-    op: str = 'other'  # 'layer', 'other', or a key of `KINDS`
+    op: str = 'other'  # 'layer'; 'weight', 'bias' or 'zeros' of one; a key of `KINDS`; or 'other'
     inputs: tuple = ()  # the nodes it is computed from
     sources: frozenset = frozenset()  # ids of the weights of the layers that it comes from, with no other layer between
     axis: int | None = None  # of the channels; None if unknown, and then nothing is said of them
     ndim: int | None = None  # number of axes, None if unknown
     length: int | None = None  # number of channels, None if unknown
     repeat: int = 1  # number of entries that a channel of the input becomes when it is flattened
-    weight: nn.Parameter | None = None  # of a layer
-    bias: object = None  # of a layer: None, a parameter, or a tensor that was computed
+    weight: nn.Parameter | None = None  # of a 'layer', and what a 'weight' was made from
+    bias: object = None  # of a 'layer': None, a parameter, or a tensor that was computed; of a 'bias': the parameter
     norm: nn.Module | None = None  # the BatchNorm of a 'norm'
     reads: frozenset = frozenset()  # ids of the weights among the arguments
 
@@ -76,8 +77,20 @@ class Call:
 
     @property
     def layer(self):
-        "Return the `LayerCall`, None if no layer is called."
-        return layer_call(self.name, self.args, self.kwargs)
+        "Return the `LayerCall`, None if no layer is called, or its weight is not known."
+        found = layer_call(self.name, self.args, self.kwargs, self.weight_in)
+        if found is None: return None
+        bias = None if _is_zeros(self.node_of(found.bias)) else found.bias
+        return found._replace(weight=self.weight_in(found.weight), bias=bias)
+
+    def weight_in(self,
+        x,  # an argument
+    ) -> nn.Parameter | None:
+        "Return the parameter that an argument is, or was made from entry by entry; None if there is none."
+        if isinstance(x, nn.Parameter): return x
+        node = self.node_of(x)
+        is_made = node is not None and node.op == 'weight'
+        return node.weight if is_made else None
 
     @property
     def norm(self) -> nn.Module | None:
@@ -88,6 +101,9 @@ class Call:
     def before(self) -> tuple | None:
         "Return the shape of the first argument before the call, None if unknown."
         return self.shapes.get(id(self.argument(0, 'input')))
+
+
+def _is_zeros(node): return node is not None and node.op == 'zeros'
 
 
 class LayerCall(NamedTuple):
@@ -101,13 +117,14 @@ def layer_call(
     name: str,  # of the function or type of module: 'conv2d', 'Conv2d'
     args: tuple,  # of the function: input, weight, bias
     kwargs: dict,
+    weight_in: Callable = lambda x: x if isinstance(x, nn.Parameter) else None,  # returns the parameter in an argument, or None
 ) -> LayerCall | None:
     """Return the input, weight and bias of a call of a layer.
 
-    Return None for other calls, and where the weight is not a parameter."""
+    Return None for other calls, and where there is no parameter in the weight."""
     if plain(name) not in LAYERS: return None
     weight = argument(args, kwargs, 1, 'weight')
-    if not isinstance(weight, nn.Parameter): return None
+    if weight_in(weight) is None: return None
     return LayerCall(argument(args, kwargs, 0, 'input'), weight, argument(args, kwargs, 2, 'bias'))
 
 
@@ -165,7 +182,7 @@ def matrix_product(call):
 def linear(call):
     "Follow a linear layer, which has its channels on the last axis."
     layer = call.layer
-    if layer is None: return None
+    if layer is None: return _computed_layer(call)
     if call.after: return _layer(call, layer, len(call.after) - 1, len(call.after), call.after[-1])
     x = call.node_of(layer.input)
     if x is None or x.ndim is None: return _layer(call, layer, None, None, len(layer.weight))
@@ -175,14 +192,14 @@ def linear(call):
 def convolution(call):
     "Follow a convolution, which has its channels before the axes of space."
     layer = call.layer
-    if layer is None: return None
+    if layer is None: return _computed_layer(call)
     return _convolution(call, layer, len(layer.weight))
 
 
 def transposed_convolution(call):
     "Follow a transposed convolution."
     layer = call.layer
-    if layer is None: return None
+    if layer is None: return _computed_layer(call)
     return _convolution(call, layer, None)  # its weight has the channels of one group, not of all
 
 
@@ -211,6 +228,13 @@ def keeps_zeros(call, x):
     return _kept(call, x)
 
 
+def fake_quantization(call):
+    "Follow fake quantization: zero stays zero, for the zero point is a whole number between the bounds."
+    zero_point = call.argument(2, 'zero_point')  # of the fused one it is at another place, and always an integer
+    if isinstance(zero_point, torch.Tensor) and zero_point.is_floating_point(): return None
+    return _made_weight(call) or keeps_zeros(call)
+
+
 @follows_channels
 def hardtanh(call, x):
     "Follow a clamp, where zero lies between its bounds."
@@ -232,9 +256,13 @@ def over_space(
     return rule
 
 
+def reshape(call):
+    "Follow a view that keeps the axis of the channels, or flattens it with all axes behind; or of a bias."
+    return _reshaped_bias(call) or _reshaped(call)
+
+
 @follows_channels
-def reshape(call, x):
-    "Follow a view that keeps the axis of the channels, or flattens it with all axes behind."
+def _reshaped(call, x):
     before, after, axis = call.before, call.after, x.axis
     if not after or after[:axis] != before[:axis]: return None  # the axis has moved, or may have
     node = _kept(call, x, ndim=len(after))
@@ -271,13 +299,31 @@ def addition(call, x):
     return Node('addition', (x, second), call.sources, x.axis, x.ndim, x.length)
 
 
-@follows_channels
-def multiplication(call, x):
+def multiplication(call):
     "Follow a product, which is zero where a factor is; the first must not be broadcast."
+    same_shape = bool(call.after) and call.after == call.before
+    weight = _made_weight(call) if same_shape else None
+    return weight or _product(call)
+
+
+@follows_channels
+def _product(call, x):
     second = call.node(1, 'other')
     if not _keeps_shape(call, x): return None
     factors = (x, second) if _aligned(x, second) else (x,)
     return Node('multiplication', factors, call.sources, x.axis, x.ndim, x.length)
+
+
+@follows_channels
+def division(call, x):
+    "Follow a quotient: zero, or NaN, where the first number is zero; that must not be broadcast."
+    if not _keeps_shape(call, x): return None
+    return Node('multiplication', (x,), call.sources, x.axis, x.ndim, x.length)
+
+
+def zeros(call):
+    "Note that a tensor is all zero, as the bias of a layer may be."
+    return Node('zeros', call.inputs, call.sources)
 
 
 # Parts of rules
@@ -293,6 +339,31 @@ def _layer(call, layer, axis, ndim, length):
     sources = frozenset([id(layer.weight)])
     return Node('layer', call.inputs, sources, axis, ndim, length,
                 weight=layer.weight, bias=layer.bias, reads=call.reads)
+
+
+def _computed_layer(call):
+    "Return the node of a layer whose weight is computed and hides its filters; None where it has none."
+    weight = call.node(1, 'weight')
+    if weight is None or not weight.sources: return None
+    return _unknown(call, weight.sources)
+
+
+def _made_weight(call):
+    """Return the node of a weight that is made entry by entry from a parameter, its zeros from zeros.
+
+    None where the first argument is no weight, or others take part."""
+    weight, ids = call.weight_in(call.argument(0, 'input')), call.sources | call.reads
+    if weight is None or ids != {id(weight)}: return None
+    return Node('weight', call.inputs, ids, ndim=weight.ndim, weight=weight, reads=call.reads)
+
+
+def _reshaped_bias(call):
+    "Return the node of a bias that gets axes of length one, so that it can be added; None for all else."
+    bias = call.argument(0, 'input')
+    if not isinstance(bias, nn.Parameter) or bias.ndim != 1 or call.inputs or not call.after: return None
+    axes = [axis for axis, length in enumerate(call.after) if length != 1]
+    if len(axes) != 1: return None
+    return Node('bias', axis=axes[0], ndim=len(call.after), length=len(bias), bias=bias)
 
 
 def _convolution(call, layer, length):
@@ -342,6 +413,8 @@ OPERATIONS = LAYERS | {
     **_rows('tanh softsign hardshrink softshrink tanhshrink abs neg', keeps_zeros),
     **_rows('dropout dropout1d dropout2d dropout3d featuredropout', keeps_zeros),
     **_rows('identity contiguous clone to float half', keeps_zeros),
+    **_rows('fakequantizepertensoraffine fakequantizeperchannelaffine', fake_quantization),
+    **_rows('fusedmovingavgobsfakequant', fake_quantization),
     **_rows('hardtanh', hardtanh),
     **_rows('maxpool1d avgpool1d adaptivemaxpool1d adaptiveavgpool1d', over_space(1)),
     **_rows('maxpool2d avgpool2d adaptivemaxpool2d adaptiveavgpool2d', over_space(2)),
@@ -352,6 +425,8 @@ OPERATIONS = LAYERS | {
     **_rows('mean sum amax', reduction),
     **_rows('add iadd sub isub', addition),
     **_rows('mul imul multiply', multiplication),
+    **_rows('div divide truedivide', division),
+    **_rows('zeros zeroslike', zeros),
 }
 
 # Names as they are spelled in the code, of what changes its first argument without an underscore at the end
@@ -370,10 +445,11 @@ def zero_channels(
     node: Node,
     inputs: list,  # the zero channels of each input: bool (channels,), None if unknown
     dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
-    biases: set,  # ids of the biases that are zero with it
+    biases: dict,  # id of a bias: bool (channels,), True where it is zero, with the filter
 ) -> np.ndarray | None:  # bool (channels,)
     "Find the channels of a node that are zero for every input of the network; None if nothing is known."
     if node.op == 'layer': return _zero_layer(node, dead, biases)
+    if node.op == 'bias': return biases.get(id(node.bias))
     if node.op not in KINDS: return None
     return KINDS[node.op].zero(node, inputs)
 
@@ -384,6 +460,7 @@ def layers_behind(
 ) -> frozenset | None:
     "Find the layers whose n-th output channel is part of the n-th channel of a node; None if unknown."
     if node.op == 'layer': return frozenset([id(node.weight)])
+    if node.op == 'bias': return frozenset()
     if node.op not in KINDS: return None
     return KINDS[node.op].behind(node, inputs)
 
@@ -434,7 +511,7 @@ def _behind_kept(node, inputs): return inputs[0] if node.repeat == 1 else None
 
 def _behind_addition(node, inputs):
     same_length = {i.length for i in node.inputs} == {node.length}
-    return inputs[0] | inputs[1] if all(inputs) and same_length else None
+    return inputs[0] | inputs[1] if None not in inputs and same_length else None
 
 
 @dataclass(frozen=True)

@@ -244,11 +244,11 @@ class Known:
         "Find what is masked of each BatchNorm that receives channels of zeros."
         modules = named_modules(model)
         paths = {module: path for path, module in modules.items()}
-        zero_biases = set()
+        zero_biases = {}  # id of a bias: bool (channels,)
         for module, tensors in biases.items():
-            for name in tensors:
+            for name, zero in tensors.items():
                 before = self.biases.get((paths[module], name))
-                zero_biases |= {id(before), id(getattr(module, name))}
+                zero_biases |= {id(before): zero, id(getattr(module, name)): zero}
         by_id = {id(self.weights[name]): filters for name, filters in dead.items()}
         found = {}
         for norm, channels in self.flow.zero_channels(by_id, zero_biases).items():

@@ -57,7 +57,10 @@ class TwoHeads(nn.Module):
 def chain(*after): return nn.Sequential(nn.Conv2d(2, 3, 1), *after)
 
 
-def biases(model): return {id(p) for n, p in model.named_parameters() if n.endswith('bias')}
+def none_zero(*biases): return {id(p): torch.zeros(len(p), dtype=torch.bool) for p in biases}
+
+
+def biases(model): return none_zero(*(p for n, p in model.named_parameters() if n.endswith('bias')))
 
 
 def names(model, weights): return sorted(n for n, m in model.named_modules() if hasattr(m, 'weight') and id(m.weight) in weights)
@@ -107,6 +110,33 @@ def test_flattened_maps_become_as_many_entries():
     flow = watch(model, (torch.randn(3, 2, 2, 2),))
     dead = {id(model[0].weight): torch.tensor([False, True, False])}
     assert flow.zero_channels(dead, biases(model))[model[2]].nonzero().flatten().tolist() == [4, 5, 6, 7]
+
+
+def test_norms_behind_quotients_sums_with_a_bias_and_weights_that_are_scaled():
+    "What a convolution does that is fused with its BatchNorm, for quantization-aware training."
+    def way(s, x):
+        scaled = F.conv2d(x, s.a.weight * torch.full((4, 1, 1, 1), 2.), torch.zeros(4))
+        return s.b(s.n(scaled / torch.full((1, 4, 1, 1), 2.) + s.a.bias.reshape(1, -1, 1, 1)))
+    model = Net(way, conv(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(4))
+    flow, dead = watch(model, (IMAGE,)), torch.tensor([False, True, False, True])
+    assert names(model, flow.output_weights) == ['b']
+    weights = {id(model.a.weight): dead}
+    assert flow.zero_channels(weights, {id(model.a.bias): dead})[model.n].tolist() == dead.tolist()
+    assert flow.zero_channels(weights, {id(model.a.bias): ~dead}) == flow.zero_channels(weights, {}) == {}
+
+
+def test_buffers_that_a_batch_resizes_are_put_back():
+    class Observer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('seen', torch.empty(0))
+
+        def forward(self, x):
+            self.seen.resize_(3).fill_(1)
+            return x
+    model = chain(Observer())
+    watch(model, (IMAGE,))
+    assert model[1].seen.shape == (0,)
 
 
 def test_a_norm_used_twice_is_zero_only_where_both_uses_are():
@@ -228,7 +258,7 @@ def test_what_is_not_zero_is_left_alone(name):
     for way in (lambda: trace(model), lambda: watch(model, (x,))):
         try: flow = way()
         except (TypeError, RuntimeError): continue  # fx cannot follow an entry that is set
-        assert flow.zero_channels(dead, {id(model.a.bias)}) == {}
+        assert flow.zero_channels(dead, none_zero(model.a.bias)) == {}
         looked += 1
     assert looked
 
@@ -237,7 +267,7 @@ def test_clamps_about_zero_keep_it():
     for model in (Net(lambda s, x: s.n(F.relu6(s.a(x))), conv(), n=nn.BatchNorm2d(4)), nn.Sequential(conv(), nn.ReLU6(), nn.BatchNorm2d(4))):
         layer = model.a if isinstance(model, Net) else model[0]
         for flow in (watch(model, (IMAGE,)), trace(model)):
-            assert len(flow.zero_channels({id(layer.weight): torch.tensor([True, False, False, True])}, {id(layer.bias)})) == 1
+            assert len(flow.zero_channels({id(layer.weight): torch.tensor([True, False, False, True])}, none_zero(layer.bias))) == 1
 
 
 @dataclass

@@ -15,6 +15,8 @@ from fasterai.operations import (
     Node,
     addition,
     batch_norm,
+    division,
+    fake_quantization,
     follow,
     in_place,
     keeps_zeros,
@@ -60,7 +62,7 @@ def after_layer(name, x, *args, axis=1, after=None, **kwargs):
     return called(name, x, *args, before=x.shape, after=after, nodes={id(x): node}, **kwargs)
 
 
-def dead(node, *inputs): return zero_channels(node, [i and np.array(i) for i in inputs], {}, set())
+def dead(node, *inputs): return zero_channels(node, [i and np.array(i) for i in inputs], {}, {})
 
 
 @pytest.mark.parametrize('name', rows(keeps_zeros))
@@ -206,9 +208,87 @@ def test_layers_without_shapes():
 
 def test_a_filter_is_zero_with_its_bias():
     filters, bias = {id(WEIGHT): np.array([True, False])}, nn.Parameter(torch.ones(2))
-    for given, zeroed, known in ((None, set(), True), (bias, {id(bias)}, True), (bias, set(), False), (bias * 2, {id(bias)}, False)):
+    masked = {id(bias): np.array([True, False])}
+    for given, zeroed, known in ((None, {}, True), (bias, masked, True), (bias, {}, False), (bias * 2, masked, False)):
         found = zero_channels(called('conv2d', object(), WEIGHT, given), [None], filters, zeroed)
         assert (found is not None) == known and (not known or found.tolist() == [True, False])
+
+
+def test_a_bias_of_zeros_is_none():
+    for name in ('zeros', 'zeros_like'):
+        zeros = called(name, object())
+        bias = object()
+        node = called('conv2d', object(), WEIGHT, bias, nodes={id(bias): zeros})
+        assert node.bias is None and zero_channels(node, [None], {id(WEIGHT): np.array([True])}, {}).tolist() == [True]
+    other = object()
+    assert called('conv2d', object(), WEIGHT, other, nodes={id(other): called('ones_like', object())}).bias is other
+
+
+def test_a_bias_that_is_reshaped_is_zero_where_its_filters_are():
+    bias, zero = nn.Parameter(torch.ones(3)), np.array([True, False, True])
+    node = called('reshape', bias, [1, -1, 1], before=(3,), after=(1, 3, 1))
+    assert (node.op, node.axis, node.ndim, node.length) == ('bias', 1, 3, 3)
+    assert zero_channels(node, [], {}, {id(bias): zero}) is zero and zero_channels(node, [], {}, {}) is None
+    assert called('reshape', bias, [1, 3, 1]).op == 'other'  # without shapes
+    assert called('reshape', nn.Parameter(torch.ones(1)), [1, 1], before=(1,), after=(1, 1)).op == 'other'
+    assert called('reshape', nn.Parameter(torch.ones(4)), [2, 2], before=(4,), after=(2, 2)).op == 'other'
+    assert called('reshape', bias.data, [1, 3], before=(3,), after=(1, 3)).op == 'other'
+
+
+@pytest.mark.parametrize('name', rows(division))
+def test_a_quotient_is_zero_where_the_first_is(name):
+    x, y = object(), object()
+    node = called(name, x, y, nodes={id(x): Node(axis=1, ndim=4, length=3), id(y): Node(axis=1, ndim=4, length=3)})
+    assert node.op == 'multiplication' and dead(node, [True, False, False]).tolist() == [True, False, False]
+    assert called(name, y, x, nodes={id(x): Node(axis=1, ndim=4, length=3)}).op == 'other'
+    assert called(name, x, y, nodes={id(x): Node(axis=1, ndim=2, length=3)}, before=(2, 3), after=(4, 2, 3)).op == 'other'
+
+
+# Fake quantization, of what a layer puts out and of its weight
+
+IS_ON, TENSOR, CHANNELS = torch.ones(1).long(), torch.tensor, torch.zeros(3, dtype=torch.int32)
+QUANTIZED = {
+    'fake_quantize_per_tensor_affine': (.1, 3, 0, 255),
+    'fake_quantize_per_channel_affine': (TENSOR([.1, .2, .3]), CHANNELS + 7, 1, 0, 255),
+    'fused_moving_avg_obs_fake_quant': (IS_ON, IS_ON, TENSOR(-.7), TENSOR(.3), TENSOR([.1]), CHANNELS[:1], .1, 0, 255, 0),
+}
+
+
+@pytest.mark.parametrize('name', QUANTIZED)
+def test_fake_quantization_keeps_zeros(name):
+    x, more = image(), QUANTIZED[name]
+    result = getattr(torch, name)(x, *more)
+    assert not result[:, 1].any() and result.any() and not torch.equal(result, x)
+    assert after_layer(name, x, *more, after=result.shape).op == 'keeps_zeros'
+    assert after_layer(name, x, *more).op == 'keeps_zeros'
+    assert {plain(n) for n in QUANTIZED} == set(rows(fake_quantization))
+
+
+def test_a_zero_point_between_the_steps_makes_something_of_zero():
+    x, scale, between = image(), TENSOR([.1, .2, .3]), TENSOR([.5, .4, .3])
+    assert torch.fake_quantize_per_channel_affine(x, scale, between, 1, 0, 255)[:, 1].any()
+    assert after_layer('fake_quantize_per_channel_affine', x, scale, between, 1, 0, 255).op == 'other'
+
+
+def test_a_weight_stays_its_layers_through_fake_quantization_and_a_product():
+    x, changed, quantized, scale = object(), object(), object(), torch.ones(4, 1, 1, 1)
+    product = called('mul', WEIGHT, scale, before=WEIGHT.shape, after=WEIGHT.shape)
+    nodes = {id(changed): product, id(quantized): called('fused_moving_avg_obs_fake_quant', changed, nodes={id(changed): product})}
+    for weight in (changed, quantized):
+        node = called('conv2d', x, weight, nodes=nodes)
+        assert (node.op, node.weight, node.sources) == ('layer', WEIGHT, {id(WEIGHT)})
+    assert dead(product) is None and product.axis is None and product.reads == {id(WEIGHT)}
+
+
+def test_a_weight_that_is_made_otherwise_is_known_by_its_parameter_alone():
+    x, other = object(), object()
+    for made in (called('mul', WEIGHT, nn.Parameter(torch.ones(4, 1, 1, 1)), before=WEIGHT.shape, after=WEIGHT.shape),
+                 called('mul', WEIGHT, 2.),  # without shapes it may be broadcast
+                 called('mul', WEIGHT, 2., before=WEIGHT.shape, after=(9, *WEIGHT.shape)),
+                 called('sub', WEIGHT, 2., before=WEIGHT.shape, after=WEIGHT.shape)):
+        assert made.op == 'other'
+        node = called('conv2d', x, other, nodes={id(other): made, id(x): Node(sources=frozenset([7]))})
+        assert node.op == 'other' and node.sources == made.sources and id(WEIGHT) in node.sources
 
 
 def test_the_arguments_of_a_layer():

@@ -194,6 +194,54 @@ def test_the_scale_of_a_dead_channel_stays_as_it_is(net):
     assert (net[4].bias[dead] == .01).all()  # a ReLU at zero would pass no gradient
 
 
+def prepared(engine, fused, example):
+    "A network of two blocks and an output layer, prepared for quantization-aware training."
+    from torch.ao.quantization import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).train()
+    with torch.no_grad():  # one that has seen something
+        for norm in (model[1], model[4]):
+            for tensor in (norm.weight, norm.bias, norm.running_mean): tensor.uniform_(.5, 1)
+    model.qconfig = get_default_qat_qconfig(engine)
+    if fused: fuse_modules_qat(model, [['0', '1', '2'], ['3', '4', '5']], inplace=True)
+    return prepare_qat(model, inplace=True)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('with_example', [True, False], ids=['watched', 'traced'])
+@pytest.mark.parametrize('fused', [True, False], ids=['fused', 'not fused'])
+@pytest.mark.parametrize('engine', ['fbgemm', 'qnnpack'])
+def test_filters_of_a_network_that_is_prepared_for_quantization(engine, fused, with_example):
+    x = torch.randn(4, 1, 8, 8)
+    model = prepared(engine, fused, x)
+    sparsifier = Sparsifier(model, 'filter', 'local', example=x if with_example else None)
+    assert list(sparsifier.layers) == ['0', '3'] and "makes the network's output" in sparsifier.skipped['8']
+    sparsifier.sparsify_model(50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9, weight_decay=.1)
+    sparsifier.attach(optimizer)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    after = {name: model[int(name) + (0 if fused else 1)] for name in sparsifier.layers}  # the norm is inside, or behind
+    for name, module in after.items():
+        seen = []
+        hook = module.register_forward_hook(lambda module, args, out: seen.append(out))
+        model(x)
+        hook.remove()
+        dead = ~sparsifier.masks[name].flatten(1).any(1)
+        assert int(dead.sum()) == len(dead) // 2 and not model[int(name)].weight[dead].any()
+        if with_example or not fused: assert not seen[0][:, dead].any()  # the code of a fused layer is not traced
+        assert seen[0][:, ~dead].any()
+    assert sparsifier.sparsity == pytest.approx(50)
+
+
+def test_a_weight_that_is_computed_hides_its_filters_and_not_its_layer():
+    class Standardized(nn.Conv2d):
+        def forward(self, x): return nn.functional.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
+    model = nn.Sequential(Standardized(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    assert list(Sparsifier(model, 'filter', example=torch.randn(2, 1, 8, 8)).layers) == ['0']
+
+
 def test_quantization_aware_training_of_a_network_with_dead_filters():
     from torch.ao.quantization import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
     x = torch.randn(4, 1, 8, 8)
