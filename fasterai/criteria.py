@@ -2,6 +2,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from inspect import Parameter, signature
 from math import inf
 
@@ -13,7 +14,8 @@ from fasterai.evidence import EVIDENCE
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
 """A function of evidence about one layer, named by its arguments, that returns scores of the weight's
-shape; larger = keep."""
+shape; larger = keep. An argument `name` gets the layer's name."""
+NAME = 'name'  # what a criterion may ask for beside evidence
 
 
 def elementwise(criterion: Callable) -> Callable:
@@ -62,6 +64,7 @@ class CriterionInfo:
     score: Criterion
     evidence: tuple = ()  # names in `EVIDENCE`: what it asks for
     elementwise: bool = False  # it can be called on a chunk of a layer
+    asks_name: bool = False  # it gets the layer's name, too
     pure: bool = False  # it does not write into its evidence, and takes tensors as well as arrays
     zeros_lowest: bool = False  # it gives weights that are zero a score below those of all others
 
@@ -69,7 +72,11 @@ class CriterionInfo:
 def evidence_of(
     criterion: Criterion,
 ) -> tuple:  # names in `EVIDENCE`
-    "Return what a criterion asks for: the names of its arguments without a default."
+    "Return what a criterion asks for: the names of its arguments without a default, but for `name`."
+    return tuple(name for name in _asked(criterion) if name != NAME)
+
+
+def _asked(criterion):
     several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     arguments = signature(criterion).parameters.items()
     return tuple(n for n, p in arguments if p.default is p.empty and p.kind not in several)
@@ -78,8 +85,19 @@ def evidence_of(
 def _is_elementwise(criterion): return getattr(criterion, 'elementwise', False)
 
 
-def _row(criterion, **more):
-    return CriterionInfo(criterion, evidence_of(criterion), _is_elementwise(criterion), pure=True, **more)
+def _row(criterion, pure=True, zeros_lowest=False):
+    asked, asks_name = evidence_of(criterion), NAME in _asked(criterion)
+    if asked: return CriterionInfo(criterion, asked, _is_elementwise(criterion), asks_name, pure, zeros_lowest)
+    return CriterionInfo(_with_weight(criterion), ('weight',), asks_name=True)
+
+
+def _with_weight(criterion):
+    "Make a criterion of the name alone one of the weight too, which says where its scores are needed."
+    @wraps(criterion)
+    def of_weight(weight, name):
+        scores = criterion(name=name)
+        return scores.detach().to(weight.device) if isinstance(scores, torch.Tensor) else scores
+    return of_weight
 
 
 # To add a criterion, write a function whose arguments name its evidence, and a row.
@@ -96,24 +114,25 @@ def read_criterion(
     """Return the criterion of this name, or a row for a function.
 
     `ValueError` or `TypeError` where it is neither, or asks for no evidence."""
-    known = ' and '.join(EVIDENCE)
+    known = ' and '.join([*EVIDENCE, NAME])
     criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {known}')
     if isinstance(criterion, CriterionInfo): return criterion
     for row in CRITERIA.values():
         if criterion is getattr(row, 'score', None): return row
-    try: asked = evidence_of(criterion)
+    try: asked = _asked(criterion)
     except (ValueError, TypeError):
         raise TypeError(f'criteria: got {criterion!r}, whose arguments cannot be read; '
                         f'expected a function of {known}, as lambda weight: weight.abs()') from None
     _check_evidence(criterion, asked)
-    return CriterionInfo(criterion, asked, _is_elementwise(criterion))
+    return _row(criterion, pure=False)
 
 
 def _check_evidence(criterion, asked):
+    known = [*EVIDENCE, NAME]
     for name in asked or ['nothing']:
-        if name in EVIDENCE: continue
+        if name in known: continue
         raise ValueError(f'criteria: {name_of(criterion)} asks for {name!r}, '
-                         f'expected arguments named {", ".join(EVIDENCE)}{nearest(name, EVIDENCE)}')
+                         f'expected arguments named {", ".join(known)}{nearest(name, known)}')
 
 
 # Scores
@@ -121,7 +140,7 @@ def _check_evidence(criterion, asked):
 def score(
     criterion: CriterionInfo,
     evidence: dict,  # name: a tensor of one layer, or the same chunk of each; all tensors, or all arrays
-    name: str,  # the layer's name, for errors
+    name: str,  # the layer's name
     shape: tuple,  # of the weight, or of the chunk
 ) -> torch.Tensor | np.ndarray:  # float32, or float64 where some evidence is, of that shape; larger = keep
     """Score a layer or a chunk of it.
@@ -130,6 +149,7 @@ def score(
     kind = type(next(iter(evidence.values())))
     is_double = any(e.dtype in (torch.float64, np.float64) for e in evidence.values())
     given = {n: _widened(e) for n, e in evidence.items()}
+    if criterion.asks_name: given[NAME] = name
     if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
         scores = criterion.score(**given)

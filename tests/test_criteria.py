@@ -64,6 +64,41 @@ def test_bad_evidence_is_named(values, grad, says):
     with pytest.raises(ValueError, match=says): score(gradient, parameter(values, grad), 'conv')
 
 
+def two_layers(): return nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+
+
+def zeros_of(model): return [int((layer.weight == 0).sum()) for layer in (model[0], model[2])]
+
+
+def test_a_criterion_may_ask_for_the_name_of_the_layer(monkeypatch):
+    monkeypatch.setattr(selection, 'CHUNK', 64)  # so that an elementwise one is called on chunks
+    seen = set()
+    def mine(weight, name):
+        seen.add((name, weight.ndim))
+        return abs(weight) + 9 * (name == '0')
+    for criterion in (mine, elementwise(lambda weight, name: mine(weight, name))):
+        model = two_layers()
+        Sparsifier(model, criteria=criterion).sparsify_model(40)
+        assert zeros_of(model) == [0, 320]
+    assert seen == {('0', 2), ('2', 2), ('0', 1), ('2', 1)}
+    info = read_criterion(mine)
+    assert (info.evidence, info.asks_name) == (('weight',), True) and not read_criterion('magnitude').asks_name
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_a_criterion_may_ask_for_the_name_alone(granularity):
+    model, kept = two_layers(), {name: torch.rand(20, 20) for name in ('0', '2')}
+    for by_name in (lambda name: kept[name], lambda *, name: kept[name].requires_grad_(), elementwise(lambda name: kept[name].detach().double())):
+        model = two_layers()
+        sparsifier = Sparsifier(model, granularity, 'local', by_name, layers=['0', '2'])
+        sparsifier.sparsify_model(50)
+        scores = {name: of if granularity == 'weight' else of.mean(1, keepdim=True).expand(20, 20) for name, of in kept.items()}
+        for name, of in scores.items(): assert of[sparsifier.masks[name]].min() >= of[~sparsifier.masks[name]].max()
+    with pytest.raises(ValueError, match=r"gave a tensor of shape \(3,\) for layer '0', expected .* \(20, 20\)"):
+        Sparsifier(two_layers(), criteria=lambda name: torch.ones(3)).sparsify_model(50)
+    with pytest.raises(ValueError, match='expected arguments named weight, grad, noise, name'): read_criterion(lambda nam: 1)
+
+
 def test_bad_scores_are_named():
     p = parameter([1., 2.])
     with pytest.raises(ValueError, match='scores by .*lambda.* layer .conv. has NaN'): score(lambda weight: weight / 0, p, 'conv')
