@@ -69,7 +69,7 @@ class LayerGroups:
 
     def all_scores(self) -> np.ndarray:  # (groups,), not to be changed
         "Return the scores of all groups."
-        return self.peers.fetched([self.joined_scores()])[0]
+        return _nan_lowest(self.peers.fetched([self.joined_scores()])[0])
 
     def scores_with_pruned_lowest(self) -> np.ndarray:  # (groups,), not to be changed
         "Return the scores of all groups, with those of pruned groups below all others."
@@ -87,7 +87,7 @@ class LayerGroups:
         "Yield the scores of the groups that are not pruned, in pieces."
         for _, scores, alive in self.chunks():
             if alive is not None: scores = scores[alive]
-            yield self.peers.fetched([scores])[0]
+            yield _nan_lowest(self.peers.fetched([scores])[0])
 
     def best(self) -> int:
         "Return the position of the living group with the highest score, the last of several."
@@ -97,6 +97,7 @@ class LayerGroups:
             if alive is not None:
                 at = np.flatnonzero(self.peers.fetched([alive])[0])
                 scores = scores[at]
+            scores = _nan_lowest(scores)
             if not len(scores) or scores.max() < most: continue
             most = scores.max()
             last = int(np.flatnonzero(scores == most)[-1])

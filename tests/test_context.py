@@ -1,4 +1,6 @@
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -167,3 +169,34 @@ def test_contexts_that_return_something_else_are_refused(context):
 def test_masks_of_another_layout_are_refused():
     with pytest.raises(ValueError, match='context: <lambda> returned'):
         read_context(lambda layers, fraction: [x.alive.to_sparse() for x in layers])([layer('a', [1, 2])], Fraction(1, 2))
+
+
+def with_nan(context):
+    "A context of one's own, in which the score of every other group is 0 / 0."
+    def prune(layers, fraction):
+        def scores(where, layer): return torch.as_tensor(layer.scores(where)) / (torch.arange(len(layer.alive))[where] % 2)
+        return context([replace(layer, scores=partial(scores, layer=layer)) for layer in layers], fraction)
+    return prune
+
+
+@pytest.mark.parametrize('context', ['local', 'global', 'erk', 'lamp', 'normalized', '2:4', within('O')], ids=str)
+@pytest.mark.parametrize('granularity, min_keep', [('weight', None), ('weight', 1), ('filter', None), ('filter', 9)])
+def test_nan_of_a_context_of_ones_own_is_pruned_first(context, granularity, min_keep):
+    info = read_context(context)
+    if info.single_weights and granularity == 'filter': return
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsifier = Sparsifier(model, granularity, with_nan(info.prune), lambda weight: 0 * weight, layers=['0', '1'], min_keep=min_keep)
+    sparsifier.sparsify_model(50)
+    odd = torch.arange(8) % 2 == 1
+    expected = odd.expand(8, 8) if granularity == 'weight' else odd[:, None].expand(8, 8)
+    assert all(torch.equal(sparsifier.masks[name], expected) for name in sparsifier.layers)
+
+
+@pytest.mark.filterwarnings('ignore:sparsity')
+@pytest.mark.parametrize('context', ['local', 'global', 'lamp', 'normalized'])
+def test_where_all_is_nan_the_floor_is_kept(context):
+    def all_nan(layers, fraction):
+        return read_context(context).prune([replace(layer, scores=lambda where: torch.zeros(6)[where] / 0) for layer in layers], fraction)
+    sparsifier = Sparsifier(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)), 'filter', all_nan, layers=['0', '1'])
+    sparsifier.sparsify_model(99)
+    for name in sparsifier.layers: assert 0 < sparsifier.masks.left(name) < 12

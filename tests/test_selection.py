@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +147,16 @@ def test_nan_is_the_lowest_however_it_is_found(monkeypatch):
         order = Lowest([one])
         (keep, n), = order.remove(order.cut(1000))
         assert n == 1000 == int((~keep).sum()) and not keep[scores.isnan()].any()
+
+
+@pytest.mark.parametrize('scores, best', [([torch.nan, 1, 2, torch.nan], 2), ([1, torch.nan], 0), ([torch.nan] * 3, 2), ([-INF, torch.nan, torch.nan], 2)])
+@pytest.mark.parametrize('chunk', [1, 2, 1 << 19])
+def test_nan_is_never_the_best(scores, best, chunk, monkeypatch):
+    monkeypatch.setattr(selection, 'CHUNK', chunk)
+    values = torch.tensor(scores)
+    one = LayerGroups('', len(values), 1, values != -INF, lambda where: values[where].nan_to_num(torch.nan, neginf=9.))
+    assert one.best() == best
+    assert not np.isnan(one.all_scores()).any() and not any(np.isnan(s).any() for s in one.living_scores())
 
 
 def test_layers_on_the_host_beside_layers_that_are_not(monkeypatch):
