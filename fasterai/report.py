@@ -2,6 +2,7 @@
 from dataclasses import asdict, dataclass
 from html import escape
 
+from fasterai.layers import Named
 from fasterai.tables import as_html, as_text
 
 
@@ -29,6 +30,8 @@ class Report:
     parameters: int  # how many numbers all parameters of the model have, selected or not
     parameter_zeros: int  # how many of them are exactly zero
     skipped: dict  # {name: reason}, for layers that were left out
+    matrices: int = 0  # how many numbers the parameters of two and more axes have
+    unknown: int = 0  # how many of those are in layers of unknown types, and not selected
 
     @property
     def weights(self) -> int:
@@ -58,6 +61,12 @@ class Report:
             more = f' and {others} more' if others > 0 else ''
             yield ', '.join(some) + more, reason
 
+    def _warnings(self):
+        "Return a sentence, in a list, where most weights could not be selected."
+        if 2 * self.unknown <= self.matrices: return []
+        return [f'most weights are left alone: {self.unknown:,} of {self.matrices:,} are in layers '
+                'of unknown types: add_layer_type() or layers= includes them']
+
     def _cells(self):
         "Yield the rows of the table as strings, the head first."
         yield 'layer', 'kind', 'shape', 'weights', 'zeros', 'sparsity', 'groups dead'
@@ -70,11 +79,12 @@ class Report:
 
     def __str__(self):
         notes = [f'left alone: {names}: {reason}' for names, reason in self._notes()]
-        return '\n'.join([as_text(self._cells(), left=3, foot=2), *notes])
+        return '\n'.join([as_text(self._cells(), left=3, foot=2), *notes, *self._warnings()])
 
     def _repr_html_(self):
         notes = [f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>'
                  for names, reason in self._notes()]
+        notes += [f'<div>{escape(warning)}</div>' for warning in self._warnings()]
         return as_html(self._cells(), left=3) + ''.join(notes)
 
     def to_frame(self):
@@ -116,7 +126,16 @@ def measure(
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     zeros = sum(int((p.detach() == 0).sum()) for p in parameters)
-    return Report(rows, total, zeros, dict(skipped))
+    return Report(rows, total, zeros, dict(skipped), *_unknown(model, layers))
+
+
+def _unknown(model, layers):
+    "Count the numbers in parameters of two and more axes, and those in layers of unknown types."
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    reached = {id(known.stored) for known in Named(model).weights.values()}
+    reached |= {id(weight.stored) for _, weight, _ in layers}
+    unknown = [p for p in weights if id(p) not in reached]
+    return sum(p.numel() for p in weights), sum(p.numel() for p in unknown)
 
 
 def _row(name, weight, grouping):

@@ -55,3 +55,33 @@ def test_plot():
 def test_many_layers_left_alone_are_one_line():
     net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(9)])
     assert str(Sparsifier(net, layers='0').report()).splitlines()[-1] == 'left alone: 1, 2, 3, 4 and 4 more: not chosen'
+
+
+class Conv1D(nn.Module):
+    "As transformers have it: a Linear with the inputs first."
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x): return x @ self.weight + self.bias
+
+
+MOSTLY_LEFT_ALONE = 'most weights are left alone: 60 of 100 are in layers of unknown types: add_layer_type() or layers= includes them'
+
+
+def test_a_model_of_mostly_unknown_layers_is_said_to_be_one():
+    net = nn.Sequential(Conv1D(4, 10), Conv1D(10, 2), nn.Linear(2, 20), nn.BatchNorm1d(20))
+    report = Sparsifier(net).report()
+    assert str(report).splitlines()[-1] == MOSTLY_LEFT_ALONE and f'<div>{MOSTLY_LEFT_ALONE}</div>' in report._repr_html_()
+    assert (report.unknown, report.matrices) == (60, 100)
+    some = Sparsifier(net, layers=['1.weight', '2']).report()
+    assert some.unknown == 40 and 'most weights' not in str(some)  # 40 of 100
+    half = nn.Sequential(Conv1D(4, 10), nn.Linear(4, 10))
+    assert 'most weights' not in str(Sparsifier(half).report())
+
+
+def test_a_weight_that_is_tied_to_a_known_layer_is_known():
+    net = nn.Sequential(nn.Linear(4, 10), Conv1D(4, 10), Conv1D(2, 3))
+    net[1].weight = net[0].weight
+    report = Sparsifier(net).report()
+    assert (report.unknown, report.matrices) == (6, 46)
