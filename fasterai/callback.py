@@ -460,6 +460,8 @@ class SparsifyCallback(KeepSparse):
         if done < 1: return f', stopped after {100 * done:.0f} % of the training'
         if zeros_before > round(wanted): return '; zeros that are there stay, and count'
         if self.share < 1: return f', since {name_of(self.schedule)} ends at {100 * self.share:.0f} % of it'
+        is_rounded = self.rules.round_to and report.sparsity != float(asked)
+        if is_rounded: return f'; round_to={self.rules.round_to} rounds the filters that stay'
         return ''
 
 

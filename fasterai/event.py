@@ -8,6 +8,7 @@ import torch
 
 from fasterai.evidence import Evidence
 from fasterai.peers import ALONE
+from fasterai.rounding import rounded
 from fasterai.rules import Rules
 from fasterai.scoring import Scores
 from fasterai.selection import LayerGroups
@@ -131,8 +132,9 @@ def _prune(rules, budget, masks, scores, regrow):
         groups = [_groups(layer, masks[layer.name], rules, scores, zeros, regrow) for layer in tied]
         together = _as_one(groups)
         competing.append(together if regrow else _zeros_first(together, tied, masks, rules.criterion, zeros))
-    after = {}
-    for tied, groups, keep in zip(budget.tied, competing, rules.context_info(competing, budget.fraction)):
+    keeps, after = rules.context_info(competing, budget.fraction), {}
+    if rules.round_to and budget.fraction: keeps = rounded(competing, keeps, rules.round_to)
+    for tied, groups, keep in zip(budget.tied, competing, keeps):
         alone, freed = len(tied) == 1, groups.outcome.freed
         left = groups.outcome.left if alone and rules.context_info.counted else None
         for layer in reversed(tied):

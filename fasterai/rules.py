@@ -8,7 +8,7 @@ from numbers import Integral, Real
 
 from fastcore.meta import delegates
 
-from fasterai.arguments import flag, known_arguments, percent
+from fasterai.arguments import flag, known_arguments, percent, whole
 from fasterai.context import CONTEXTS, Context, ContextInfo, read_context
 from fasterai.criteria import Criterion, CriterionInfo, read_criterion
 from fasterai.granularity import GRANULARITIES, GranularityInfo, read_granularity
@@ -29,6 +29,7 @@ class Rules:
     layers: object = None  # as `layers.choose` takes it
     min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group. A layer with no more weights stays whole
     coupled: bool = False  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
+    round_to: int | None = None  # at filter granularity: round the number of filters that stay in a layer to the nearest multiple of it, as 8: kernels run best so
     exclude: object = None  # layers that take no part, in the forms of `layers`; the others compete as before
     keep_zeros: bool = False  # hold the zeros that are in the weights already, as of a sparse model that is trained on; False: they may learn until an event prunes them
     regrow: str | Regrowth = 'position'  # which pruned weights come back first where the sparsity falls: a name, or a function
@@ -43,6 +44,7 @@ class Rules:
         self._check_groups(self.granularity_info.one_layer, self.granularity_info.several)
         for name in ('coupled', 'keep_zeros'): flag(name, getattr(self, name))
         if self.coupled: self._check_coupled()
+        if self.round_to is not None: self._check_one_filter('round_to', whole('round_to', self.round_to))
 
     @cached_property
     def granularity_info(self) -> GranularityInfo: return read_granularity(self.granularity)
@@ -138,11 +140,15 @@ class Rules:
                          f'expected fewer than the {largest:,} weights of the largest layer: '
                          'a layer with no more than that stays whole')
 
+    def _check_one_filter(self, argument, given):
+        "Refuse an argument that is about single filters where a group is something else."
+        if self.granularity_info.one_filter: return
+        names = [repr(name) for name, row in GRANULARITIES.items() if row.one_filter]
+        raise ValueError(f'{argument}: got {given!r} with granularity={self.granularity!r}, '
+                         f'expected {" or ".join(names)}, which prunes output channels')
+
     def _check_coupled(self):
-        if not self.granularity_info.one_filter:
-            names = [repr(name) for name, row in GRANULARITIES.items() if row.one_filter]
-            raise ValueError(f'coupled: got True with granularity={self.granularity!r}, '
-                             f'expected {" or ".join(names)}, which prunes output channels')
+        self._check_one_filter('coupled', True)
         if not self.context_info.by_shape: return
         others = [name for name, row in CONTEXTS.items() if not row.by_shape]
         raise ValueError(f'coupled: got True with context={self.context!r}, which goes by the shape of '

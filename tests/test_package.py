@@ -22,7 +22,7 @@ ROWS = [
     'synonyms arguments tables snapshot peers operations optimizers plot',  # leaves
     'ranking selection dataflow',
     'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
-    'zeros scoring event',
+    'zeros scoring rounding event',
     'selected masks',  # state
     'report sparsifier sensitivity',
     'epochs callback demo all',  # with fastai
