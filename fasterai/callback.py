@@ -1,5 +1,4 @@
 "Prune in fastai's training loop: the callbacks say when, a `Sparsifier` does it."
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -14,10 +13,9 @@ from fasterai.arguments import known_arguments, name_of
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.granularity import add_layer_type
 from fasterai.layers import check_kinds, choose, matching
-from fasterai.names import Named, bare, find_again
+from fasterai.names import Named, bare
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, initial_at, needs_length, over_fit, read_schedule
-from fasterai.selected import warn_lost
 from fasterai.sparsifier import Sparsifier
 from fasterai.zeros import count_zeros
 
@@ -84,17 +82,17 @@ class KeepSparse(FastaiCallback):
         if self.active: self.sparsifier.apply_masks()
 
     def _end(self):
-        "Mask once more, when all other callbacks are done: they may have put other weights or a model in place."
+        "Mask once more, when all other callbacks are done: they may have put other weights in place."
         if not self.active: return
         if self._model() is not self.sparsifier.model: self._follow_model()
         self.sparsifier.apply_masks()
 
     def _end_behind_all(self):
         "Have `_end` called after the fit, behind all other callbacks."
-        for cb in [cb for cb in self.learn.cbs if isinstance(cb, AfterAll) and cb.owner not in self.learn.cbs]:
-            self.learn.remove_cb(cb)  # of a fit that broke off
-        if not any(isinstance(cb, AfterAll) and cb.owner is self for cb in self.learn.cbs):
-            self.learn.add_cb(AfterAll(self))
+        last = [cb for cb in self.learn.cbs if isinstance(cb, AfterAll)]
+        for cb in last:
+            if cb.owner not in self.learn.cbs: self.learn.remove_cb(cb)  # it is of a fit that broke off
+        if not any(cb.owner is self for cb in last): self.learn.add_cb(AfterAll(self))
 
     def _prune(self): "Make an event. This callback only keeps zeros, and makes none."
 
@@ -114,7 +112,7 @@ class KeepSparse(FastaiCallback):
 
     def _weights(self):
         "Return the weights that are meant."
-        if self._has_masks(): return list(self._found_again().values())
+        if self._has_masks(): return list(self.sparsifier.selected.found_in(self._model()).values())
         if self.handed:  # it was copied or exported with the Learner, without its masks
             every = Named(self._model()).every
             return [every[name] for name in self.rules.layers if name in every]
@@ -125,15 +123,6 @@ class KeepSparse(FastaiCallback):
     def _goes_on_from_a_file(self):
         "Tell whether the fit is resumed, by `start_epoch`: then the zeros that are there were pruned before."
         return any(isinstance(cb, SkipToEpoch) and cb._skip_to > 0 for cb in self.learn.cbs)
-
-    def _found_again(self):
-        "Find the layers of the Sparsifier in the model as it is now; name those that are lost, once."
-        layers = self.sparsifier.selected.candidates
-        found = find_again({name: layer.at for name, layer in layers.items()}, self._model())
-        lost = [name for name, layer in layers.items() if not layer.fits(found.get(name))]
-        warn_lost(lost)
-        for name in lost: del layers[name]
-        return {name: found[name] for name in layers}
 
     def _build(self, rules):
         "Make the Sparsifier. It begins with the masks that earlier fits have left, and those of the user."
@@ -148,23 +137,14 @@ class KeepSparse(FastaiCallback):
         for fit in sorted({cb.handed for cb in keepers}):
             of_one_fit = {}
             for cb in [cb for cb in keepers if cb.handed == fit]:
-                for weight, keep in cb._masks_found_again().items():
+                for weight, keep in cb.sparsifier.masks.found_in(self._model()).items():
                     of_one_fit[weight] = of_one_fit[weight] & keep if weight in of_one_fit else keep
             held |= of_one_fit  # a later fit may have let weights come back
         return held
 
-    def _masks_found_again(self):
-        "Return the masks of the Sparsifier, for the model as it is now: {weight: mask}."
-        layers, masks, found = self.sparsifier.selected.candidates, self.sparsifier.masks.of, {}
-        for name, weight in self._found_again().items():
-            keep = masks[name].keep
-            found[weight] = keep if layers[name].is_at(weight) else _where_zero(name, keep, weight.tensor.detach())
-        return found
-
     def _follow_model(self):
         "Go over to the model that is in the Learner now, with the masks of the one before."
-        masks = self.sparsifier.masks.of
-        held = {weight: masks[name].keep for name, weight in self._found_again().items()}
+        held = self.sparsifier.masks.found_in(self._model(), where_zero=False)
         rules = replace(self.sparsifier.rules, layers=list(held), exclude=None)
         self._sparsifier = Sparsifier(self._model(), **rules.given, example=self._batch)
         self.sparsifier.masks.begin_with(held)
@@ -180,17 +160,6 @@ class KeepSparse(FastaiCallback):
         self.sparsifier.mask_optimizer_state(getattr(opt, 'opt', opt).state)
         for slow, fast in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):
             self.sparsifier.mask_optimizer_state({p: {'slow': s} for p, s in zip(fast, slow)})
-
-
-def _where_zero(name, keep, weight):
-    """Return the mask for a layer that was put in the place of another between fits.
-
-    What is not zero in the new one is let go, and said: it may be a new head, or another model."""
-    lost = ~keep.to(weight.device) & (weight != 0)
-    if lost.any():
-        warnings.warn(f'masks: {name!r} was replaced, and {int(lost.sum()):,} of {int((~keep).sum()):,} masked '
-                      'weights are not zero in the new layer: they are let go', stacklevel=2)
-    return keep.to(weight.device) | lost
 
 
 class AfterAll(FastaiCallback):
@@ -260,7 +229,7 @@ class SparsifyCallback(KeepSparse):
     def before_train(self): self.trained = True
 
     def before_batch(self):
-        "Find the data flow with the first batch, and with it the layers that are left out; then as KeepSparse."
+        "Find the data flow with the first batch, and with it the layers that are left out."
         if not self.active or not self.training: return
         self.had_batch = True
         if self.begun: return
@@ -325,7 +294,7 @@ class SparsifyCallback(KeepSparse):
         self._mask_optimizer_state()
 
     def _is_due(self, share, initial):
-        "Tell whether the schedule returned something new, or a layer learns or is known of that was not before."
+        "Tell whether the schedule returned something new, or another layer can be pruned than before."
         if (share, initial) != (self.share, self.initial): return True
         if not share and not initial: return False
         layers = self.sparsifier.layers
@@ -385,16 +354,15 @@ class SparsifyCallback(KeepSparse):
 
     def _leave_keeper(self):
         "Leave a `KeepSparse` with the Learner that keeps the zeros of these layers in later fits."
-        rules = Rules(self.rules.granularity, layers=list(self.sparsifier.selected.candidates), keep_zeros=True)
-        keepers = [cb for cb in self.learn.cbs if type(cb) is KeepSparse and cb.handed]
-        pruning = [cb for cb in self.learn.cbs if isinstance(cb, SparsifyCallback) and cb.active and cb is not self]
-        others = [cb.keeper for cb in pruning]
-        free = [cb for cb in keepers if cb not in others]
-        alike = [cb for cb in free if cb.rules == rules]
-        if not alike: self.learn.add_cb(KeepSparse(rules.granularity, rules.layers))
-        self.keeper = alike[0] if alike else self.learn.cbs[-1]
-        self.keeper.handed = 1 + max([cb.handed for cb in free if cb is not self.keeper], default=0)
+        new = KeepSparse(self.rules.granularity, list(self.sparsifier.selected.candidates))
+        in_use = [cb.keeper for cb in self._others(SparsifyCallback) if cb.active]
+        earlier = [cb for cb in self._others(KeepSparse) if cb.handed and cb not in in_use]
+        self.keeper = next((cb for cb in earlier if cb.rules == new.rules), new)
+        if self.keeper is new: self.learn.add_cb(new)
+        self.keeper.handed = 1 + max([cb.handed for cb in earlier if cb is not self.keeper], default=0)
         self.keeper._sparsifier = self._sparsifier
+
+    def _others(self, kind): return [cb for cb in self.learn.cbs if isinstance(cb, kind) and cb is not self]
 
     # What is said
 

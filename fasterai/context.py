@@ -62,7 +62,7 @@ def allotted(
         total = round(fraction * sum(layer.n_weights for layer in layers))
         zeros = allocate(layers, fraction)
         if _single_weights(layers):
-            zeros = allocation.rounded(zeros, total, [layer.zeros for layer in layers])
+            zeros = allocation.rounded(zeros, total, [layer.zeros_in_weights for layer in layers])
         return [prune_together([layer], n, fraction == 1)[0] for layer, n in zip(layers, zeros)]
     return prune
 

@@ -87,7 +87,8 @@ def _is_elementwise(criterion): return getattr(criterion, 'elementwise', False)
 
 def _row(criterion, pure=True, zeros_lowest=False):
     asked, asks_name = evidence_of(criterion), NAME in _asked(criterion)
-    if asked: return CriterionInfo(criterion, asked, _is_elementwise(criterion), asks_name, pure, zeros_lowest)
+    if asked:
+        return CriterionInfo(criterion, asked, _is_elementwise(criterion), asks_name, pure, zeros_lowest)
     return CriterionInfo(_with_weight(criterion), ('weight',), asks_name=True)
 
 

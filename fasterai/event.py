@@ -12,7 +12,7 @@ from fasterai.rounding import rounded
 from fasterai.rules import Rules
 from fasterai.scoring import Scores
 from fasterai.selection import LayerGroups
-from fasterai.zeros import find_zeros, lowest_where, zero_groups
+from fasterai.zeros import count_zeros, find_zeros, lowest_where, zero_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,8 @@ def _groups(layer, mask, rules, scores, zeros, regrow):
     scattered = 0 if found is None else found.n_scattered
     groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
                          costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
-                         grouping.axes, known, scattered=scattered)
+                         grouping.axes, known, scattered=scattered,
+                         count_free=partial(count_zeros, layer.weight, mask))
     return _all_competing(groups, layer, mask, found, rules.regrowth) if regrow else groups
 
 
@@ -179,7 +180,7 @@ def _all_competing(groups, layer, mask, zeros, regrowth):
         gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
         return regrowth(groups.scores(where), gone)
     return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=layer.grouping.groups,
-                   costs=_full_costs(layer.grouping, pruned.device), scattered=0)
+                   costs=_full_costs(layer.grouping, pruned.device), scattered=0, count_free=None)
 
 
 def _as_one(tied):

@@ -1,8 +1,10 @@
 "Hold zeros: in weights, in their gradients, and in what an optimizer keeps for them."
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
 from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
@@ -35,7 +37,8 @@ class Masks(Mapping):
         name: str,  # of a selected layer
     ) -> torch.Tensor:  # bool, of the weight's shape, True = keep
         "Return a copy of a layer's mask."
-        if name in self.selected.layers: return self.of[name].keep.clone(memory_format=torch.contiguous_format)
+        if name in self.selected.layers:
+            return self.of[name].keep.clone(memory_format=torch.contiguous_format)
         raise KeyError(f'masks: got {name!r}, expected one of {", ".join(self)}{nearest(name, self)}')
 
     def __iter__(self): return iter(self.selected.layers)
@@ -70,18 +73,28 @@ class Masks(Mapping):
             both = self._of[name].keep & mask.keep
             self._of[name] = Mask.counted(both, self.selected.candidates[name].grouping)
 
+    def found_in(self,
+        model: nn.Module,  # the Learner's: another one, or the same with other modules
+        where_zero: bool = True,  # of a layer that was replaced hold only what is zero in it: it may be a new one
+    ) -> dict:  # `Weight` in that model: bool, of its shape, True = keep
+        "Return the masks for a model as it is now. Layers that are lost are named, once."
+        layers = dict(self.selected.candidates)
+        found, masks = self.selected.found_in(model), {}
+        for name, weight in found.items():
+            keep = self._of[name].keep.to(weight.tensor.device)
+            is_new = where_zero and not layers[name].is_at(weight)
+            masks[weight] = _where_zero(name, keep, weight.tensor.detach()) if is_new else keep
+        return masks
+
     def _read(self, name, mask):
-        layers = self.selected.candidates
-        layer = layers.get(name)
+        names, layer = self.selected.candidates, self.selected.candidates.get(name)
         if layer is None:
-            raise ValueError(f'masks: got {name!r}, expected one of {", ".join(layers)}{nearest(name, layers)}')
-        shape = tuple(layer.weight.shape)
-        fits = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == layer.weight.shape
-        if not fits or mask.is_meta or mask.layout != torch.strided:
+            raise ValueError(f'masks: got {name!r}, expected one of {", ".join(names)}{nearest(name, names)}')
+        if not _is_mask(mask) or mask.shape != layer.weight.shape:
             came = type(mask).__name__
             if isinstance(mask, torch.Tensor): came = f'a tensor of {mask.dtype} of shape {tuple(mask.shape)}'
-            raise ValueError(f'masks: got {came} for {name!r}, '
-                             f'expected a bool tensor of shape {shape}, True = keep')
+            raise ValueError(f'masks: got {came} for {name!r}, expected a bool tensor of shape '
+                             f'{tuple(layer.weight.shape)}, True = keep')
         return Mask.counted(mask.detach().to(layer.weight.device, copy=True).contiguous(), layer.grouping)
 
     def left(self,
@@ -169,7 +182,7 @@ class Masks(Mapping):
         self._of, self._dependents, self._version = after, dependents, self.selected.version
         with torch.no_grad():
             self._start_again(before)
-            for name, weight in weights.items(): self.selected.layers[name].weight.copy_(weight)
+            for name, weight in weights.items(): self.selected.candidates[name].weight.copy_(weight)
         self.mask_weights()
 
     def _start_again(self, before):
@@ -206,6 +219,21 @@ class Masks(Mapping):
             keep = _unpacked(name, state[name], held[name].keep.shape).to(layer.weight.device)
             masks[name] = Mask.counted(keep, layer.grouping)
         self._set(masks, {})
+
+
+def _where_zero(name, keep, weight):
+    "Return the mask of a layer for one in its place: what is not zero there is let go, and said."
+    lost = ~keep & (weight != 0)
+    if lost.any():
+        n, of = int(lost.sum()), int((~keep).sum())
+        warnings.warn(f'masks: {name!r} was replaced, and {n:,} of {of:,} masked weights are not zero in the '
+                      'new layer: they are let go', stacklevel=3)
+    return keep | lost
+
+
+def _is_mask(thing):
+    if not isinstance(thing, torch.Tensor) or thing.dtype != torch.bool: return False
+    return not thing.is_meta and thing.layout == torch.strided
 
 
 def _owners(module, tensor):

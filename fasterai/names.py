@@ -118,12 +118,22 @@ def _again(name, weight, named, places):
 
 
 class Places:
-    "Remember which module of a model is where, to see cheaply whether one was replaced."
+    "Remember where the modules and some weights of a model are, to see cheaply whether one was replaced."
 
-    def __init__(self, model: nn.Module):
-        self.children = [(m._modules, key, child) for m in model.modules() for key, child in m._modules.items()]
+    def __init__(self,
+        model: nn.Module,
+        weights,  # of `Weight`
+    ):
+        self.children = [(module._modules, key, child) for module in model.modules()
+                         for key, child in module._modules.items()]
+        self.shapes = [(w.module._parameters, w.attr, w.tensor.shape) for w in weights]
 
     @property
     def changed(self) -> bool:
-        "Tell whether a module was replaced or taken away."
-        return any(modules.get(key) is not child for modules, key, child in self.children)
+        "Tell whether a module was replaced or taken away, or a weight is no parameter of its shape any more."
+        for modules, key, child in self.children:
+            if modules.get(key) is not child: return True
+        for parameters, attr, shape in self.shapes:
+            parameter = parameters.get(attr)
+            if parameter is None or parameter.shape != shape: return True
+        return False

@@ -63,3 +63,11 @@ def _is_on(device, piece): return isinstance(piece, torch.Tensor) and piece.devi
 
 
 ALONE = Alone()
+
+
+def as_array(
+    tensor: torch.Tensor,  # without a gradient
+) -> torch.Tensor | np.ndarray:
+    "Return the numpy array of a tensor where there is one; it is compared and counted many times faster."
+    has_array = ALONE.on_host(tensor) and tensor.dtype in (torch.float32, torch.float64)
+    return tensor.numpy() if has_array else tensor

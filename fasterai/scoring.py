@@ -4,7 +4,7 @@ import torch
 
 from fasterai.criteria import CriterionInfo, check_finite, finite, score
 from fasterai.evidence import Evidence
-from fasterai.peers import ALONE
+from fasterai.peers import ALONE, as_array
 from fasterai.selection import CHUNK
 
 FEW = 8  # weights a group: from so many on torch scores all groups at once, for their scores need little memory
@@ -80,13 +80,7 @@ class Scores:
             held = {'scores': scores}
         self.rows = {name: layer.grouping.rows(tensor) for name, tensor in held.items()}
         if layer.grouping.size < FEW or not self.criterion.pure:
-            self.rows = {name: _as_array(rows) for name, rows in self.rows.items()}
+            self.rows = {name: as_array(rows) for name, rows in self.rows.items()}
 
     def _score(self, layer, evidence, shape): return score(self.criterion, evidence, layer.name, shape)
     def _check(self, scores, evidence, layer): check_finite(scores, self.criterion, evidence, layer.name)
-
-
-def _as_array(tensor):
-    "Return the numpy array of a tensor where there is one; it is compared and counted many times faster."
-    has_array = ALONE.on_host(tensor) and tensor.dtype in (torch.float32, torch.float64)
-    return tensor.numpy() if has_array else tensor

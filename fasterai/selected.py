@@ -77,7 +77,7 @@ class Selected:
         self.flow = None  # `Known`, where the data flow is needed and could be found
         self.ties = []  # lists of names of layers whose n-th filters are pruned together
         self.learned = set(self.choice.by_name)  # names of layers that were seen to learn, or that were named
-        self.places, self.version = Places(model), 0  # the version rises when modules were replaced
+        self.places, self.version = self._places(), 0  # the version rises when modules were replaced
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not _is_function(example): self.resolve()
 
@@ -92,18 +92,19 @@ class Selected:
     def skipped(self) -> dict:  # name: reason
         "Return the layers that were left out, and why."
         self.resolve()
-        frozen = dict.fromkeys(self.frozen, 'is frozen, so it is left alone: name it in layers= to include it')
-        return self.choice.skipped | frozen
+        reason = 'is frozen, so it is left alone: name it in layers= to include it'
+        return self.choice.skipped | dict.fromkeys(self.frozen, reason)
 
     # Frozen layers
 
     @property
     def frozen(self) -> list:  # of names
         "Return the layers that do not learn and never did, and those that are pruned as one with them."
-        learn = {name for name, layer in self.candidates.items() if layer.weight.requires_grad}
-        self.learned |= learn
-        frozen = [name for name in self.candidates if name not in self.learned]
-        return [name for name in self.candidates if any(other in frozen for other in self.tied_to(name))]
+        never = [name for name in self.candidates if name not in self.learned]
+        self.learned |= {name for name in never if self.candidates[name].weight.requires_grad}
+        frozen = {name for name in never if name not in self.learned}
+        if not frozen: return []
+        return [name for name in self.candidates if frozen.intersection(self.tied_to(name))]
 
     def learning(self) -> dict:  # name: `Layer`
         "Return the layers that learn or did before; `ValueError` where none does."
@@ -118,26 +119,33 @@ class Selected:
 
     def follow(self):
         "Find the layers again, by their names, where modules were replaced; name those that are lost."
-        moved = any(layer.at.stored is None or layer.weight.shape != layer.grouping.shape
-                    for layer in self.candidates.values())
-        if not moved and not self.places.changed: return
-        found = find_again({name: layer.at for name, layer in self.candidates.items()}, self.model)
+        if not self.places.changed: return
+        for name, weight in self.found_in(self.model).items():
+            self.candidates[name] = replace(self.candidates[name], at=weight)
+        self.places, self.version = self._places(), self.version + 1
+
+    def _places(self): return Places(self.model, [layer.at for layer in self.candidates.values()])
+
+    def found_in(self,
+        model: nn.Module,  # perhaps another one
+    ) -> dict:  # name: `Weight`
+        "Find the layers in a model as it is now. Those that are lost are named, and left out from now on."
+        found = find_again({name: layer.at for name, layer in self.candidates.items()}, model)
         lost = [name for name, layer in self.candidates.items() if not layer.fits(found.get(name))]
-        self.places, self.version = Places(self.model), self.version + 1
-        warn_lost(lost)
+        _warn_lost(lost)
         for name in lost:
             del self.candidates[name]
             self.choice.skipped[name] = 'is no longer in the model as it was pruned'
-        for name, layer in self.candidates.items(): self.candidates[name] = replace(layer, at=found[name])
+        return {name: found[name] for name in self.candidates}
 
     def tied(self,
         names: list,  # of layers
     ) -> list:  # of lists of `Layer`
         "Put the layers together that are pruned as one."
-        sets = {}
+        sets, layers = {}, self.layers
         for name in names:
             first = self.tied_to(name)[0]
-            sets.setdefault(first, []).append(self.layers[name])
+            sets.setdefault(first, []).append(layers[name])
         return list(sets.values())
 
     def tied_to(self,
@@ -259,7 +267,7 @@ class Known:
         return found
 
     def _again(self, norm, modules, paths):
-        "Return the BatchNorm that is now in the place of one, None where there is none; name it if it is lost."
+        "Return the BatchNorm that is in the place of one now, None where it is lost or fused."
         if norm in paths: return norm
         alike = [m for m in paths if isinstance(m, _BatchNorm) and m.num_features == norm.num_features]
         same = [m for m in alike if norm.bias is not None and m.bias is norm.bias]
@@ -267,15 +275,12 @@ class Known:
         path = self.norms[norm]
         if modules.get(path) in alike: return modules[path]
         fused = isinstance(modules.get(path), nn.Identity)  # its bias is that of the layer before
-        if not fused and path not in self.lost: warn_lost([path])
+        if not fused and path not in self.lost: _warn_lost([path])
         self.lost.add(path)
         return None
 
 
-def warn_lost(
-    names: list,  # of layers
-):
-    "Name layers whose masks are lost, because the model no longer has them."
+def _warn_lost(names):
     if not names: return
     warnings.warn(f'masks: {", ".join(map(repr, names))} cannot be found in the model any more, '
                   'under this name and with this shape: its zeros are not kept from now on', stacklevel=3)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fasterai.peers import ALONE
+from fasterai.peers import ALONE, as_array
 from fasterai.selection import CHUNK
 
 
@@ -43,16 +43,23 @@ def count_zeros(
 
 def _count(weight, mask):
     "Count in pieces that fit a processor's cache; the number stays where the weight is."
-    if not ALONE.on_host(weight) or not weight.numel(): return _free(weight, mask).sum()
+    weight, keep = weight.detach(), None if mask.left == mask.size else mask.keep
+    if not ALONE.on_host(weight) or not weight.numel(): return _zero(weight, keep).sum()
     rows = max(1, CHUNK * len(weight) // weight.numel())
     pieces = [slice(start, start + rows) for start in range(0, len(weight), rows)]
-    return torch.tensor(sum(ALONE.count(_free(weight, mask, piece)) for piece in pieces))
+    weight, keep = as_array(weight), None if keep is None else ALONE.array(keep)
+    counts = [ALONE.count(_zero(weight[piece], None if keep is None else keep[piece])) for piece in pieces]
+    return torch.tensor(sum(counts))
 
 
-def _free(weight, mask, where=...):
-    "Tell which weights are zero although the mask keeps them: bool, of the weight's shape."
-    zero = weight.detach()[where] == 0
-    return zero if mask.left == mask.size else zero & mask.keep[where]
+def _zero(weight, keep):
+    "Tell which weights are zero although the mask keeps them; `keep` is None where it keeps all."
+    zero = weight == 0
+    if keep is not None: zero &= keep
+    return zero
+
+
+def _free(weight, mask): return _zero(weight.detach(), mask.keep)
 
 
 def _described(together, masks):
@@ -84,9 +91,12 @@ def zero_groups(
     rows = []
 
     def is_zero(where):
-        if not rows: rows.extend(layer.grouping.rows(values) for values in (layer.weight.detach(), mask.keep))
+        if not rows:
+            rows.append(as_array(layer.grouping.rows(layer.weight.detach())))
+            rows.append(ALONE.array(layer.grouping.rows(mask.keep)))
         weight, keep = rows
-        return ALONE.array(weight[where] == 0) & ALONE.array(keep[where])
+        zero = ALONE.array(weight[where] == 0)
+        return zero & keep[where] if isinstance(zero, torch.Tensor) or zero.any() else zero
     return is_zero
 
 

@@ -64,9 +64,9 @@ def test_a_floor_counts_what_is_left_in_the_filters():
 
 def test_the_counts_of_a_context_are_forgotten_where_they_are_no_longer_true():
     one, other = layer('a', [1, 2, 3]), layer('b', [1, 2, 3])
-    one.remaining_after, other.remaining_after = 1, 2
+    one.outcome.left, other.outcome.left = 1, 2
     rounded([one, other], [torch.tensor([False, False, True]), torch.tensor([False, True, True])], 2)
-    assert (one.remaining_after, other.remaining_after) == (None, 2)
+    assert (one.outcome.left, other.outcome.left) == (None, 2)
 
 
 # In a model
@@ -111,7 +111,7 @@ def test_the_best_stay():
 def test_nothing_asked_nothing_rounded():
     model = widths(1, 24)
     with torch.no_grad(): model[0].weight[:3] = 0
-    sparsifier = Sparsifier(model, 'filter', example=IMAGE, round_to=8)
+    sparsifier = Sparsifier(model, 'filter', example=IMAGE, round_to=8, keep_zeros=True)
     sparsifier.sparsify_model(0)
     assert filters(sparsifier) == {'0': 21}
     sparsifier.sparsify_model(1)
