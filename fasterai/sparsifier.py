@@ -44,7 +44,7 @@ class Sparsifier:
         self.selected = Selected(model, self.rules, example)
         self.masks = Masks(self.selected, self.rules.keep_zeros)
         self.evidence = Evidence(self.rules.evidence, self.selected)
-        self._hooks = []  # in optimizers
+        self._hooks, self._in_event = [], False  # the hooks are in optimizers
 
     def __repr__(self):
         given = as_arguments(self.rules.given)
@@ -122,7 +122,12 @@ class Sparsifier:
                          f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
 
     def _event(self, budgets, regrow):
-        change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
+        if self._in_event:
+            raise ValueError('sparsity: asked for within an event of the same Sparsifier, by its criterion, '
+                             'context or regrowth; expected after it')
+        self._in_event = True
+        try: change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
+        finally: self._in_event = False
         self.masks.apply(change)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)

@@ -251,3 +251,14 @@ def test_layers_that_are_pruned_as_one_wait_together():
     sparsifier = Sparsifier(model, 'filter', 'local', 'gradient', example=torch.ones(1, 4), coupled=True)
     with pytest.warns(UserWarning, match="'0.a', '0.b' took no part"): change = sparsifier.sparsify_model(50)
     assert change.waiting == {'0.a', '0.b'}
+
+
+def test_an_event_within_an_event_is_refused_and_nothing_changes(net):
+    def criterion(weight):
+        sparsifier.sparsify_model(90)
+        return weight.abs()
+    sparsifier = Sparsifier(net, criteria=criterion)
+    before = tensors_of(sparsifier)
+    with pytest.raises(ValueError, match='sparsity: asked for within an event of the same Sparsifier'): sparsifier.sparsify_model(50)
+    assert same(before, tensors_of(sparsifier))
+    with pytest.raises(ValueError, match='within an event'): sparsifier.sparsify_model(50)  # not for ever
