@@ -1,7 +1,8 @@
 "Import all that one needs: `from fasterai.all import *`."
-from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.callback import SparsifyCallback
 from fasterai.context import within
 from fasterai.granularity import add_layer_type, block, head
+from fasterai.keep import KeepSparse
 from fasterai.plot import plot_kernels, plot_tradeoff, plot_weights
 from fasterai.report import Report
 from fasterai.schedule import (

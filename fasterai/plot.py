@@ -4,8 +4,10 @@ from itertools import cycle
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import MaxNLocator
 from torch.nn.parameter import is_lazy
 
 from fasterai.arguments import whole
@@ -98,6 +100,24 @@ def plot_tradeoff(
     ax.set(xlabel='weights that are zero (%)', ylabel=metric)
     ax.grid(alpha=.3)
     ax.legend()
+    return ax
+
+
+def plot_history(
+    history: list,  # of {'epoch': its number, name of a layer: its sparsity in percent}, for each epoch
+    layers: list,  # names of layers, from the first to the last
+    ax=None,  # matplotlib axes to draw on; new ones if None
+):
+    "Draw the sparsity of each layer by epoch, and return the axes."
+    if ax is None: ax = _new_axes(7, 4)
+    epochs = [row['epoch'] for row in history]
+    colours = colormaps['viridis'](np.linspace(0, .95, len(layers)))  # from the first layer to the last
+    for layer, colour in zip(layers, colours):
+        values = [row[layer] for row in history]
+        ax.plot(epochs, values, marker='.', color=colour, label=layer or '(the model)')
+    ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(-5, 105))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=1 + len(layers) // 24)
     return ax
 
 

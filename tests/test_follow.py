@@ -11,7 +11,8 @@ from torch import nn
 from torch.ao.quantization import fuse_modules, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.callback import SparsifyCallback
+from fasterai.keep import KeepSparse
 from fasterai.schedule import one_shot
 from fasterai.sparsifier import Sparsifier
 

@@ -12,7 +12,8 @@ from fastai.vision.gan import FixedGANSwitcher, GANLearner
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.callback import SparsifyCallback
+from fasterai.keep import KeepSparse
 from fasterai.schedule import gradual, one_shot
 from fasterai.sparsifier import Sparsifier
 

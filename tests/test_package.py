@@ -24,8 +24,8 @@ ROWS = [
     'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding event',
     'selected masks',  # state
-    'report sparsifier sensitivity',
-    'epochs callback demo all',  # with fastai
+    'report sparsifier sensitivity timetable summary',
+    'epochs keep callback demo all',  # with fastai
 ]
 
 
@@ -54,7 +54,7 @@ def test_deploy_knows_nothing_of_training():
 
 def test_only_the_last_row_needs_fastai():
     needs = {file.stem for file in (ROOT / 'fasterai').rglob('*.py') if re.search(r'^(from|import) fastai\b', file.read_text(), re.MULTILINE)}
-    assert needs == {'callback', 'epochs', 'demo'}
+    assert needs == {'keep', 'callback', 'epochs', 'demo'}
 
 
 def test_settings_are_what_setup_reads():

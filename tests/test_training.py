@@ -18,7 +18,8 @@ from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, QHAdam, R
 from torch import nn
 from torch.amp import GradScaler, autocast
 
-from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.callback import SparsifyCallback
+from fasterai.keep import KeepSparse
 from fasterai.schedule import gradual, linear, one_shot
 from fasterai.sparsifier import Sparsifier
 

@@ -6,9 +6,10 @@ import torch
 from conftest import convnet
 from torch import nn
 
-from fasterai.callback import KeepSparse, SparsifyCallback
+from fasterai.callback import SparsifyCallback
 from fasterai.context import within
 from fasterai.granularity import block
+from fasterai.keep import KeepSparse
 from fasterai.schedule import gradual, one_shot
 from fasterai.sparsifier import Sparsifier
 

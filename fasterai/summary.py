@@ -1,0 +1,63 @@
+"Say before a fit what is left alone, and after it what was asked and what was reached."
+from fasterai.arguments import name_of
+from fasterai.report import Report
+from fasterai.zeros import count_zeros
+
+
+def frozen_line(
+    frozen: list,  # names of layers that are frozen, and not by the Learner
+) -> str:  # '' where there are none
+    "Name the layers that are left alone because they do not learn."
+    if not frozen: return ''
+    are, they = ('are', 'they learn') if len(frozen) > 1 else ('is', 'it learns')
+    return (f'{_some(frozen)} {are} frozen, and not by the Learner, so left alone unless {they} in this fit; '
+            'the other layers are pruned')
+
+
+def zeros_line(
+    layers: dict,  # name: `selected.Layer`
+    masks: dict,  # name: `event.Mask`
+) -> str:  # '' where they are not more than a hundredth of the weights
+    "Say how many weights come in as zeros that no mask holds, where, and how they can be held."
+    zeros = {name: count_zeros(layer.weight, masks[name]) for name, layer in layers.items()}
+    total, n = sum(layer.weight.numel() for layer in layers.values()), sum(zeros.values())
+    if 100 * n <= total: return ''
+    where = sorted([name for name in zeros if zeros[name]], key=zeros.get, reverse=True)
+    return (f'{n:,} of {total:,} weights come in as zeros, in {_some(where)}, and may learn until they are '
+            'pruned; keep_zeros=True holds them')
+
+
+def reached_line(
+    report: Report,
+    asked: dict,  # name of a layer: fraction of zeros
+    waiting: list,  # names of layers for which the schedule waits, since the Learner has frozen them
+    masked_before: dict,  # name of a layer: number of weights that were masked before the fit
+    timetable,  # `Timetable`
+    trouble: str,  # why the last event failed, or there was none; '' where it succeeded
+    round_to: int | None,  # of the rules
+) -> str:
+    "Say what was asked and what was reached, and why it is another sparsity."
+    wanted = sum(asked.get(row.layer, 0) * row.weights for row in report.rows)
+    text = (f'asked {float(100 * wanted / report.weights):.4g} %, reached {report.sparsity:.2f} % '
+            f'({report.zeros:,} of {report.weights:,} weights)')
+    if waiting: return f'{_waits(waiting, report)}; {text}'
+    before = sum(masked_before.get(row.layer, 0) for row in report.rows)
+    if trouble: return f'{text}; {trouble}'
+    progress, share = timetable.progress, timetable.share
+    if progress < 1: return f'{text}, stopped after {100 * progress:.0f} % of the training'
+    if before > round(wanted): return f'{text}; zeros that are there stay, and count'
+    if share < 1: return f'{text}, since {name_of(timetable.schedule)} ends at {100 * share:.0f} % of it'
+    if round_to and report.zeros != wanted: return f'{text}; round_to={round_to} rounds the filters that stay'
+    return text
+
+
+def _waits(waiting, report):
+    return (f'waits while {len(waiting)} of {len(report.rows)} selected layers are frozen '
+            f'({waiting[0]!r} first); fine_tune unfreezes them for its second part, '
+            'elsewhere learn.unfreeze() does, or choose others by layers=')
+
+
+def _some(names):
+    "Write up to three names."
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return ', '.join(map(repr, names[:3])) + more
