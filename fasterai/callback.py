@@ -54,7 +54,7 @@ class SparsifyCallback(KeepSparse):
         self._check_initial()
         keep_zeros = self.rules.keep_zeros or self._goes_on_from_a_file()
         self._build(replace(self.rules, keep_zeros=keep_zeros))
-        self.sparsifier.selected.learned |= {*self._frozen_by_learner()}
+        self.sparsifier.selected.include(self._frozen_by_learner())
         self._wanted()
         self._begin()
         self._leave_keeper()

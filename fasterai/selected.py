@@ -1,5 +1,6 @@
 "Hold which weights take part, which are pruned together, and which tensors are masked along with a filter."
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,6 +106,12 @@ class Selected:
         frozen = {name for name in never if name not in self.learned}
         if not frozen: return []
         return [name for name in self.candidates if frozen.intersection(self.tied_to(name))]
+
+    def include(self,
+        names: Iterable,  # of layers
+    ):
+        "Let layers take part although they are frozen."
+        self.learned |= {*names}
 
     def learning(self) -> dict:  # name: `Layer`
         "Return the layers that learn or did before; `ValueError` where none does."

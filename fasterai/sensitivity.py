@@ -197,6 +197,7 @@ def sensitivity(
     if higher_is_better is None: higher_is_better = better
     levels = _read_levels(levels)
     sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
+    sparsifier.selected.include(sparsifier.selected.candidates)  # a frozen layer can be measured, too
     with _without_output(learner):
         dense, values = _measure(sparsifier, levels, metric)
     weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}

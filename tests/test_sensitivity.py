@@ -209,3 +209,8 @@ def test_flags(wrong):
 
 def test_the_damage_of_no_layer():
     with pytest.raises(ValueError, match="layer: got 'c', expected one of a, b"): measured().damage('c')
+
+
+def test_frozen_layers_are_measured_too(net):
+    net[:6].requires_grad_(False)
+    assert list(sensitivity(net, lambda model: 1., levels=(50,)).values) == list(sensitivity(net.requires_grad_(False), lambda model: 1., levels=(50,)).values) == ['0', '3', '8']
