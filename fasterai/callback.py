@@ -1,28 +1,26 @@
 "Prune in fastai's training loop: the callback says when, a `Sparsifier` does it."
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from fastai.learner import noop
 
 from fasterai.allocation import fractions
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
-from fasterai.keep import KeepSparse
+from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
-from fasterai.summary import frozen_line, reached_line, zeros_line
+from fasterai.summary import frozen_line, not_run_line, reached_line, zeros_line
 from fasterai.timetable import Timetable
 
 
-class SparsifyCallback(KeepSparse):
+class SparsifyCallback(Keeper):
     """Prune a network while fastai trains it. The zeros stay in later fits.
 
     A wrong argument raises `TypeError` or `ValueError`, which names it: when the callback is made, or before
     the first batch where the model must be known."""
-    order = KeepSparse.order - .1
-    prunes = True
+    order = Keeper.order - .1
 
     @takes_rules
     def __init__(self,
@@ -52,17 +50,13 @@ class SparsifyCallback(KeepSparse):
         if not self.active: return
         self._check_names()
         self._check_initial()
-        keep_zeros = self.rules.keep_zeros or self._goes_on_from_a_file()
-        self._build(replace(self.rules, keep_zeros=keep_zeros))
-        self.sparsifier.selected.include(self._frozen_by_learner())
-        self._wanted()
+        self._build(self.rules)
+        self.sparsifier.selected.include(self._frozen_for_a_while())
+        self._find_asked()
         self._begin()
         self._leave_keeper()
-        self._end_behind_all()
         self.column.add(self.learn)
-        self._say(frozen_line(self.sparsifier.selected.frozen))
-        if keep_zeros: return
-        self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
+        self._announce()
 
     def before_epoch(self):
         if not self.active or self._only_validates(): return
@@ -74,10 +68,12 @@ class SparsifyCallback(KeepSparse):
 
     def before_batch(self):
         "Find the data flow with the first batch, and with it the layers that are left out."
-        if not self.active or not self.training or self.begun: return
-        self.sparsifier.selected.resolve()
-        self._wanted()
+        if not self.active or not self.training: return
+        first = not self.begun
         super().before_batch()
+        if not first: return
+        self._find_asked()
+        self._say(not_run_line(self.sparsifier.skipped))
 
     def after_train(self):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."
@@ -105,12 +101,13 @@ class SparsifyCallback(KeepSparse):
         if not self.compared:  # there is no best epoch to load
             self.trackers.pause(self.learn, spare=lambda cb: saves_at_end(cb) or self._goes_on(cb))
 
-    def _end(self):
+    def end(self):
         "Mask once more, when all other callbacks are done, and say what was reached."
-        super()._end()
+        super().end()
+        if not self.active or not self.sparsifier.selected.candidates: return
         if not self.begun: self.trouble = 'there was no batch to train on'
-        report, waiting = self.sparsifier.report(), self._frozen_by_learner()
-        self._say(reached_line(report, self.asked, waiting, self.masked_before, self.timetable, self.trouble,
+        self._say(reached_line(self.sparsifier.report(), self.asked, self._masked(), self.masked_before,
+                               self._frozen_by_learner(), self.waiting, self.timetable, self.trouble,
                                self.rules.round_to))
 
     # What
@@ -121,9 +118,10 @@ class SparsifyCallback(KeepSparse):
         n_steps = len(self.learn.dls.train)
         if n_steps and self.n_epoch and self._can_place(): self.timetable.place(self.n_epoch, n_steps)
         self.compared, self.history = False, []  # whether there was an epoch at the final sparsity; sparsity of each layer by epoch
+        self.masked_before = self._masked()  # name of a layer: number of weights
         self.pruned, self.waiting = set(), frozenset()  # names of the layers of the last event, and of those that waited in it
-        masks = self.sparsifier.masks.of
-        self.masked_before = {name: mask.size - mask.left for name, mask in masks.items()}
+
+    def _masked(self): return {name: mask.size - mask.left for name, mask in self.sparsifier.masks.of.items()}
 
     def _can_place(self):
         """Tell whether the schedule can be placed in this fit.
@@ -144,6 +142,7 @@ class SparsifyCallback(KeepSparse):
         regrow = timetable.falls_to(due)
         change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=regrow, initial=initial)
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
+        self._find_asked()
         self._mask_optimizer_state()
 
     def _more_to_prune(self):
@@ -160,6 +159,11 @@ class SparsifyCallback(KeepSparse):
         layers = self.sparsifier.selected.candidates.items()  # before the first batch the data flow is not known
         return [name for name, layer in layers if id(layer.weight) in frozen]
 
+    def _frozen_for_a_while(self):
+        "Return the frozen layers that will learn: those of the Learner, and in a GAN the half whose turn it is not."
+        is_gan = hasattr(self.learn, 'gan_trainer')
+        return self.sparsifier.selected.candidates if is_gan else self._frozen_by_learner()
+
     def _check_initial(self):
         "Refuse a schedule that begins with more zeros than it shall end with."
         if not isinstance(self.schedule, Ramp): return
@@ -173,7 +177,7 @@ class SparsifyCallback(KeepSparse):
         if saves_every_epoch(tracker): return True
         return bool(self._frozen_by_learner()) and tracker.reset_on_fit  # fine_tune: it begins anew in the second part
 
-    def _wanted(self):
+    def _find_asked(self):
         "Find the sparsity of each layer; refuse what means none of those that are selected."
         self.asked = fractions(self.sparsity, self.sparsifier.rules, self.sparsifier.selected)
 
@@ -185,20 +189,26 @@ class SparsifyCallback(KeepSparse):
 
     def _leave_keeper(self):
         "Leave a `KeepSparse` with the Learner that keeps the zeros of these layers in later fits."
-        new = KeepSparse(self.rules.granularity, list(self.sparsifier.selected.candidates))
         in_use = [cb.keeper for cb in self._others(SparsifyCallback) if cb.active]
-        earlier = [cb for cb in self._others(KeepSparse) if cb.handed and cb not in in_use]
-        self.keeper = next((cb for cb in earlier if cb.rules == new.rules), new)
-        if self.keeper is new: self.learn.add_cb(new)
-        self.keeper.handed = 1 + max([cb.handed for cb in earlier if cb is not self.keeper], default=0)
-        self.keeper._sparsifier = self._sparsifier
-
-    def _others(self, kind): return [cb for cb in self.learn.cbs if isinstance(cb, kind) and cb is not self]
+        earlier = [cb for cb in self._others(KeepSparse) if cb.left and cb not in in_use]
+        names = list(self.sparsifier.selected.candidates)
+        self.keeper = KeepSparse(self.rules.granularity, names)
+        self.keeper.leave(self.sparsifier.masks, fit=1 + max([cb.left for cb in earlier], default=0))
+        for cb in earlier:  # this one has begun with their masks
+            alike = cb.rules.granularity == self.rules.granularity and {*cb.held.names} <= {*names}
+            if alike: self.learn.remove_cb(cb)
+        self.learn.add_cb(self.keeper)
 
     # What is said
 
     def _say(self, line):
         if line and self.learn.logger is not noop: print(f'sparsity: {line}')
+
+    def _announce(self):
+        "Say before the first epoch which layers are left alone, and which zeros are not held."
+        self._say(frozen_line(self.sparsifier.selected.frozen))
+        keep_zeros = self.rules.keep_zeros or self._resumes()
+        if not keep_zeros: self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
 
     def __repr__(self):
         given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}
@@ -210,4 +220,4 @@ class SparsifyCallback(KeepSparse):
         "Draw the measured sparsity of each layer by epoch, and return the axes."
         if not self.history:
             raise ValueError('plot_sparsity: there is nothing to draw before the first epoch of a fit')
-        return plot_history(self.history, list(self.sparsifier.layers), ax)
+        return plot_history(self.history, ax)

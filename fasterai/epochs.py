@@ -66,4 +66,11 @@ class Trackers:
 
 def saves_every_epoch(tracker): return getattr(tracker, 'every_epoch', False)
 def saves_at_end(tracker): return getattr(tracker, 'at_end', False)
+def drop_columns(learn, spare=()):
+    """Take away the metrics of columns that a fit has left which broke off before its first epoch.
+
+    `spare` are the callbacks that prune in this fit."""
+    learn.metrics = [m for m in learn.metrics if _owner(m) is None or any(_owner(m) is cb for cb in spare)]
+
+
 def _owner(metric): return getattr(metric, 'owner', None)

@@ -28,7 +28,7 @@ class Masks(Mapping):
         self.selected = selected
         self._of = {}
         for name, layer in selected.candidates.items():
-            if keep_zeros: self._of[name] = Mask.counted(_nonzero(layer.weight), layer.grouping)
+            if keep_zeros: self._of[name] = Mask.counted(nonzero(layer.weight), layer.grouping)
             else: self._of[name] = Mask.full(layer.weight, layer.grouping)
         self._dependents = None  # {module: {tensor's name: bool (channels,), True = masked}}; None: not known yet
         self._version = 0  # of the selected layers, for which the dependents were found
@@ -63,39 +63,50 @@ class Masks(Mapping):
 
     def begin_with(self,
         held: Mapping,  # `Weight`: bool, of its shape, True = keep; of other layers too
-        own: Mapping = {},  # name of a selected layer: the same
     ):
         "Add masks before the first batch, which finds the data flow: they are applied with it."
-        names = {layer.at: name for name, layer in self.selected.candidates.items()}
-        held = {names[weight]: keep for weight, keep in held.items() if weight in names}
-        for name, keep in [*held.items(), *own.items()]:
-            mask = self._read(name, keep)
-            both = self._of[name].keep & mask.keep
-            self._of[name] = Mask.counted(both, self.selected.candidates[name].grouping)
+        for name, layer in self.selected.candidates.items():
+            if layer.at not in held: continue
+            keep = self._of[name].keep & held[layer.at].to(layer.weight.device)
+            self._of[name] = Mask.counted(keep, layer.grouping)
 
     def found_in(self,
-        model: nn.Module,  # the Learner's: another one, or the same with other modules
-        where_zero: bool = True,  # of a layer that was replaced hold only what is zero in it: it may be a new one
+        model: nn.Module,  # the same with other modules, or another one
     ) -> dict:  # `Weight` in that model: bool, of its shape, True = keep
-        "Return the masks for a model as it is now. Layers that are lost are named, once."
-        layers = dict(self.selected.candidates)
-        found, masks = self.selected.found_in(model), {}
-        for name, weight in found.items():
+        """Return the masks for a model as it is now. Layers that are lost are named, once.
+
+        Of a layer that was replaced only what is zero is held: it may be a new one."""
+        layers, masks = dict(self.selected.candidates), {}
+        for name, weight in self.selected.found_in(model).items():
             keep = self._of[name].keep.to(weight.tensor.device)
-            is_new = where_zero and not layers[name].is_at(weight)
-            masks[weight] = _where_zero(name, keep, weight.tensor.detach()) if is_new else keep
+            masks[weight] = keep if layers[name].is_at(weight) else where_zero(name, keep, weight.tensor)
         return masks
+
+    def move_to(self,
+        model: nn.Module,
+        example,  # a batch, or a function that returns one when needed
+    ):
+        """Go over to another model, and mask it.
+
+        Where layers are missing in it, it is not the same network: then only zeros are held."""
+        before = dict(self.selected.candidates)
+        self.selected.move_to(model, example)
+        layers, self._dependents = self.selected.candidates, None
+        if len(layers) == len(before): return
+        for name, layer in layers.items():
+            if before[name].is_at(layer.at): continue
+            keep = where_zero(name, self._of[name].keep.to(layer.weight.device), layer.weight)
+            self._of[name] = Mask.counted(keep, layer.grouping)
+
+    def packed(self) -> dict:  # layer's name: {'shape', 'bits'}
+        "Return the masks of all layers, those that are frozen too, packed to bits."
+        return {name: packed(mask.keep) for name, mask in self._of.items()}
 
     def _read(self, name, mask):
         names, layer = self.selected.candidates, self.selected.candidates.get(name)
         if layer is None:
             raise ValueError(f'masks: got {name!r}, expected one of {", ".join(names)}{nearest(name, names)}')
-        if not _is_mask(mask) or mask.shape != layer.weight.shape:
-            came = type(mask).__name__
-            if isinstance(mask, torch.Tensor): came = f'a tensor of {mask.dtype} of shape {tuple(mask.shape)}'
-            raise ValueError(f'masks: got {came} for {name!r}, expected a bool tensor of shape '
-                             f'{tuple(layer.weight.shape)}, True = keep')
-        return Mask.counted(mask.detach().to(layer.weight.device, copy=True).contiguous(), layer.grouping)
+        return Mask.counted(read_mask(name, mask, layer.weight), layer.grouping)
 
     def left(self,
         name: str,  # of a selected layer
@@ -200,7 +211,7 @@ class Masks(Mapping):
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
         "Return the masks, packed to bits."
         layers, masks = self.selected.layers, self.of
-        return {name: _packed(masks[name].keep) for name in layers}
+        return {name: packed(masks[name].keep) for name in layers}
 
     def load_state_dict(self,
         state: dict,  # of `state_dict`
@@ -208,7 +219,7 @@ class Masks(Mapping):
         """Take over packed masks and apply them.
 
         `TypeError` or `ValueError`, and nothing changed, where they do not fit."""
-        layers, held = self.selected.layers, self.of
+        layers = self.selected.layers
         if not isinstance(state, Mapping):
             raise TypeError(f'state: got {type(state).__name__}, expected what state_dict() returns')
         if set(state) != set(layers):
@@ -216,19 +227,47 @@ class Masks(Mapping):
             raise ValueError(f'state: got masks for {came}, expected those for {", ".join(layers)}')
         masks = {}
         for name, layer in layers.items():
-            keep = _unpacked(name, state[name], held[name].keep.shape).to(layer.weight.device)
+            keep = unpacked(name, state[name], layer.weight)
             masks[name] = Mask.counted(keep, layer.grouping)
         self._set(masks, {})
 
 
-def _where_zero(name, keep, weight):
-    "Return the mask of a layer for one in its place: what is not zero there is let go, and said."
-    lost = ~keep & (weight != 0)
+def read_mask(
+    name: str,  # of the layer
+    mask,  # what a user gave
+    weight: torch.Tensor,
+) -> torch.Tensor:  # bool, a copy where the weight is
+    "Read a mask of a user's own; `ValueError` where it does not fit."
+    if _is_mask(mask) and mask.shape == weight.shape:
+        return mask.detach().to(weight.device, copy=True).contiguous()
+    came = type(mask).__name__
+    if isinstance(mask, torch.Tensor): came = f'a tensor of {mask.dtype} of shape {tuple(mask.shape)}'
+    raise ValueError(f'masks: got {came} for {name!r}, expected a bool tensor of shape {tuple(weight.shape)}, '
+                     'True = keep')
+
+
+def where_zero(
+    name: str,  # of the layer
+    keep: torch.Tensor,  # bool: the mask of a layer
+    weight: torch.Tensor,  # of another one in its place
+) -> torch.Tensor:  # bool
+    "Return the mask for a layer in the place of another: what is not zero in it is let go, and said."
+    lost = ~keep & (weight.detach() != 0)
     if lost.any():
         n, of = int(lost.sum()), int((~keep).sum())
         warnings.warn(f'masks: {name!r} was replaced, and {n:,} of {of:,} masked weights are not zero in the '
                       'new layer: they are let go', stacklevel=3)
     return keep | lost
+
+
+def nonzero(
+    weight: torch.Tensor,
+) -> torch.Tensor:  # bool, of its shape
+    """Return the mask that holds the zeros of a weight.
+
+    One that is all zero is an initialization, and all of it is kept."""
+    mask = (weight.detach() != 0).contiguous()
+    return mask if mask.any() else torch.ones_like(mask)
 
 
 def _is_mask(thing):
@@ -249,20 +288,21 @@ def _mirrors(kept, tensor):
     return plain and kept.shape == tensor.shape and kept.dtype in BITS
 
 
-def _nonzero(weight):
-    """Return the mask that keeps what is not zero; a tensor that is all zero is an initialization, and all
-    of it is kept."""
-    mask = (weight.detach() != 0).contiguous()
-    return mask if mask.any() else torch.ones_like(mask)
-
-
-def _packed(keep):
+def packed(
+    keep: torch.Tensor,  # bool
+) -> dict:  # 'shape', and 'bits': uint8 (entries / 8 rounded up,)
+    "Pack a mask to bits."
     bits = np.packbits(keep.cpu().numpy())
     return {'shape': tuple(keep.shape), 'bits': torch.from_numpy(bits)}
 
 
-def _unpacked(name, packed, expected):
-    "Return the mask of one layer; `ValueError` where it has not the expected shape."
+def unpacked(
+    name: str,  # of the layer
+    packed: dict,  # of `packed`
+    weight: torch.Tensor,
+) -> torch.Tensor:  # bool, of the weight's shape, where it is
+    "Return a mask from its bits; `ValueError` where it does not fit the weight."
+    expected = weight.shape
     try: shape, bits = tuple(packed['shape']), packed['bits']
     except (KeyError, TypeError, IndexError):
         raise ValueError(f'state: got {packed!r} for {name!r}, '
@@ -278,7 +318,7 @@ def _unpacked(name, packed, expected):
         raise ValueError(f'state: got bits of shape {tuple(bits.shape)} for {name!r}, '
                          f'expected {(-(-n // 8),)}')
     keep = np.unpackbits(bits.cpu().numpy(), count=n).astype(bool)
-    return torch.from_numpy(keep).view(expected)
+    return torch.from_numpy(keep).view(expected).to(weight.device)
 
 
 def _zero(tensor, keep):

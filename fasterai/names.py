@@ -88,33 +88,59 @@ def wrapped(
 # ---- Finding again
 
 def find_again(
-    wanted: dict,  # name: `Weight`, as it was
+    wanted: dict,  # name: `Weight` as it was, or None where only the name is known
+    shapes: dict,  # name: shape
     model: nn.Module,
-) -> dict:  # name: `Weight` as it is, for those that are there; shapes are not compared
+) -> dict:  # name: `Weight` as it is, of that shape, for those that are there
     """Find weights in a model whose modules may have been copied, replaced, wrapped or fused.
 
-    A weight is found as the object that it was; else by its name; else as the one weight inside the module of
-    its name; else by the end of its name, in what wraps the model."""
+    A weight is found as the object that it was. The others are found by name, under one common prefix: where the
+    whole model was wrapped, all names have gained the same beginning."""
     named = Named(model)
-    places = {}  # id of a module or parameter: `Weight`, or {attr: `Weight`} of a module
+    found = _by_object(wanted, named)
+    found = {name: weight for name, weight in found.items() if _fits(weight, shapes[name])}
+    rest = {name: shapes[name] for name in wanted if name not in found}
+    return found | _by_name(rest, named)
+
+
+def _by_object(wanted, named):
+    "Find weights whose module or parameter is still in the model."
+    places = {}
     for weight in named.every.values():
         places.setdefault((id(weight.module), weight.attr), weight)
         places.setdefault(id(weight.stored), weight)
-    found = {name: _again(name, weight, named, places) for name, weight in wanted.items()}
-    return {name: weight for name, weight in found.items() if weight is not None}
+    found = {}
+    for name, weight in wanted.items():
+        if weight is None: continue
+        at = places.get((id(weight.module), weight.attr))
+        if at is None and weight.stored is not None: at = places.get(id(weight.stored))
+        if at is not None: found[name] = at
+    return found
 
 
-def _again(name, weight, named, places):
-    "Return where a weight is now, None where it is not found."
-    by_object = places.get((id(weight.module), weight.attr))
-    if by_object is None and weight.stored is not None: by_object = places.get(id(weight.stored))
-    if by_object is not None: return by_object
-    for path in (name, joined(name, weight.attr)):
-        if path in named.every: return named.every[path]
-    inside = [other for path, other in named.weights.items() if path.startswith(f'{name}.')]
-    if len(inside) == 1: return inside[0]
-    ending = [other for path, other in named.every.items() if name and path.endswith(f'.{name}')]
-    return ending[0] if len(ending) == 1 else None
+def _by_name(shapes, named):
+    "Find weights under the prefix under which most of them are, the shortest of several."
+    if not shapes: return {}
+    paths = dict.fromkeys([*named.every, *named.modules])
+    prefixes = {path.removesuffix(name) for name in shapes for path in paths if f'.{path}'.endswith(f'.{name}')}
+    best = {}
+    for prefix in sorted(prefixes | {''}, key=len):
+        found = {name: _at(prefix + name, shape, named) for name, shape in shapes.items()}
+        found = {name: weight for name, weight in found.items() if weight is not None}
+        if len(found) > len(best): best = found
+    return best
+
+
+def _at(path, shape, named):
+    "Return the weight of a name, or the one of its shape inside the module of that name; None if there is none."
+    for name in (path, f'{path}.weight', path.removesuffix('.weight')):
+        if name in named.every and _fits(named.every[name], shape): return named.every[name]
+    inside = [weight for name, weight in named.every.items() if name.startswith(f'{path}.')]
+    inside = [weight for weight in inside if _fits(weight, shape)]
+    return inside[0] if len(inside) == 1 else None
+
+
+def _fits(weight, shape): return weight.stored is not None and tuple(weight.stored.shape) == tuple(shape)
 
 
 class Places:

@@ -105,15 +105,15 @@ def plot_tradeoff(
 
 def plot_history(
     history: list,  # of {'epoch': its number, name of a layer: its sparsity in percent}, for each epoch
-    layers: list,  # names of layers, from the first to the last
     ax=None,  # matplotlib axes to draw on; new ones if None
 ):
     "Draw the sparsity of each layer by epoch, and return the axes."
     if ax is None: ax = _new_axes(7, 4)
     epochs = [row['epoch'] for row in history]
+    layers = [name for name in dict.fromkeys(name for row in history for name in row) if name != 'epoch']
     colours = colormaps['viridis'](np.linspace(0, .95, len(layers)))  # from the first layer to the last
     for layer, colour in zip(layers, colours):
-        values = [row[layer] for row in history]
+        values = [row.get(layer, np.nan) for row in history]
         ax.plot(epochs, values, marker='.', color=colour, label=layer or '(the model)')
     ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(-5, 105))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

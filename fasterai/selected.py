@@ -36,13 +36,6 @@ class Layer:
         "Return the weight."
         return self.at.tensor
 
-    def fits(self,
-        weight: Weight | None,  # one that was found in the place of this
-    ) -> bool:
-        "Tell whether a weight is a parameter of the shape that this one had."
-        if weight is None or weight.stored is None: return False
-        return weight.stored.shape == self.grouping.shape
-
     def is_at(self,
         weight: Weight,  # one that was found in the place of this
     ) -> bool:
@@ -85,9 +78,13 @@ class Selected:
     @property
     def layers(self) -> dict:  # name: `Layer`
         "Return the selected layers; `ValueError` where all of them are frozen."
+        self.refresh()
+        return self.learning()
+
+    def refresh(self):
+        "Find the data flow, where it is not known yet, and layers again whose modules were replaced."
         self.resolve()
         self.follow()
-        return self.learning()
 
     @property
     def skipped(self) -> dict:  # name: reason
@@ -118,6 +115,8 @@ class Selected:
         frozen = self.frozen
         if len(frozen) < len(self.candidates):
             return {name: layer for name, layer in self.candidates.items() if name not in frozen}
+        if not self.candidates:
+            raise ValueError('layers: none of those that were selected is in the model any more')
         names = ', '.join(map(repr, self.candidates))
         raise ValueError(f'layers: got only layers that are frozen, {names}; expected at least one that '
                          'learns: let it require gradients, or name it in layers=')
@@ -137,13 +136,25 @@ class Selected:
         model: nn.Module,  # perhaps another one
     ) -> dict:  # name: `Weight`
         "Find the layers in a model as it is now. Those that are lost are named, and left out from now on."
-        found = find_again({name: layer.at for name, layer in self.candidates.items()}, model)
-        lost = [name for name, layer in self.candidates.items() if not layer.fits(found.get(name))]
-        _warn_lost(lost)
+        places = {name: layer.at for name, layer in self.candidates.items()}
+        found = find_again(places, {name: layer.grouping.shape for name, layer in self.candidates.items()}, model)
+        lost = [name for name in places if name not in found]
+        warn_lost(lost)
         for name in lost:
             del self.candidates[name]
             self.choice.skipped[name] = 'is no longer in the model as it was pruned'
-        return {name: found[name] for name in self.candidates}
+        return found
+
+    def move_to(self,
+        model: nn.Module,
+        example,  # a batch, or a function that returns one when needed
+    ):
+        "Go over to another model, with the layers that are found in it. The data flow is found anew."
+        found, self.model = self.found_in(model), model
+        self.candidates = {name: replace(self.candidates[name], at=found[name]) for name in self.candidates}
+        self.places, self.version = self._places(), self.version + 1
+        if self.flow is None: return
+        self.flow, self.ties, self.example, self.resolved = None, [], example, False
 
     def tied(self,
         names: list,  # of layers
@@ -282,12 +293,15 @@ class Known:
         path = self.norms[norm]
         if modules.get(path) in alike: return modules[path]
         fused = isinstance(modules.get(path), nn.Identity)  # its bias is that of the layer before
-        if not fused and path not in self.lost: _warn_lost([path])
+        if not fused and path not in self.lost: warn_lost([path])
         self.lost.add(path)
         return None
 
 
-def _warn_lost(names):
+def warn_lost(
+    names: list,  # of layers
+):
+    "Name layers whose masks are lost, because the model has them no longer."
     if not names: return
     warnings.warn(f'masks: {", ".join(map(repr, names))} cannot be found in the model any more, '
                   'under this name and with this shape: its zeros are not kept from now on', stacklevel=3)

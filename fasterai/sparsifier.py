@@ -79,7 +79,7 @@ class Sparsifier:
         Weights that are zero already count, and stay zero without `regrow`. An error leaves the model as
         it was."""
         share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
-        self.selected.resolve()
+        self.selected.refresh()
         wanted = entries(sparsity, self.rules, self.selected)
         check_initial(initial, [fraction for _, fraction in wanted], f'initial: got {initial!r}')
         return self._event(self._budgets(wanted, share, begin), regrow)
@@ -93,7 +93,7 @@ class Sparsifier:
         Weights that are zero already count and stay zero."""
         if not isinstance(layer, Hashable):
             raise TypeError(f'layer: got {layer!r}, expected the name of a layer, a module or a parameter')
-        self.selected.resolve()
+        self.selected.refresh()
         if isinstance(layer, str) and layer not in {*Named(self.model).modules, *self.layers}:
             raise ValueError(f'layer: got {layer!r}, '
                              f'expected one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
@@ -188,6 +188,18 @@ class Sparsifier:
         if any(id(layer.weight) in stepped for layer in self.layers.values()): return
         raise ValueError('optimizer: got one that steps none of the selected weights, '
                          'expected one that was made with parameters of this model')
+
+    def move_to(self,
+        model: nn.Module,  # a copy, or what wraps it
+        example=None,  # as when it was made; needed only at filter granularity
+    ):
+        """Go over to another model: its layers are found by their names, and have the masks from then on.
+
+        Layers that are not found are named. Call `apply_masks` to zero what is masked."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
+        self.masks.move_to(model, example)
+        self.model = model
 
     def detach(self):
         "Let go of all attached optimizers. Their next step may move the zeros."

@@ -1,4 +1,6 @@
 "Say before a fit what is left alone, and after it what was asked and what was reached."
+from fractions import Fraction
+
 from fasterai.arguments import name_of
 from fasterai.report import Report
 from fasterai.zeros import count_zeros
@@ -10,8 +12,17 @@ def frozen_line(
     "Name the layers that are left alone because they do not learn."
     if not frozen: return ''
     are, they = ('are', 'they learn') if len(frozen) > 1 else ('is', 'it learns')
-    return (f'{_some(frozen)} {are} frozen, and not by the Learner, so left alone unless {they} in this fit; '
-            'the other layers are pruned')
+    return (f'{_some(frozen)} {are} frozen, and not by learn.freeze() with this optimizer, so left alone unless '
+            f'{they} in this fit; the other layers are pruned')
+
+
+def not_run_line(
+    skipped: dict,  # name of a layer: why it was left out
+) -> str:  # '' where all ran
+    "Name the layers whose filters are left alone because they did not run in the first batch."
+    names = [name for name, reason in skipped.items() if reason.startswith('did not run')]
+    if not names: return ''
+    return f'{_some(names)} did not run in the first batch, so left alone; name them in layers= to include them'
 
 
 def zeros_line(
@@ -30,8 +41,10 @@ def zeros_line(
 def reached_line(
     report: Report,
     asked: dict,  # name of a layer: fraction of zeros
-    waiting: list,  # names of layers for which the schedule waits, since the Learner has frozen them
-    masked_before: dict,  # name of a layer: number of weights that were masked before the fit
+    masked: dict,  # name of a layer: number of weights that are masked
+    masked_before: dict,  # the same before the fit
+    frozen: list,  # names of layers for which the schedule waits, since the Learner has frozen them
+    unknown: frozenset,  # names of layers about which the criterion knew nothing at the last event
     timetable,  # `Timetable`
     trouble: str,  # why the last event failed, or there was none; '' where it succeeded
     round_to: int | None,  # of the rules
@@ -40,15 +53,22 @@ def reached_line(
     wanted = sum(asked.get(row.layer, 0) * row.weights for row in report.rows)
     text = (f'asked {float(100 * wanted / report.weights):.4g} %, reached {report.sparsity:.2f} % '
             f'({report.zeros:,} of {report.weights:,} weights)')
-    if waiting: return f'{_waits(waiting, report)}; {text}'
-    before = sum(masked_before.get(row.layer, 0) for row in report.rows)
+    if frozen: return f'{_waits(frozen, report)}; {text}'
     if trouble: return f'{text}; {trouble}'
-    progress, share = timetable.progress, timetable.share
-    if progress < 1: return f'{text}, stopped after {100 * progress:.0f} % of the training'
-    if before > round(wanted): return f'{text}; zeros that are there stay, and count'
-    if share < 1: return f'{text}, since {name_of(timetable.schedule)} ends at {100 * share:.0f} % of it'
-    if round_to and report.zeros != wanted: return f'{text}; round_to={round_to} rounds the filters that stay'
-    return text
+    if timetable.progress < 1: return f'{text}, stopped after {100 * timetable.progress:.0f} % of the training'
+    share = timetable.share
+    if share < 1: text += f', since {name_of(timetable.schedule)} ends at {100 * share:.0f} % of it'
+    held, before = (sum(of.get(row.layer, 0) for row in report.rows) for of in (masked, masked_before))
+    return text + _why(report.zeros, wanted * Fraction(share), held, before, sorted(unknown), round_to)
+
+
+def _why(zeros, wanted, held, before, unknown, round_to):
+    "Say why there are other zeros than wanted."
+    if unknown: return f'; nothing is known of {_some(unknown)}, so not pruned'
+    if before > round(wanted): return '; zeros that are there stay, and count'
+    if zeros > max(held, round(wanted)): return f'; {zeros - held:,} of them are zero without a mask of this callback'
+    if round_to and held != wanted: return f'; round_to={round_to} rounds the filters that stay'
+    return ''
 
 
 def _waits(waiting, report):

@@ -23,7 +23,7 @@ ROWS = [
     'ranking selection dataflow',
     'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding event',
-    'selected masks',  # state
+    'selected masks held',  # state
     'report sparsifier sensitivity timetable summary',
     'epochs keep callback demo all',  # with fastai
 ]
