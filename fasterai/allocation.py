@@ -119,24 +119,17 @@ def check_uniform_plus(
     uniform_plus_fractions([prod(shape) for shape in shapes], axes, fraction)
 
 
-def rounded(
+def shared_out(
     zeros: list,  # wanted of each layer, fractions of a weight
-    total: int,  # of all layers together
-    there: list,  # zeros that each layer has already, which stay
-) -> list:  # ints
-    """Turn wanted numbers of zeros into whole ones that make up the total.
+    total: Fraction,  # of all layers together
+    held: list,  # zeros that each layer's mask holds, which stay
+    there: list,  # zeros that each layer has, those that are held among them
+) -> list:  # fractions of a weight
+    """Share a number of zeros out, so that zeros that are there count.
 
-    A layer that has more zeros than it is given keeps them, and the others get less. Each number is
-    rounded down, then up where most was lost."""
-    zeros = _with_those_there(zeros, total, there)
-    found = [floor(z) for z in zeros]
-    by_loss = sorted(range(len(zeros)), key=lambda i: found[i] - zeros[i])
-    for i in by_loss[:max(total - sum(found), 0)]: found[i] += 1
-    return found
-
-
-def _with_those_there(zeros, total, there):
-    "Give each layer at least the zeros that it has; the others share the rest in proportion."
+    A layer that has more than it is given keeps them, and the others get less. Where there are more in all
+    than the total, only zeros are taken."""
+    if sum(there) >= total: return _of_those_there(zeros, total, held, there)
     full = set()
     while True:
         wanted = zeros
@@ -148,6 +141,26 @@ def _with_those_there(zeros, total, there):
         more = {i for i, z in enumerate(wanted) if i not in full and z < there[i]}
         if not more: return wanted
         full |= more
+
+
+def _of_those_there(zeros, total, held, there):
+    "Share out a total that is not more than the zeros that are there: each layer gets some of its own."
+    found = [min(max(z, least), most) for z, least, most in zip(zeros, held, there)]
+    for i, (least, most) in enumerate(zip(held, there)):
+        missing = total - sum(found)
+        found[i] = min(max(found[i] + missing, least), most)
+    return found
+
+
+def rounded(
+    zeros: list,  # of each layer, fractions of a weight
+    total: int,  # of all layers together
+) -> list:  # ints
+    "Turn numbers of zeros into whole ones that make up the total: rounded down, then up where most was lost."
+    found = [floor(z) for z in zeros]
+    by_loss = sorted(range(len(zeros)), key=lambda i: found[i] - zeros[i])
+    for i in by_loss[:max(total - sum(found), 0)]: found[i] += 1
+    return found
 
 
 def fractions(
@@ -190,6 +203,7 @@ def _by_entry(sparsity, rules, selected, argument):
         for name in names:
             found = by_name if means_by_name(choice, name, named.every[name]) else several
             found.setdefault(name, i)
+    selected.include(by_name)
     entry = several | by_name
     learning = selected.learning()
     names = [[name for name in learning if entry.get(name) == i] for i in range(len(read))]

@@ -160,7 +160,7 @@ class SparsifyCallback(Keeper):
         return [name for name, layer in layers if id(layer.weight) in frozen]
 
     def _frozen_for_a_while(self):
-        "Return the frozen layers that will learn: those of the Learner, and in a GAN the half whose turn it is not."
+        "Return the frozen layers that will learn: those of the Learner, in a GAN those of both halves."
         is_gan = hasattr(self.learn, 'gan_trainer')
         return self.sparsifier.selected.candidates if is_gan else self._frozen_by_learner()
 
@@ -207,8 +207,8 @@ class SparsifyCallback(Keeper):
     def _announce(self):
         "Say before the first epoch which layers are left alone, and which zeros are not held."
         self._say(frozen_line(self.sparsifier.selected.frozen))
-        keep_zeros = self.rules.keep_zeros or self._resumes()
-        if not keep_zeros: self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
+        if self.rules.keep_zeros or self._resumes(): return
+        self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
 
     def __repr__(self):
         given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}

@@ -29,6 +29,7 @@ class ContextInfo:
     has_floor: bool = True  # `min_keep` may be given
     sparsity: Fraction | None = None  # the one sparsity that it can reach; None: any
     counted: bool = False  # it says in `layer.outcome` how many weights stay
+    rescales: bool = False  # it computes other scores from those of the criterion, or may do so
     check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
 
     def __call__(self, layers, fraction): return self.prune(layers, fraction)
@@ -59,10 +60,11 @@ def allotted(
 ) -> Context:
     "Return the context in which each layer has as many zeros as `allocate` gives it."
     def prune(layers, fraction):
-        total = round(fraction * sum(layer.n_weights for layer in layers))
-        zeros = allocate(layers, fraction)
-        if _single_weights(layers):
-            zeros = allocation.rounded(zeros, total, [layer.zeros_in_weights for layer in layers])
+        total = fraction * sum(layer.n_weights for layer in layers)
+        if _single_weights(layers): total = round(total)
+        held, there = [layer.zeros for layer in layers], [layer.zeros_there for layer in layers]
+        zeros = allocation.shared_out(allocate(layers, fraction), total, held, there)
+        if _single_weights(layers): zeros = allocation.rounded(zeros, total)
         return [prune_together([layer], n, fraction == 1)[0] for layer, n in zip(layers, zeros)]
     return prune
 
@@ -84,10 +86,11 @@ def lamp(layers, fraction):
 
 def _lamp(layer):
     scores, (alive,) = layer.all_scores(), layer.peers.fetched([layer.alive])
-    squares = np.where(alive & (scores > 0), scores, 0).astype(float) ** 2
+    most = scores[alive].max(initial=0)  # the squares of scores that are too large or small are out of reach
+    squares = (np.where(alive & (scores > 0), scores, 0) / np.float64(most or 1)) ** 2
     order = scores.argsort(kind='stable')
     not_lower = squares[order][::-1].cumsum()[::-1]
-    found = np.empty_like(scores)
+    found = np.empty(len(scores))
     found[order] = np.divide(squares[order], not_lower, out=np.zeros(len(order)), where=not_lower > 0)
     return np.where(scores < 0, scores, found)
 
@@ -98,9 +101,15 @@ def normalized(layers, fraction):
 
 
 def _normalized(layer):
-    squares = sum(float(np.square(s[s > 0], dtype=float).sum()) for s in layer.living_scores())
-    norm = np.float32(squares ** .5 or 1)
-    return replace(layer, scores=lambda where: layer.scores(where) / norm)
+    most = max((float(s.max(initial=0)) for s in layer.living_scores()), default=0) or 1.
+    squares = sum(float(np.square(s[s > 0] / np.float64(most)).sum()) for s in layer.living_scores())
+    norm = most * (squares ** .5 or 1)
+    return replace(layer, scores=lambda where: _divided(layer.scores(where), norm))
+
+
+def _divided(scores, norm):
+    "Divide in float64, so that scores keep their order."
+    return scores / np.float64(norm) if isinstance(scores, np.ndarray) else scores.double() / norm
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,11 @@ class within:
     def __call__(self, layers, fraction): return [self._prune(layer, fraction) for layer in layers]
 
     def _prune(self, layer, fraction):
-        scores = layer.scores_with_pruned_lowest()  # what is pruned already goes first
+        scores, (alive,) = layer.all_scores(), layer.peers.fetched([layer.alive])
         sizes, at = tuple(layer.axes.values()), list(layer.axes).index(self.axis)
-        lines = np.moveaxis(scores.reshape(sizes), at, 0)
-        order = lines.reshape(len(lines), -1).argsort(1, kind='stable')  # ties by position
+        lines, living = (np.moveaxis(v.reshape(sizes), at, 0) for v in (scores, alive))
+        by = lines.reshape(len(lines), -1), living.reshape(len(lines), -1)
+        order = np.lexsort(by, axis=1)  # what is pruned already goes first, then by score; ties by position
         keep = np.ones(order.shape, bool)
         np.put_along_axis(keep, order[:, :round(fraction * order.shape[1])], False, 1)
         keep = np.ascontiguousarray(np.moveaxis(keep.reshape(lines.shape), 0, at)).reshape(-1)
@@ -140,8 +150,8 @@ CONTEXTS = {
     'er': ContextInfo(allotted(allocation.er), by_shape=True, counted=True),
     'uniform_plus': ContextInfo(allotted(allocation.uniform_plus), by_shape=True, counted=True,
                                 check=allocation.check_uniform_plus),
-    'lamp': ContextInfo(lamp, within_layers=True, counted=True),
-    'normalized': ContextInfo(normalized, within_layers=True, counted=True),
+    'lamp': ContextInfo(lamp, within_layers=True, counted=True, rescales=True),
+    'normalized': ContextInfo(normalized, within_layers=True, counted=True, rescales=True),
 }
 
 
@@ -160,7 +170,7 @@ def read_context(
     for row in CONTEXTS.values():
         if found is getattr(row, 'prune', None): return row
     callable_with('context', found, 2, 'a function of layers and fraction')
-    return ContextInfo(partial(_checked, found))
+    return ContextInfo(partial(_checked, found), rescales=True)
 
 
 def _checked(context, layers, fraction):
@@ -173,7 +183,11 @@ def _checked(context, layers, fraction):
     if came != shapes or not all(map(_is_dense_mask, keeps)):
         raise ValueError(f'context: {name_of(context)} returned {came}, '
                          f'expected a bool keep mask for each layer: {shapes}')
-    return [keep & layer.alive for keep, layer in zip(keeps, layers)]
+    keeps = [keep & layer.alive for keep, layer in zip(keeps, layers)]
+    if all(torch.equal(keep, layer.alive) for keep, layer in zip(keeps, layers)):
+        wanted = fraction * sum(layer.n_weights for layer in layers)
+        _let_go(layers, sum(layer.zeros for layer in layers) - wanted)
+    return keeps
 
 
 def _is_dense_mask(keep):
@@ -192,7 +206,7 @@ def prune_together(
 
     A layer that would fall below its floor keeps its best groups, and the other layers are pruned more."""
     order, at_floor, warned = Lowest(layers), {}, []
-    _free(layers, sum(layer.zeros for layer in layers) - zeros)
+    _let_go(layers, sum(layer.zeros for layer in layers) - zeros)
     floors = {layer: _floor(layer, everything, len(layers) > 1) for layer in layers}
     while True:
         there = sum(layer.zeros for layer in layers) + sum(cost for _, cost in at_floor.values())
@@ -208,11 +222,13 @@ def prune_together(
         order.leave(below)
     if warned: _warn_best_kept(warned)
     decided = dict(zip(order.layers, removed)) | at_floor
-    for layer in layers: layer.outcome.left = layer.remaining - decided[layer][1]
+    for layer in layers:
+        layer.outcome.left = layer.remaining - decided[layer][1]
+        if layer.floor: _let_go([layer], max(layer.outcome.freed, layer.floor - layer.outcome.left))
     return [decided[layer][0] for layer in layers]
 
 
-def _free(layers, surplus):
+def _let_go(layers, surplus):
     "Let the last of the scattered zeros go that are more than was asked for."
     for layer in reversed(layers):
         layer.outcome.freed = min(layer.scattered, max(round(surplus), 0))

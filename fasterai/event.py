@@ -8,6 +8,7 @@ import torch
 
 from fasterai.evidence import Evidence
 from fasterai.peers import ALONE
+from fasterai.regrowth import ABOVE
 from fasterai.rounding import rounded
 from fasterai.rules import Rules
 from fasterai.scoring import Scores
@@ -84,17 +85,17 @@ class Change:
     @cached_property
     def masks(self) -> dict:  # layer's name: bool, of the weight's shape, True = keep
         "Return the masks after the event."
-        return {name: mask.keep for name, mask in self.after.items()}
+        return {name: mask.keep.clone() for name, mask in self.after.items()}
 
     @cached_property
     def died(self) -> dict:  # layer's name: bool, of the weight's shape
         "Return which weights the event prunes."
-        return {name: self.before[name].keep & ~keep for name, keep in self.masks.items()}
+        return {name: self.before[name].keep & ~mask.keep for name, mask in self.after.items()}
 
     @cached_property
     def born(self) -> dict:  # layer's name: bool, of the weight's shape
         "Return which weights the event brings back. They start from zero."
-        return {name: keep & ~self.before[name].keep for name, keep in self.masks.items()}
+        return {name: mask.keep & ~self.before[name].keep for name, mask in self.after.items()}
 
     def __repr__(self):
         size = sum(mask.size for mask in self.after.values())
@@ -131,7 +132,7 @@ def _prune(rules, budget, masks, scores, regrow):
     for tied in budget.tied:
         groups = [_groups(layer, masks[layer.name], rules, scores, zeros, regrow) for layer in tied]
         together = _as_one(groups)
-        competing.append(together if regrow else _zeros_first(together, tied, masks, rules.criterion, zeros))
+        competing.append(together if regrow else _zeros_first(together, tied, masks, rules, zeros))
     keeps, after = rules.context_info(competing, budget.fraction), {}
     if rules.round_to and budget.fraction: keeps = rounded(competing, keeps, rules.round_to)
     for tied, groups, keep in zip(budget.tied, competing, keeps):
@@ -156,14 +157,22 @@ def _groups(layer, mask, rules, scores, zeros, regrow):
     groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
                          costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
                          grouping.axes, known, scattered=scattered,
-                         count_free=partial(count_zeros, layer.weight, mask))
+                         count_free=_count_free(layer, mask, found))
     return _all_competing(groups, layer, mask, found, rules.regrowth) if regrow else groups
 
 
-def _zeros_first(groups, tied, masks, criterion, zeros):
+def _count_free(layer, mask, zeros):
+    "Return a function that counts zeros that no mask holds and that do not lie scattered in other groups."
+    if layer.grouping.size == 1: return partial(count_zeros, layer.weight, mask)
+    if zeros is None: return None
+    return lambda: int((zeros.costs * zeros.empty).sum())
+
+
+def _zeros_first(groups, tied, masks, rules, zeros):
     "Return the groups with those below all others that are zero although no mask holds them."
-    first = tied[0]
-    if first.grouping.size == 1 and criterion.zeros_lowest: return groups
+    first, criterion = tied[0], rules.criterion
+    by_themselves = criterion.zeros_lowest and not rules.context_info.rescales
+    if groups.group_size == 1 and by_themselves: return groups
     is_zero = zero_groups(first, masks[first.name], zeros.get(first.name))
     if is_zero is None: return groups
     scores = lowest_where(groups.scores, is_zero, bounded=criterion.pure)
@@ -173,12 +182,13 @@ def _zeros_first(groups, tied, masks, criterion, zeros):
 def _all_competing(groups, layer, mask, zeros, regrowth):
     """Return the groups of a layer with the pruned ones among them.
 
-    These, and others that are zero, have the scores of the regrowth."""
+    These, and others that are zero, have the scores of the regrowth. Zeros that lie scattered in other groups
+    are let go with them."""
     pruned, is_zero = ~groups.alive, zero_groups(layer, mask, zeros)
 
     def scores(where):
         gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
-        return regrowth(groups.scores(where), gone)
+        return regrowth(torch.as_tensor(groups.scores(where)).clamp(min=ABOVE), gone)
     return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=layer.grouping.groups,
                    costs=_full_costs(layer.grouping, pruned.device), scattered=0, count_free=None)
 
@@ -200,7 +210,9 @@ def _as_one(tied):
     name = ' + '.join(groups.name for groups in tied)
     n_weights = sum(groups.n_weights for groups in tied)
     scattered = sum(groups.scattered for groups in tied)
-    return LayerGroups(name, n_weights, size, alive, scores, costs, floor, scattered=scattered)
+    counts = [groups.count_free for groups in tied if groups.count_free]
+    return LayerGroups(name, n_weights, size, alive, scores, costs, floor, scattered=scattered,
+                       count_free=lambda: sum(count() for count in counts))
 
 
 def _costs_of(groups):

@@ -34,12 +34,15 @@ class Held:
         "Return the masks for a model as it is now. Layers that are lost are named, once."
         if self.masks is not None: return self.masks.found_in(model)
         shapes = {name: bits['shape'] for name, bits in self.packed.items()}
-        found = find_again(dict.fromkeys(shapes), shapes, model)
+        found = find_again(dict.fromkeys(shapes), shapes, model, wrapped=True)
         lost = [name for name in shapes if name not in found]
         warn_lost(lost)
         self.packed = {name: bits for name, bits in self.packed.items() if name in found}
-        masks = {weight: unpacked(name, self.packed[name], weight.tensor) for name, weight in found.items()}
-        return {weight: where_zero(name, masks[weight], weight.tensor) for name, weight in found.items()}
+        masks = {}
+        for name, (_, weight) in found.items():
+            keep = unpacked(name, self.packed[name], weight.tensor)
+            masks[weight] = where_zero(name, keep, weight.tensor)
+        return masks
 
 
 def own_masks(
@@ -50,7 +53,8 @@ def own_masks(
     found = {}
     for name, mask in masks.items():
         if name not in weights:
-            raise ValueError(f'masks: got {name!r}, expected one of {", ".join(weights)}{nearest(name, weights)}')
+            raise ValueError(f'masks: got {name!r}, '
+                             f'expected one of {", ".join(weights)}{nearest(name, weights)}')
         found[weights[name]] = read_mask(name, mask, weights[name].tensor)
     return found
 

@@ -135,10 +135,11 @@ class Keeper(Callback):
 
 
 class KeepSparse(Keeper):
-    """Keep the zeros of a network zero in a fit: `cbs=KeepSparse()`, or `learn.add_cb(KeepSparse())` for all fits.
+    """Keep the zeros of a network zero in a fit, `cbs=KeepSparse()`.
 
-    `SparsifyCallback` leaves one with the Learner, which keeps its masks in every later fit, by the names of
-    the layers. `learn.remove_cb(KeepSparse)` lets the next fit move the zeros."""
+    `learn.add_cb(KeepSparse())` does so in all fits. `SparsifyCallback` leaves one with the Learner, which
+    keeps its masks in every later fit, by the names of the layers. `learn.remove_cb(KeepSparse)` lets the
+    next fit move the zeros."""
     left, held = 0, None  # the number of the fit that has left it, 0: the user made it; the `Held` masks of that fit
 
     @known_arguments
@@ -159,7 +160,8 @@ class KeepSparse(Keeper):
         pruning = [cb for cb in self._others(Keeper) if cb.active and not isinstance(cb, KeepSparse)]
         drop_columns(self.learn, spare=pruning)
         taken = {layer.at for cb in pruning for layer in cb.sparsifier.selected.candidates.values()}
-        masks = {weight: keep for weight, keep in self.masks_for(self._model()).items() if weight not in taken}
+        masks = self.masks_for(self._model())
+        masks = {weight: keep for weight, keep in masks.items() if weight not in taken}
         self.active = bool(masks) and not hasattr(self.learn, 'lr_finder')
         if not self.active: return
         self._build(replace(self.rules, layers=list(masks), exclude=None))

@@ -8,7 +8,7 @@ from torch import nn
 
 from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
-from fasterai.selected import Selected
+from fasterai.selected import Selected, warn_lost
 
 PIECE = 1 << 20  # weights that are masked together
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32,  # integers of the same size
@@ -37,12 +37,18 @@ class Masks(Mapping):
         name: str,  # of a selected layer
     ) -> torch.Tensor:  # bool, of the weight's shape, True = keep
         "Return a copy of a layer's mask."
-        if name in self.selected.layers:
-            return self.of[name].keep.clone(memory_format=torch.contiguous_format)
-        raise KeyError(f'masks: got {name!r}, expected one of {", ".join(self)}{nearest(name, self)}')
+        self.selected.refresh()
+        masks = self.of
+        if name in masks: return masks[name].keep.clone(memory_format=torch.contiguous_format)
+        raise KeyError(f'masks: got {name!r}, expected one of {", ".join(masks)}{nearest(name, masks)}')
 
-    def __iter__(self): return iter(self.selected.layers)
-    def __len__(self): return len(self.selected.layers)
+    def __iter__(self):
+        self.selected.refresh()
+        return iter(dict(self.of))
+
+    def __len__(self): return len(self.of)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __setitem__(self,
         name: str,  # of a selected layer
@@ -59,6 +65,7 @@ class Masks(Mapping):
         `TypeError` or `ValueError`, and nothing changed, where one does not fit."""
         if not isinstance(masks, Mapping):
             raise TypeError(f'masks: got {type(masks).__name__}, expected {{name of a layer: bool tensor}}')
+        self.selected.refresh()
         self._set({name: self._read(name, mask) for name, mask in masks.items()}, {})
 
     def begin_with(self,
@@ -76,10 +83,16 @@ class Masks(Mapping):
         """Return the masks for a model as it is now. Layers that are lost are named, once.
 
         Of a layer that was replaced only what is zero is held: it may be a new one."""
-        layers, masks = dict(self.selected.candidates), {}
-        for name, weight in self.selected.found_in(model).items():
+        found, masks = self.selected.located(model), {}
+        lost = [name for name in self._of if name not in found]
+        warn_lost(lost)
+        for name in lost:
+            del self._of[name]
+            self.selected.candidates.pop(name, None)
+        for name, (_, weight) in found.items():
             keep = self._of[name].keep.to(weight.tensor.device)
-            masks[weight] = keep if layers[name].is_at(weight) else where_zero(name, keep, weight.tensor)
+            same = self.selected.candidates[name].is_at(weight)
+            masks[weight] = keep if same else where_zero(name, keep, weight.tensor)
         return masks
 
     def move_to(self,
@@ -135,12 +148,14 @@ class Masks(Mapping):
         of: set | None = None,  # ids of parameters: only these, and buffers of their modules; None: all
     ):
         "Yield each tensor that has masked entries, and its mask: (tensor, bool)."
-        layers, masks = self.selected.layers, self.of
-        for name, layer in layers.items():
+        self.selected.refresh()
+        masks = self.of
+        for name, layer in self.selected.candidates.items():
             if of is None or id(layer.weight) in of: yield layer.weight, masks[name].keep
         for module, tensors in self._masked_along.items():
             for name in tensors:
                 tensor = getattr(module, name)
+                if tensor is None: continue  # it was taken away since
                 if of is not None and not of & _owners(module, tensor): continue
                 tensors[name] = tensors[name].to(tensor.device)
                 yield tensor, ~tensors[name]
@@ -153,7 +168,7 @@ class Masks(Mapping):
 
     def moved(self) -> list:  # of names
         "Return the layers of which a masked weight is not zero."
-        layers, masks = self.selected.layers.items(), self.of
+        masks, layers = self.of, self.selected.candidates.items()
         return [name for name, layer in layers if layer.weight.detach()[~masks[name].keep].any()]
 
     def mask_gradients(self,
@@ -186,7 +201,7 @@ class Masks(Mapping):
         self._set(change.after, change.weights)
 
     def _set(self, masks, weights):
-        self.selected.resolve()
+        self.selected.refresh()
         after = self.of | masks
         before = self._masked_along
         dependents = self.selected.dependents(after)  # what may fail stands before what changes anything
@@ -202,6 +217,7 @@ class Masks(Mapping):
             for name, was_masked in tensors.items():
                 if name == 'running_mean': continue
                 tensor = getattr(module, name)
+                if tensor is None: continue
                 masked = self._masked_along.get(module, {}).get(name, torch.zeros_like(was_masked))
                 back = was_masked & ~masked.to(was_masked.device)
                 tensor.masked_fill_(back.to(tensor.device), .01)
@@ -210,8 +226,8 @@ class Masks(Mapping):
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
         "Return the masks, packed to bits."
-        layers, masks = self.selected.layers, self.of
-        return {name: packed(masks[name].keep) for name in layers}
+        self.selected.refresh()
+        return {name: packed(mask.keep) for name, mask in self.of.items()}
 
     def load_state_dict(self,
         state: dict,  # of `state_dict`
@@ -219,7 +235,8 @@ class Masks(Mapping):
         """Take over packed masks and apply them.
 
         `TypeError` or `ValueError`, and nothing changed, where they do not fit."""
-        layers = self.selected.layers
+        self.selected.refresh()
+        layers = self.selected.candidates
         if not isinstance(state, Mapping):
             raise TypeError(f'state: got {type(state).__name__}, expected what state_dict() returns')
         if set(state) != set(layers):
@@ -241,9 +258,11 @@ def read_mask(
     if _is_mask(mask) and mask.shape == weight.shape:
         return mask.detach().to(weight.device, copy=True).contiguous()
     came = type(mask).__name__
-    if isinstance(mask, torch.Tensor): came = f'a tensor of {mask.dtype} of shape {tuple(mask.shape)}'
-    raise ValueError(f'masks: got {came} for {name!r}, expected a bool tensor of shape {tuple(weight.shape)}, '
-                     'True = keep')
+    if isinstance(mask, torch.Tensor):
+        came = f'a {mask.layout} tensor of {mask.dtype} on {mask.device} of shape {tuple(mask.shape)}'
+        came = came.replace('torch.', '')
+    raise ValueError(f'masks: got {came} for {name!r}, '
+                     f'expected a bool tensor of shape {tuple(weight.shape)}, True = keep')
 
 
 def where_zero(

@@ -1,4 +1,5 @@
 "Name the weights of a model, and find them again where modules were copied, replaced, wrapped or fused."
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -87,52 +88,68 @@ def wrapped(
 
 # ---- Finding again
 
+class Found(NamedTuple):
+    "Say where a weight is now."
+    path: str  # its name in the model
+    weight: Weight
+
+
 def find_again(
     wanted: dict,  # name: `Weight` as it was, or None where only the name is known
     shapes: dict,  # name: shape
     model: nn.Module,
-) -> dict:  # name: `Weight` as it is, of that shape, for those that are there
+    wrapped: bool = False,  # the model may be another one, in which all names have a beginning in common
+) -> dict:  # name: `Found`, of that shape, for those that are there
     """Find weights in a model whose modules may have been copied, replaced, wrapped or fused.
 
-    A weight is found as the object that it was. The others are found by name, under one common prefix: where the
-    whole model was wrapped, all names have gained the same beginning."""
+    A weight is found in the module that it was in, by its name, or as the parameter that it was; in another
+    model the parameter goes before the name. None is found twice."""
     named = Named(model)
-    found = _by_object(wanted, named)
-    found = {name: weight for name, weight in found.items() if _fits(weight, shapes[name])}
-    rest = {name: shapes[name] for name in wanted if name not in found}
-    return found | _by_name(rest, named)
+    ways = [_by_parameter, partial(_by_name, wrapped=True)] if wrapped else [_by_name, _by_parameter]
+    found, taken = {}, set()
+    for find in [_by_module, *ways]:
+        rest = {name: (weight, shapes[name]) for name, weight in wanted.items() if name not in found}
+        for name, weight in find(rest, named).items():
+            if weight in taken or not _fits(weight, shapes[name]): continue
+            found[name] = weight
+            taken.add(weight)
+    paths = {weight: path for path, weight in named.every.items()}
+    return {name: Found(paths[found[name]], found[name]) for name in wanted if name in found}
 
 
-def _by_object(wanted, named):
-    "Find weights whose module or parameter is still in the model."
-    places = {}
-    for weight in named.every.values():
-        places.setdefault((id(weight.module), weight.attr), weight)
-        places.setdefault(id(weight.stored), weight)
-    found = {}
-    for name, weight in wanted.items():
-        if weight is None: continue
-        at = places.get((id(weight.module), weight.attr))
-        if at is None and weight.stored is not None: at = places.get(id(weight.stored))
-        if at is not None: found[name] = at
-    return found
+def _by_module(wanted, named):
+    "Find weights whose module is still in the model. `wanted` is {name: (`Weight` or None, shape)}."
+    there = {*named.every.values()}
+    return {name: weight for name, (weight, _) in wanted.items() if weight in there}
 
 
-def _by_name(shapes, named):
+def _by_parameter(wanted, named):
+    "Find weights whose parameter is still in the model, in another module."
+    places = {id(weight.stored): weight for weight in reversed(named.every.values())}
+    was = {name: weight.stored for name, (weight, _) in wanted.items() if weight is not None}
+    was = {name: tensor for name, tensor in was.items() if tensor is not None}
+    return {name: places[id(tensor)] for name, tensor in was.items() if id(tensor) in places}
+
+
+def _by_name(wanted, named, wrapped=False):
     "Find weights under the prefix under which most of them are, the shortest of several."
-    if not shapes: return {}
-    paths = dict.fromkeys([*named.every, *named.modules])
-    prefixes = {path.removesuffix(name) for name in shapes for path in paths if f'.{path}'.endswith(f'.{name}')}
     best = {}
-    for prefix in sorted(prefixes | {''}, key=len):
-        found = {name: _at(prefix + name, shape, named) for name, shape in shapes.items()}
+    for prefix in _prefixes(wanted, named) if wrapped else ['']:
+        found = {name: _at(prefix + name, shape, named) for name, (_, shape) in wanted.items()}
         found = {name: weight for name, weight in found.items() if weight is not None}
         if len(found) > len(best): best = found
     return best
 
 
+def _prefixes(names, named):
+    "Return what the names of a model may begin with after it was wrapped, the shortest first."
+    paths = dict.fromkeys([*named.every, *named.modules])
+    found = {path.removesuffix(name) for name in names for path in paths if f'.{path}'.endswith(f'.{name}')}
+    return sorted(found | {''}, key=len)
+
+
 def _at(path, shape, named):
-    "Return the weight of a name, or the one of its shape inside the module of that name; None if there is none."
+    "Return the weight of a name, or the one of its shape inside the module of that name, or None."
     for name in (path, f'{path}.weight', path.removesuffix('.weight')):
         if name in named.every and _fits(named.every[name], shape): return named.every[name]
     inside = [weight for name, weight in named.every.items() if name.startswith(f'{path}.')]
@@ -148,11 +165,13 @@ class Places:
 
     def __init__(self,
         model: nn.Module,
-        weights,  # of `Weight`
+        weights: list,  # of `Weight`
+        shared: list,  # of lists of `Weight`s that share a parameter
     ):
         self.children = [(module._modules, key, child) for module in model.modules()
                          for key, child in module._modules.items()]
         self.shapes = [(w.module._parameters, w.attr, w.tensor.shape) for w in weights]
+        self.shared = shared
 
     @property
     def changed(self) -> bool:
@@ -162,4 +181,4 @@ class Places:
         for parameters, attr, shape in self.shapes:
             parameter = parameters.get(attr)
             if parameter is None or parameter.shape != shape: return True
-        return False
+        return any(weight.stored is not first.stored for first, *others in self.shared for weight in others)

@@ -32,8 +32,8 @@ class pattern:
 
     def _prune(self, layer, share):
         "Return the keep mask of one layer, where this share of the pattern is wanted."
-        scores = layer.scores_with_pruned_lowest()
-        keep, = layer.peers.sent([self._whole_pattern(scores, layer)], [layer.alive.device])
+        scores, (alive,) = layer.all_scores(), layer.peers.fetched([layer.alive])
+        keep, = layer.peers.sent([self._whole_pattern(scores, alive, layer)], [layer.alive.device])
         keep = keep & layer.alive
         if share >= 1: return keep
         to_prune = round(share * (layer.n_weights - layer.peers.count(keep))) - layer.zeros
@@ -42,28 +42,31 @@ class pattern:
         (rest, _), = order.remove(order.cut(to_prune))
         return keep | rest
 
-    def _whole_pattern(self, scores, layer):
+    def _whole_pattern(self, scores, alive, layer):
         "Return the keep mask of the whole pattern, as an array; of equal weights the first ones are pruned."
         sizes, at = tuple(layer.axes.values()), list(layer.axes).index('I')
-        lines = np.moveaxis(scores.reshape(sizes), at, 0)  # (I, …)
+        lines, living = (np.moveaxis(v.reshape(sizes), at, 0) for v in (scores, alive))  # (I, …)
         keep = np.empty(lines.shape, bool)
         for start in range(0, len(lines), self.m):
-            line = lines[start:start + self.m]
+            here = slice(start, start + self.m)
+            line = lines[here]
             stay = -(-len(line) * self.n // self.m)
-            keep[start:start + self.m] = _ranks(line) >= len(line) - stay
+            ranks = _ranks(line, None if layer.all_alive else living[here])
+            keep[here] = ranks >= len(line) - stay
         return np.ascontiguousarray(np.moveaxis(keep, 0, at)).reshape(-1)
 
     def __repr__(self): return f"'{self.n}:{self.m}'"
 
 
-def _ranks(line):
-    """Rank the entries along the first axis.
+def _ranks(line, alive):
+    """Rank the entries along the first axis, those that are pruned already before the others; None: none is.
 
     They are compared two by two, which for so few is faster than a sort."""
     before = np.zeros(line.shape, np.int16)
     for i in range(len(line)):
         for j in range(i):
             first = line[j] <= line[i]
+            if alive is not None: first = np.where(alive[j] == alive[i], first, alive[i])
             before[i] += first
             before[j] += ~first
     return before

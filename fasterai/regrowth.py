@@ -12,6 +12,7 @@ Regrowth = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 below all others."""
 
 LOWEST = torch.finfo(torch.float32).min
+ABOVE = LOWEST * (1 - 1e-6)  # the scores of groups that are not pruned are brought up to it
 
 
 def by_position(

@@ -9,9 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.arguments import callable_with, read_example
 from fasterai.dataflow import Flow, trace, watch
-from fasterai.granularity import Grouping
+from fasterai.granularity import Grouping, weights_of
 from fasterai.layers import check_masked_along, choose
-from fasterai.names import Places, Weight, bare, find_again, named_modules
+from fasterai.names import Named, Places, Weight, bare, find_again, named_modules
 from fasterai.peers import ALONE
 from fasterai.rules import Rules
 
@@ -22,6 +22,7 @@ class Layer:
 
     `Sparsifier.layers` has them by name."""
     name: str  # of the module, or of the parameter where a module has several weights
+    path: str  # its name in the model as it is now; another one where modules were inserted or wrapped
     at: Weight  # the module, and the name of the parameter in it
     grouping: Grouping  # `.groups`: how many groups; `.size`: number of weights in each; `.axes`: {name: size}
     filters: Grouping | None  # the same by filters, where a group is one or several filters; else None
@@ -35,6 +36,13 @@ class Layer:
     def weight(self) -> nn.Parameter:
         "Return the weight."
         return self.at.tensor
+
+    def has_axes_of(self,
+        weight: Weight,  # one that was found in the place of this
+    ) -> bool:
+        "Tell whether a weight has the same axes, as far as they are known."
+        axes = [weights_of(at.module).get(at.attr) for at in (self.at, weight)]
+        return None in axes or axes[0] == axes[1]
 
     def is_at(self,
         weight: Weight,  # one that was found in the place of this
@@ -71,44 +79,51 @@ class Selected:
         self.flow = None  # `Known`, where the data flow is needed and could be found
         self.ties = []  # lists of names of layers whose n-th filters are pruned together
         self.learned = set(self.choice.by_name)  # names of layers that were seen to learn, or that were named
-        self.places, self.version = self._places(), 0  # the version rises when modules were replaced
+        self.shared = _shared(model, self.candidates)  # name of a layer: names of others with the same parameter
+        self.version = 0  # it rises when modules were replaced
+        self._note_places()
+        self.notice()
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
         if not _is_function(example): self.resolve()
 
     @property
     def layers(self) -> dict:  # name: `Layer`
-        "Return the selected layers; `ValueError` where all of them are frozen."
+        "Return the selected layers that learn; `ValueError` where none does."
         self.refresh()
         return self.learning()
-
-    def refresh(self):
-        "Find the data flow, where it is not known yet, and layers again whose modules were replaced."
-        self.resolve()
-        self.follow()
 
     @property
     def skipped(self) -> dict:  # name: reason
         "Return the layers that were left out, and why."
-        self.resolve()
+        self.refresh()
         reason = 'is frozen, so it is left alone: name it in layers= to include it'
         return self.choice.skipped | dict.fromkeys(self.frozen, reason)
 
+    def refresh(self):
+        "Find layers again whose modules were replaced, and the data flow, where it is not known yet."
+        self.follow()
+        self.resolve()
+        self.notice()
+
     # Frozen layers
 
-    @property
-    def frozen(self) -> list:  # of names
-        "Return the layers that do not learn and never did, and those that are pruned as one with them."
-        never = [name for name in self.candidates if name not in self.learned]
-        self.learned |= {name for name in never if self.candidates[name].weight.requires_grad}
-        frozen = {name for name in never if name not in self.learned}
-        if not frozen: return []
-        return [name for name in self.candidates if frozen.intersection(self.tied_to(name))]
+    def notice(self):
+        "Note which layers learn. One that has learned takes part, also while it is frozen later."
+        for name, layer in self.candidates.items():
+            if name not in self.learned and layer.weight.requires_grad: self.learned.add(name)
 
     def include(self,
         names: Iterable,  # of layers
     ):
         "Let layers take part although they are frozen."
         self.learned |= {*names}
+
+    @property
+    def frozen(self) -> list:  # of names
+        "Return the layers that never learned, and those that are pruned as one with them."
+        never = {name for name in self.candidates if name not in self.learned}
+        if not never: return []
+        return [name for name in self.candidates if never.intersection(self.tied_to(name))]
 
     def learning(self) -> dict:  # name: `Layer`
         "Return the layers that learn or did before; `ValueError` where none does."
@@ -124,37 +139,55 @@ class Selected:
     # Modules that are replaced
 
     def follow(self):
-        "Find the layers again, by their names, where modules were replaced; name those that are lost."
-        if not self.places.changed: return
-        for name, weight in self.found_in(self.model).items():
-            self.candidates[name] = replace(self.candidates[name], at=weight)
-        self.places, self.version = self._places(), self.version + 1
-
-    def _places(self): return Places(self.model, [layer.at for layer in self.candidates.values()])
-
-    def found_in(self,
-        model: nn.Module,  # perhaps another one
-    ) -> dict:  # name: `Weight`
-        "Find the layers in a model as it is now. Those that are lost are named, and left out from now on."
-        places = {name: layer.at for name, layer in self.candidates.items()}
-        found = find_again(places, {name: layer.grouping.shape for name, layer in self.candidates.items()}, model)
-        lost = [name for name in places if name not in found]
-        warn_lost(lost)
-        for name in lost:
-            del self.candidates[name]
-            self.choice.skipped[name] = 'is no longer in the model as it was pruned'
-        return found
+        "Find the layers again where modules were replaced; name those that are lost, and leave them out."
+        if self.places.changed: self._take_over(self.located(self.model))
 
     def move_to(self,
         model: nn.Module,
         example,  # a batch, or a function that returns one when needed
     ):
         "Go over to another model, with the layers that are found in it. The data flow is found anew."
-        found, self.model = self.found_in(model), model
-        self.candidates = {name: replace(self.candidates[name], at=found[name]) for name in self.candidates}
-        self.places, self.version = self._places(), self.version + 1
+        found, self.model = self.located(model), model
+        self._take_over(found)
         if self.flow is None: return
         self.flow, self.ties, self.example, self.resolved = None, [], example, False
+
+    def located(self,
+        model: nn.Module,  # the one that is known, or another one
+    ) -> dict:  # name: `names.Found`, of the layers that are found
+        "Find the layers in a model as it is now."
+        layers = {layer.path: layer for layer in self.candidates.values()}
+        shapes = {path: layer.grouping.shape for path, layer in layers.items()}
+        places = {path: layer.at for path, layer in layers.items()}
+        found = find_again(places, shapes, model, wrapped=model is not self.model)
+        return {layers[path].name: at for path, at in found.items() if layers[path].has_axes_of(at.weight)}
+
+    def _take_over(self, found):
+        "Take the layers as they were found; leave out the others, and name them."
+        lost = [name for name in self.candidates if name not in found]
+        warn_lost(lost)
+        for name in lost:
+            del self.candidates[name]
+            self.choice.skipped[name] = 'is no longer in the model as it was pruned'
+        self.ties = [[name for name in tied if name not in lost] for tied in self.ties]
+        for name, (path, weight) in found.items():
+            self.candidates[name] = replace(self.candidates[name], path=path, at=weight)
+        self._note_places()
+        self.version += 1
+
+    def _note_places(self):
+        "Note where all is now. Of weights that shared a parameter those are named that do not any more."
+        together, apart = [], []
+        every = Named(self.model).every if self.shared else {}
+        for name in [name for name in self.shared if name in self.candidates]:
+            first = self.candidates[name].at
+            others = {other: every[other] for other in self.shared[name] if other in every}
+            same = {other: at for other, at in others.items() if at.stored is first.stored}
+            apart += [other for other in others if other not in same]
+            if same: together.append([first, *same.values()])
+            self.shared[name] = list(same)
+        warn_lost(apart)
+        self.places = Places(self.model, [layer.at for layer in self.candidates.values()], together)
 
     def tied(self,
         names: list,  # of layers
@@ -310,10 +343,20 @@ def warn_lost(
 def _is_function(example): return callable(example) and not isinstance(example, torch.Tensor)
 
 
+def _shared(model, layers):
+    "Find the weights that share the parameter of a layer: {name of the layer: their names}."
+    owners = {id(layer.weight): name for name, layer in layers.items()}
+    found = {}
+    for name, weight in Named(model).every.items():
+        owner = owners.get(id(weight.stored))
+        if owner is not None and owner != name: found.setdefault(owner, []).append(name)
+    return found
+
+
 def _layer(name, at, granularity):
     grouping = Grouping(at.module, granularity, name, at.attr)
     filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
-    return Layer(name, at, grouping, filters)
+    return Layer(name, name, at, grouping, filters)
 
 
 def _flow(model, example):

@@ -40,7 +40,7 @@ class LayerGroups:
     known_alive: InitVar[int | None] = None  # number of living groups, if it is known; else it is counted
     peers: Alone = ALONE  # reads and sums the numbers
     scattered: int = 0  # number of zeros in groups with other weights that no mask holds: they count, and are held from now on
-    count_free: Callable[[], int] | None = None  # counts the zeros that no mask holds, where groups are single weights
+    count_free: Callable[[], int] | None = None  # counts zeros that no mask holds and that are not among `zeros`
     outcome: Outcome = field(default_factory=Outcome)  # what the context says beside the mask
 
     def __post_init__(self, known_alive):
@@ -64,8 +64,10 @@ class LayerGroups:
 
     @property
     def zeros(self) -> int:
-        """Return the number of zeros that are there, in pruned groups and in others: they count towards
-        the sparsity."""
+        """Return the number of zeros in pruned groups, and of those that lie scattered in others: they count
+        towards the sparsity.
+
+        Living groups that are zero are not among them: they are the first to be pruned."""
         return self.n_weights - self.remaining
 
     def all_scores(self) -> np.ndarray:  # (groups,), not to be changed
@@ -73,18 +75,9 @@ class LayerGroups:
         return _nan_lowest(self.peers.fetched([self.joined_scores()])[0])
 
     @cached_property
-    def zeros_in_weights(self) -> int:
-        "Return the number of zeros that are there, and of those that no mask holds."
+    def zeros_there(self) -> int:
+        "Return the number of all zeros, those among them that no mask holds."
         return self.zeros if self.count_free is None else self.zeros + self.count_free()
-
-    def scores_with_pruned_lowest(self) -> np.ndarray:  # (groups,), not to be changed
-        "Return the scores of all groups, with those of pruned groups below all others."
-        scores = self.all_scores()
-        if self.all_alive: return scores
-        alive, = self.peers.fetched([self.alive])
-        if scores.min(initial=np.inf) == -np.inf:  # float64 has room below the scores of float32
-            scores = np.maximum(scores, np.finfo(float).min, dtype=float)
-        return np.where(alive, scores, -np.inf)
 
     def joined_scores(self):  # (groups,), where the layer is
         "Join the scores of all chunks."

@@ -12,8 +12,8 @@ def frozen_line(
     "Name the layers that are left alone because they do not learn."
     if not frozen: return ''
     are, they = ('are', 'they learn') if len(frozen) > 1 else ('is', 'it learns')
-    return (f'{_some(frozen)} {are} frozen, and not by learn.freeze() with this optimizer, so left alone unless '
-            f'{they} in this fit; the other layers are pruned')
+    return (f'{_some(frozen)} {are} frozen, and not by learn.freeze() with this optimizer, '
+            f'so left alone unless {they} in this fit; the other layers are pruned')
 
 
 def not_run_line(
@@ -22,7 +22,8 @@ def not_run_line(
     "Name the layers whose filters are left alone because they did not run in the first batch."
     names = [name for name, reason in skipped.items() if reason.startswith('did not run')]
     if not names: return ''
-    return f'{_some(names)} did not run in the first batch, so left alone; name them in layers= to include them'
+    return (f'{_some(names)} did not run in the first batch, so left alone; '
+            'name them in layers= to include them')
 
 
 def zeros_line(
@@ -55,8 +56,8 @@ def reached_line(
             f'({report.zeros:,} of {report.weights:,} weights)')
     if frozen: return f'{_waits(frozen, report)}; {text}'
     if trouble: return f'{text}; {trouble}'
-    if timetable.progress < 1: return f'{text}, stopped after {100 * timetable.progress:.0f} % of the training'
-    share = timetable.share
+    progress, share = timetable.progress, timetable.share
+    if progress < 1: return f'{text}, stopped after {100 * progress:.0f} % of the training'
     if share < 1: text += f', since {name_of(timetable.schedule)} ends at {100 * share:.0f} % of it'
     held, before = (sum(of.get(row.layer, 0) for row in report.rows) for of in (masked, masked_before))
     return text + _why(report.zeros, wanted * Fraction(share), held, before, sorted(unknown), round_to)
@@ -66,7 +67,8 @@ def _why(zeros, wanted, held, before, unknown, round_to):
     "Say why there are other zeros than wanted."
     if unknown: return f'; nothing is known of {_some(unknown)}, so not pruned'
     if before > round(wanted): return '; zeros that are there stay, and count'
-    if zeros > max(held, round(wanted)): return f'; {zeros - held:,} of them are zero without a mask of this callback'
+    free = zeros - held
+    if free and zeros > round(wanted): return f'; {free:,} of them are zero without a mask of this callback'
     if round_to and held != wanted: return f'; round_to={round_to} rounds the filters that stay'
     return ''
 

@@ -24,7 +24,8 @@ def find_zeros(
     masks: dict,  # layer's name: `event.Mask`
 ) -> dict:  # layer's name: `Zeros`, where there are any and groups have several weights
     "Find the zeros that no mask holds."
-    layers = [layer for together in tied for layer in together if layer.grouping.size > 1]
+    tied = [together for together in tied if len(together) > 1 or together[0].grouping.size > 1]
+    layers = [layer for together in tied for layer in together]
     counts = ALONE.fetched([_count(layer.weight, masks[layer.name])[None] for layer in layers])
     some = {layer.name for layer, (count,) in zip(layers, counts) if count}
     found = {}
@@ -44,10 +45,11 @@ def count_zeros(
 def _count(weight, mask):
     "Count in pieces that fit a processor's cache; the number stays where the weight is."
     weight, keep = weight.detach(), None if mask.left == mask.size else mask.keep
-    if not ALONE.on_host(weight) or not weight.numel(): return _zero(weight, keep).sum()
+    if not ALONE.on_host(weight) or not weight.numel() or not weight.ndim: return _zero(weight, keep).sum()
     rows = max(1, CHUNK * len(weight) // weight.numel())
     pieces = [slice(start, start + rows) for start in range(0, len(weight), rows)]
-    weight, keep = as_array(weight), None if keep is None else ALONE.array(keep)
+    weight = as_array(weight)
+    if keep is not None and isinstance(weight, np.ndarray): keep = ALONE.array(keep)
     counts = [ALONE.count(_zero(weight[piece], None if keep is None else keep[piece])) for piece in pieces]
     return torch.tensor(sum(counts))
 
@@ -55,8 +57,7 @@ def _count(weight, mask):
 def _zero(weight, keep):
     "Tell which weights are zero although the mask keeps them; `keep` is None where it keeps all."
     zero = weight == 0
-    if keep is not None: zero &= keep
-    return zero
+    return zero if keep is None else zero & keep
 
 
 def _free(weight, mask): return _zero(weight.detach(), mask.keep)
@@ -87,7 +88,8 @@ def zero_groups(
     zeros: Zeros | None,  # of this layer
 ) -> Callable | None:  # (where) -> bool (n,), tensor or array; None: there are none
     "Return a function that tells which living groups have only zeros."
-    if layer.grouping.size > 1: return None if zeros is None else zeros.empty.__getitem__
+    if zeros is not None: return zeros.empty.__getitem__
+    if layer.grouping.size > 1: return None
     rows = []
 
     def is_zero(where):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fasterai.allocation import er_densities, erk_densities, fractions, rounded
+from fasterai.allocation import er_densities, erk_densities, fractions, rounded, shared_out
 from fasterai.sparsifier import Sparsifier
 
 
@@ -108,7 +108,16 @@ def test_uniform_plus_says_at_once_what_cannot_be():
     ([2, 4, 4], 10, [6, 0, 0], [6, 2, 2]),
     ([2, 4, 4], 10, [6, 3, 0], [6, 3, 1]),
     ([2, 2], 4, [5, 1], [5, 1])])  # more is there than was asked for
-def test_whole_numbers_of_zeros(zeros, total, there, found): assert rounded(zeros, total, there) == found
+def test_whole_numbers_of_zeros(zeros, total, there, found): assert rounded(shared_out(zeros, total, there, there), total) == found
+
+
+@pytest.mark.parametrize('zeros, total, held, there, found', [
+    ([2, 2], 4, [0, 0], [5, 1], [3, 1]),  # only zeros are taken, and no more than asked for
+    ([2, 2], 0, [0, 0], [5, 1], [0, 0]),
+    ([3, 1], 4, [0, 2], [3, 3], [2, 2]),  # what is held stays
+    ([2, 2], 8, [0, 0], [5, 1], [5, 3])])
+def test_zeros_that_nothing_holds_are_shared_out_first(zeros, total, held, there, found):
+    assert shared_out(zeros, total, held, there) == found
 
 
 @pytest.mark.parametrize('context', ['erk', 'er'])

@@ -272,3 +272,230 @@ def test_a_fit_leaves_only_the_keeper(make_learner):
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[SparsifyCallback(75), Break()])
     learn.fit(1)
     assert [type(cb) for cb in learn.cbs if cb not in before] == [KeepSparse]
+
+
+# A model that is put in place in the middle of a fit
+
+class Swap(Callback):
+    "Replaces the model, or a layer of it, before one epoch."
+    def __init__(self, change, epoch=1, order=0): self.change, self.at, self.order = change, epoch, order
+
+    def before_epoch(self):
+        if self.epoch != self.at: return
+        self.learn.model = self.change(self.learn.model)
+        self.learn.create_opt()
+
+
+class Zeros(Callback):
+    "Counts the zeros of the model that is there after each epoch."
+    order = 80
+
+    def __init__(self): self.seen = []
+
+    def after_epoch(self): self.seen.append(zeros(self.learn.model))
+
+
+@pytest.mark.parametrize('change', [copied, wrapped_copy, one_layer, double, AveragedModel], ids=lambda change: change.__name__)
+@pytest.mark.parametrize('criteria', ['magnitude', 'gradient'])
+def test_a_fit_goes_on_with_a_model_that_is_put_in_place(make_learner, capsys, change, criteria):
+    learn, look, callback = make_learner(), Zeros(), SparsifyCallback(80, criteria=criteria)
+    learn.logger = print
+    learn.fit(4, .05, cbs=[callback, Swap(change), look])
+    shown = [round(5.66 * sum(row[name] * size for name, size in (('0', 54), ('3', 432), ('8', 80))) / 566) for row in callback.history]
+    assert look.seen == shown and look.seen[-1] == 453
+    assert 'asked 80 %, reached 80.04 % (453 of 566 weights)' in capsys.readouterr().out.splitlines()[-1]
+    assert len(callback.plot_sparsity().lines) == 3
+    learn.fit(2, .05, cbs=[Swap(change), look := Zeros()])
+    assert look.seen == [453, 453]
+
+
+def test_a_layer_that_is_lost_in_the_middle_of_a_fit_is_named_and_the_others_go_on(make_learner):
+    def widened(model):
+        model[8] = nn.Linear(8, 12)
+        return model
+    learn = make_learner()
+    with pytest.warns(UserWarning, match="masks: '8' cannot be found"): learn.fit(5, cbs=[SparsifyCallback(80), Swap(widened, 2)])
+    assert zeros(learn.model) == round(.8 * 486) and (learn.model[8].weight != 0).all()
+    model, sparsifier = sparse('weight')
+    model[8] = nn.Identity()
+    with pytest.warns(UserWarning, match="masks: '8' cannot be found"): sparsifier.sparsify_model(75)
+    assert zeros(model) == round(.75 * 486)
+
+
+def test_another_network_at_the_end_of_a_fit_is_left_alone(make_learner):
+    class Other(Callback):
+        def after_fit(self): self.learn.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    learn = make_learner()
+    with pytest.warns(UserWarning, match='masks: .* cannot be found'): learn.fit(2, cbs=[SparsifyCallback(80), Other()])
+    assert zeros(learn.model) == 0
+    learn.create_opt()
+    learn.fit(1)
+
+
+def test_when_all_is_lost_training_goes_on():
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer, sparsifier = torch.optim.SGD(model.parameters(), .1), Sparsifier(model)
+    sparsifier.sparsify_model(50)
+    sparsifier.attach(optimizer)
+    model[0] = nn.Linear(8, 9)
+    model(torch.randn(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="masks: '0' cannot be found"): optimizer.step()
+    with pytest.raises(ValueError, match='layers: none of those that were selected is in the model any more'): sparsifier.sparsify_model(50)
+
+
+# Names
+
+def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+
+
+def nested(): return nn.Sequential(block(1, 6), nn.Sequential(block(6, 6), block(6, 8)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize('wrap', [lambda m: nn.Sequential(nn.Identity(), deepcopy(m)), AveragedModel, lambda m: nn.ModuleList([deepcopy(m)])[0],
+                                  lambda m: nn.Sequential(nn.Sequential(deepcopy(m)))], ids='second averaged same twice'.split())
+def test_names_that_repeat_are_told_apart_by_what_they_begin_with(make_learner, wrap, recwarn):
+    learn = make_learner(nested())
+    learn.fit(2, cbs=SparsifyCallback(80))
+    learn.model = wrap(learn.model)
+    learn.create_opt()
+    recwarn.clear()
+    learn.fit(1, .05)
+    assert zeros(learn.model) == 712 and not [w for w in recwarn if 'masks:' in str(w.message)]
+
+
+@pytest.mark.parametrize('replaced', [nn.Identity, lambda: nn.Linear(8, 9)])
+def test_the_mask_of_a_layer_that_is_gone_goes_to_no_other(replaced):
+    model = nn.ModuleDict({'fc': nn.Linear(8, 8), 'aux': nn.ModuleDict({'fc': nn.Linear(8, 8)})})
+    sparsifier = Sparsifier(model, layers=['fc'])
+    sparsifier.sparsify_model(50)
+    model['fc'] = replaced()
+    with pytest.warns(UserWarning, match="masks: 'fc' cannot be found"): sparsifier.apply_masks()
+    assert (model['aux']['fc'].weight != 0).all()
+
+
+def test_a_layer_that_was_moved_is_found_at_its_new_place():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    sparsifier = Sparsifier(model)
+    sparsifier.sparsify_model({'0': 80, '1': 20})
+    model.insert(0, nn.Linear(6, 6))
+    sparsifier.apply_masks()
+    for name, child in list(deepcopy(model).named_children()): setattr(model, name, child)
+    with torch.no_grad():
+        for p in model.parameters(): p += 1
+    sparsifier.apply_masks()
+    assert [int((m.weight == 0).sum()) for m in model] == [0, 29, 7]
+
+
+def test_a_layer_of_another_kind_is_not_taken_for_the_old_one():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    sparsifier = Sparsifier(model, 'filter', layers=list(model))
+    sparsifier.sparsify_model(50)
+    model[0] = nn.ConvTranspose2d(4, 4, 3)
+    with pytest.warns(UserWarning, match="masks: '0' cannot be found"): sparsifier.apply_masks()
+
+
+def test_shared_weights_that_come_apart_are_named():
+    for i in (0, 1):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].weight = model[0].weight
+        sparsifier = Sparsifier(model)
+        sparsifier.sparsify_model(50)
+        model[i] = deepcopy(model[i])
+        with pytest.warns(UserWarning, match="masks: '1' cannot be found"): sparsifier.apply_masks()
+        with torch.no_grad():
+            for p in model.parameters(): p += 1
+        sparsifier.apply_masks()
+        assert (model[0].weight == 0).sum() == 32 and sparsifier.report().zeros == 32
+
+
+def test_one_of_two_tied_layers_that_is_lost_leaves_the_other():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x): return self.head(self.a(x) + self.b(x))
+    model = Sum()
+    sparsifier = Sparsifier(model, 'filter', coupled=True, example=torch.randn(2, 2, 5, 5))
+    sparsifier.sparsify_model(25)
+    model.a = nn.Conv2d(2, 8, 5, padding=2)
+    with pytest.warns(UserWarning, match="masks: 'a' cannot be found"): sparsifier.sparsify_model(50)
+    assert list(sparsifier.layers) == ['b'] and sparsifier.report().zeros == 72
+
+
+def test_the_data_flow_is_that_of_the_modules_that_are_there():
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    sparsifier = Sparsifier(model, 'filter', example=lambda: torch.randn(2, 2, 5, 5))
+    for i in (0, 2, 3): model[i] = deepcopy(model[i])
+    sparsifier.sparsify_model(50)
+    assert list(sparsifier.layers) == ['0', '2']
+
+
+def test_a_bias_that_is_taken_away_is_no_matter():
+    model, sparsifier = sparse()
+    model[3].bias = None
+    model[4].bias = None
+    sparsifier.apply_masks()
+    sparsifier.sparsify_model(75)
+
+
+# Copies of a Learner
+
+def test_a_copied_learner_holds_the_same_masks(make_learner):
+    learn = make_learner()
+    learn.model[3].weight.data[:, 3:] = 0  # free zeros, which are no masks
+    learn.fit(2, .1, cbs=SparsifyCallback(40, schedule=one_shot(.5)))
+    held = {name: mask.clone() for name, mask in learn.cbs[-1].held.masks.items()}
+    for change in (copied, wrapped_copy, one_layer):
+        twin = deepcopy(learn)
+        twin.model = change(twin.model)
+        twin.create_opt()
+        twin.fit(2, .1)
+        twin.fit(1, .1)
+        assert zeros(twin.model) == sum(int((~mask).sum()) for mask in held.values()) == 226
+    twin = deepcopy(learn)
+    twin.fit(2, .1, cbs=SparsifyCallback(60, criteria='random', schedule=one_shot(.9)))
+    assert zeros(twin.model) == round(.6 * 566) and all((twin.model[int(name)].weight[~mask] == 0).all() for name, mask in held.items())
+
+
+def test_an_emptied_layer_is_empty_in_a_copy(make_learner):
+    learn = make_learner()
+    learn.fit(2, cbs=SparsifyCallback(100, layers='3'))
+    twin = deepcopy(learn)
+    twin.fit(1, .1)
+    assert zeros(twin.model) == 432
+
+
+# KeepSparse beside a callback that prunes
+
+def test_what_a_keeper_of_the_user_holds_is_held_while_another_callback_prunes(make_learner):
+    model = convnet()
+    for i in (0, 3, 8): model[i].weight.data[torch.rand_like(model[i].weight) < .5] = 0
+    there, before = {i: model[i].weight == 0 for i in (0, 3, 8)}, zeros(model)
+    learn, seen = make_learner(model), []
+
+    class Look(Callback):
+        order = 99
+
+        def after_step(self): seen.append(zeros(self.model))
+    learn.fit(3, .1, cbs=[KeepSparse(), SparsifyCallback(60, criteria='random', schedule=one_shot(.8)), Look()])
+    assert set(seen) == {before, round(.6 * 566)} and all((model[i].weight[at] == 0).all() for i, at in there.items())
+    mask = torch.rand(8, 6, 3, 3) < .7
+    learn = make_learner()
+    learn.fit(2, .1, cbs=[KeepSparse(masks={'3': mask}), SparsifyCallback(60, criteria='random')])
+    assert (learn.model[3].weight[~mask] == 0).all() and zeros(learn.model) == round(.6 * 566)
+
+
+def test_letting_the_keeper_go_leaves_a_callback_that_prunes(make_learner):
+    learn = make_learner(cbs=SparsifyCallback(60))
+    learn.fit(1)
+    learn.remove_cb(KeepSparse)
+    assert [type(cb) for cb in learn.cbs][-1] is SparsifyCallback
+
+
+def test_a_fit_that_does_not_begin_leaves_no_column(make_learner):
+    learn = make_learner()
+    with pytest.raises((AssertionError, IndexError)): learn.fit(1, cbs=[SparsifyCallback(80), SaveModelCallback(monitor='acuracy')])
+    assert len(learn.validate()) == 2
+    learn.fit(1)
+    assert len(learn.recorder.values[-1]) == 3 and [m.name for m in learn.metrics] == ['accuracy']

@@ -220,3 +220,59 @@ def test_keep_sparse_keeps_frozen_layers(make_learner):
     learn = make_learner(model)
     learn.fit(1, cbs=KeepSparse())
     assert zeros(model[3]) == 4 * 54
+
+
+def gan(tmp_path, **more):
+    data = TensorDataset(torch.randn(64, 4), torch.randn(64, 8))
+    dls = DataLoaders.from_dsets(data, data, bs=8, num_workers=0, device='cpu')
+    generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8))
+    critic = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    learn = GANLearner.wgan(dls, generator, critic, opt_func=Adam, switcher=FixedGANSwitcher(n_crit=2, n_gen=1), path=tmp_path, **more)
+    learn.logger = print
+    return learn, generator, critic
+
+
+def test_one_half_of_a_gan_alone_and_the_lines_of_a_gan(tmp_path, capsys):
+    for layers in ('generator', 'generator.*', None):
+        learn, generator, critic = gan(tmp_path)
+        learn.remove_cb(learn.progress)
+        learn.fit(3, 1e-3, wd=0., cbs=SparsifyCallback(50, layers=generator if layers is None else layers))
+        assert share([generator[0].weight, generator[2].weight]) == 50 and zeros(critic) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('sparsity')]
+        assert len(lines) == 1 and 'asked 50 %, reached 50.00 %' in lines[0]
+    learn, generator, critic = gan(tmp_path)
+    learn.remove_cb(learn.progress)
+    learn.fit(3, 1e-3, wd=0., cbs=SparsifyCallback({'generator.*': 50, 'critic.*': 25}))
+    assert 'asked 39.29 %, reached 39.29 %' in capsys.readouterr().out
+
+
+def test_a_layer_that_thaws_in_the_fit_is_counted_in_what_is_asked(make_learner, capsys):
+    class Thaw(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.model[0].requires_grad_(True)
+    learn, callback = make_learner(fixed_stem(), splitter=all_parameters), SparsifyCallback(75)
+    learn.logger = print
+    learn.fit(3, cbs=[callback, Thaw()])
+    assert 'asked 75 %, reached 74.91 %' in capsys.readouterr().out.splitlines()[-1]
+    assert [line.get_label() for line in callback.plot_sparsity().lines] == ['3', '8', '0']
+
+
+def test_a_frozen_layer_that_is_named_is_pruned_and_can_be_masked():
+    model = fixed_stem()
+    sparsifier = Sparsifier(model)
+    sparsifier.masks['0'] = torch.zeros(6, 1, 3, 3, dtype=torch.bool)
+    assert zeros(model[0]) == 54 and not sparsifier.masks['0'].any()
+    for prune in (lambda s: s.sparsify_layer('0', 50), lambda s: s.sparsify_model({'0': 50, '3': 10})):
+        model = fixed_stem()
+        prune(Sparsifier(model))
+        assert zeros(model[0]) == 27
+
+
+def test_looking_does_not_change_what_is_pruned():
+    for look in (False, True):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        sparsifier = Sparsifier(model)
+        if look: sparsifier.report()
+        frozen(model[0])
+        sparsifier.sparsify_model(50)
+        assert sparsifier.report().zeros == 16 and '0' not in sparsifier.skipped

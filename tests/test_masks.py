@@ -151,7 +151,7 @@ def test_an_event_counts_masks_of_ones_own(net):
 
 @pytest.mark.parametrize('masks, says', [
     ({'x': torch.ones(1, dtype=torch.bool)}, "masks: got 'x', expected one of 0, 3, 8"),
-    ({'3': torch.ones(8, 6, 3, 3)}, r"masks: got a tensor of torch.float32 of shape \(8, 6, 3, 3\) for '3', expected a bool tensor of shape"),
+    ({'3': torch.ones(8, 6, 3, 3)}, r"masks: got a strided tensor of float32 on cpu of shape \(8, 6, 3, 3\) for '3', expected a bool tensor of shape"),
     ({'0': torch.zeros(6, 1, 3, 3, dtype=torch.bool), '3': torch.ones(8, 6, dtype=torch.bool)}, r'of shape \(8, 6\)'),
     ({'3': None}, "masks: got NoneType for '3'")])
 def test_masks_of_ones_own_that_do_not_fit_are_refused(net, masks, says):
