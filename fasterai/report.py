@@ -2,7 +2,7 @@
 from dataclasses import asdict, dataclass
 from html import escape
 
-from fasterai.layers import Named
+from fasterai.names import Named
 from fasterai.tables import as_html, as_text
 
 
@@ -118,7 +118,7 @@ def _percent(part, whole): return 100 * part / whole if whole else 0.
 
 def measure(
     model,  # the network
-    layers: list,  # of (name, `layers.Weight`, `granularity.Grouping`), the selected ones
+    layers: list,  # of (name, `names.Weight`, `granularity.Grouping`), the selected ones
     skipped: dict,  # {name: reason}, for layers that were left out
 ) -> Report:
     "Count the zeros of the selected layers and of the whole model."

@@ -29,7 +29,7 @@ class Scores:
     def __call__(self,
         layer,  # one of `layers`
         where: slice | torch.Tensor,  # which groups: a slice, or positions
-    ) -> torch.Tensor | np.ndarray:  # (n,), float32; an array where possible
+    ) -> torch.Tensor | np.ndarray:  # (n,), float32 or float64; an array where possible
         "Return the scores of some groups of a layer."
         if self.unchecked: self._check_all()
         if layer.grouping.size < FEW: return self._ask(layer, where)

@@ -76,8 +76,8 @@ class Sparsifier:
     ) -> Change:  # its `masks`, and which weights `died` or were `born`
         """Prune the model to a sparsity: zero the least important weights until it is reached.
 
-        Weights that are zero already count, and stay zero without `regrow`. An error leaves the model as
-        it was."""
+        Weights that are zero already count, and are the first to be pruned. Pruned ones stay zero without
+        `regrow`. An error leaves the model as it was."""
         share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
         self.selected.refresh()
         wanted = entries(sparsity, self.rules, self.selected)
@@ -90,7 +90,7 @@ class Sparsifier:
     ) -> Change:  # its `masks`, and which weights `died`
         """Prune one layer to a sparsity, whatever the others have.
 
-        Weights that are zero already count and stay zero."""
+        Weights that are zero already count, and are the first to be pruned. A frozen layer is pruned, too."""
         if not isinstance(layer, Hashable):
             raise TypeError(f'layer: got {layer!r}, expected the name of a layer, a module or a parameter')
         self.selected.refresh()
