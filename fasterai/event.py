@@ -81,6 +81,7 @@ class Change:
     after: dict  # layer's name: `Mask`
     waiting: frozenset = frozenset()  # names of layers about which there was no evidence: they stay as they are
     weights: dict = field(default_factory=dict)  # layer's name: tensor; new values of weights that stay, for most events none
+    repaired: tuple = ()  # what each repair returned, `repair.Repaired` of those by name
 
     @cached_property
     def masks(self) -> dict:  # layer's name: bool, of the weight's shape, True = keep

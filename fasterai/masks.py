@@ -200,6 +200,12 @@ class Masks(Mapping):
         "Take over a change: the masks, what is masked along, and the weights."
         self._set(change.after, change.weights)
 
+    def put_back(self,
+        masks: dict,  # name of a layer: `event.Mask`, of before
+    ):
+        "Take back masks, without a look at the weights."
+        self._of, self._dependents = dict(masks), None
+
     def _set(self, masks, weights):
         self.selected.refresh()
         after = self.of | masks

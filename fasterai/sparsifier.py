@@ -1,6 +1,8 @@
 "Prune any PyTorch model: zero its least important weights, and keep them zero."
 import warnings
 from collections.abc import Callable, Hashable, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -14,10 +16,12 @@ from fasterai.evidence import Evidence
 from fasterai.masks import Masks
 from fasterai.names import Named
 from fasterai.optimizers import parameters_of, real_optimizers
+from fasterai.repair import read_repairs
 from fasterai.report import Report, measure
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import check_initial, read_share
 from fasterai.selected import Selected
+from fasterai.snapshot import Snapshot
 
 
 class Sparsifier:
@@ -35,15 +39,20 @@ class Sparsifier:
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; or a function that returns one when needed
+        data=None,  # batches for `repair`: a DataLoader, fastai's DataLoaders, an iterable of batches, or a tensor; labels are not used
+        repair=None,  # what each event repairs by the data: 'refit', 'batchnorm', a function of model, dense and data, or a list of these
         **kwargs,  # the other rules, as in `Rules`
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
-        self.model = model
+        self.model, self.data, self.repairs = model, data, read_repairs(repair)
+        if self.repairs and data is None:
+            raise ValueError(f'data: got None, expected batches with repair={repair!r}')
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.selected = Selected(model, self.rules, example)
         self.masks = Masks(self.selected, self.rules.keep_zeros)
         self.evidence = Evidence(self.rules.evidence, self.selected)
+        self._dense = deepcopy(model) if self.repairs else None  # what a repair comes near to
         self._hooks, self._in_event = [], False  # the hooks are in optimizers
 
     def __repr__(self):
@@ -128,11 +137,25 @@ class Sparsifier:
         self._in_event = True
         try: change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
         finally: self._in_event = False
-        self.masks.apply(change)
+        if self.repairs: change = self._apply_and_repair(change)
+        else: self.masks.apply(change)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
         _warn_floor(self.rules, budgets, change)
         return change
+
+    def _apply_and_repair(self, change):
+        "Change the masks and repair the network: both, or, where a repair fails, nothing."
+        snapshot, masks = Snapshot(self.model), self.masks.of
+        try:
+            self.masks.apply(change)
+            repaired = [repair(self.model, self._dense, self.data) for repair in self.repairs]
+        except BaseException:
+            self.masks.put_back(masks)
+            snapshot.restore()
+            raise
+        self.masks.mask_weights()  # a repair may have moved what is masked along
+        return replace(change, repaired=tuple(repaired))
 
     # Keeping
 

@@ -5,6 +5,7 @@ from functools import partial
 import matplotlib
 import pytest
 import torch
+from fastai.callback import progress  # noqa: F401 a default callback of every Learner from then on
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, noop
 from fastai.losses import CrossEntropyLossFlat

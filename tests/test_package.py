@@ -19,12 +19,12 @@ def test_the_star_import_shadows_nothing():
 
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
-    'synonyms arguments tables snapshot peers operations optimizers plot',  # leaves
-    'ranking selection dataflow',
+    'synonyms arguments data tables snapshot peers operations optimizers plot',  # leaves
+    'ranking selection dataflow inputs',
     'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding event',
     'selected masks held',  # state
-    'report sparsifier sensitivity timetable summary',
+    'repair report sparsifier sensitivity timetable summary',
     'epochs keep callback demo all',  # with fastai
 ]
 

@@ -1,0 +1,123 @@
+"Show what a layer reads as a matrix, and its weight as one, so that their product is the output."
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fasterai.operations import argument, layer_call, plain
+
+
+class Read(NamedTuple):
+    "Describe one call of a layer: what it reads, and how its weight is a matrix."
+    weight: nn.Parameter
+    input: torch.Tensor
+    settings: dict  # of a convolution: stride, padding, dilation, groups, output_padding
+    transposed: bool = False
+
+    @property
+    def groups(self) -> int:
+        "Return the number of groups of a convolution; 1 for a linear layer."
+        return self.settings.get('groups', 1)
+
+    def rows(self) -> torch.Tensor:  # (groups, n, inputs of an output)
+        "Return a row of inputs for each output position."
+        if not self.settings: return self.input.reshape(1, -1, self.input.shape[-1])
+        kernel = self.weight.shape[2:]
+        x = self.input if self.input.ndim == len(kernel) + 2 else self.input[None]  # a picture without a batch
+        spread = _transposed if self.transposed else _padded
+        x, stride, dilation = spread(x, kernel, self.settings)
+        for axis, (k, step, apart) in enumerate(zip(kernel, stride, dilation)):
+            x = x.unfold(2 + axis, apart * (k - 1) + 1, step)[..., ::apart]
+        n = len(kernel)  # (pictures, channels, positions …, kernel …)
+        x = x.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+        rows = x.reshape(prod(x.shape[:1 + n]), self.groups, -1)
+        return rows.transpose(0, 1)
+
+    def matrix(self,
+        weight: torch.Tensor,  # of this layer's weight's shape: the weight, or its mask
+    ) -> torch.Tensor:  # (groups, outputs of a group, inputs of an output)
+        "Return a weight as a matrix for each group."
+        if not self.transposed: return weight.reshape(self.groups, len(weight) // self.groups, -1)
+        kernel = tuple(range(2, weight.ndim))
+        split = weight.flip(kernel).reshape(self.groups, -1, *weight.shape[1:])  # (groups, I, O, kernel …)
+        return split.transpose(1, 2).flatten(2)
+
+    def from_matrix(self,
+        matrix: torch.Tensor,  # of `matrix`
+    ) -> torch.Tensor:  # of the weight's shape
+        "Return a weight from its matrices."
+        if not self.transposed: return matrix.reshape(self.weight.shape)
+        inputs, outputs, *kernel = self.weight.shape
+        split = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel).transpose(1, 2)
+        return split.reshape(self.weight.shape).flip(tuple(range(2, self.weight.ndim)))
+
+
+def _padded(x, kernel, settings):
+    "Return the input with the padding of a convolution, its stride and its dilation."
+    n = len(kernel)
+    stride, dilation = _each(settings['stride'], n), _each(settings['dilation'], n)
+    padding = settings['padding']
+    if padding == 'valid': padding = 0
+    if padding == 'same':
+        missing = [apart * (k - 1) for k, apart in zip(kernel, dilation)]
+        both = [(m // 2, m - m // 2) for m in missing]
+    else: both = [(p, p) for p in _each(padding, n)]
+    return F.pad(x, [p for pair in reversed(both) for p in pair]), stride, dilation
+
+
+def _transposed(x, kernel, settings):
+    "Return the input of a transposed convolution for a convolution that makes the same of it."
+    n = len(kernel)
+    stride, padding, dilation = (_each(settings[name], n) for name in ('stride', 'padding', 'dilation'))
+    spread = [(length - 1) * step + 1 for length, step in zip(x.shape[2:], stride)]
+    apart = x.new_zeros(*x.shape[:2], *spread)
+    apart[(..., *(slice(None, None, step) for step in stride))] = x
+    more = _each(settings['output_padding'], n)
+    pads = [(d * (k - 1) - p, d * (k - 1) - p + m) for k, d, p, m in zip(kernel, dilation, padding, more)]
+    return F.pad(apart, [p for pair in reversed(pads) for p in pair]), (1,) * n, dilation
+
+
+def _each(value, n): return (value,) * n if isinstance(value, int) else tuple(value) * (n // len(value))
+
+
+# Watching
+
+CONVOLUTION = 'stride padding dilation groups'.split()
+TRANSPOSED = 'stride padding output_padding groups dilation'.split()
+DEFAULTS = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1, 'output_padding': 0}
+
+
+class Watching(TorchFunctionMode):
+    """Report what layers read, inside a `with` block. No hook is left on the model.
+
+    Seen are linear layers and convolutions, as modules and as functions, and the projections of
+    `nn.MultiheadAttention`."""
+
+    def __init__(self,
+        weights: set,  # ids of the weights to watch
+        report: Callable,  # gets a `Read`
+    ):
+        super().__init__()
+        self.weights, self.report = weights, report
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for read in reads(function, args, kwargs):
+            if id(read.weight) in self.weights: self.report(read)
+        return function(*args, **kwargs)
+
+
+def reads(function, args, kwargs) -> list:  # of `Read`
+    "Return what the layers read that a function of torch is."
+    name = plain(function.__name__)
+    call = layer_call(function.__name__, args, kwargs)
+    if call is None or not isinstance(call.input, torch.Tensor): return []
+    if name == 'linear': return [Read(call.weight, call.input.detach(), {})]
+    transposed = 'transpose' in name
+    names = TRANSPOSED if transposed else CONVOLUTION
+    settings = {key: argument(args, kwargs, 3 + i, key, DEFAULTS[key]) for i, key in enumerate(names)}
+    return [Read(call.weight, call.input.detach(), settings, transposed)]
