@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fasterai.arguments import name_of, nearest, one_of
-from fasterai.evidence import EVIDENCE
+from fasterai.evidence import EVIDENCE, widened
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
 """A function of evidence about one layer, named by its arguments, that returns scores of the weight's
@@ -40,14 +40,49 @@ def magnitude(
 
 @elementwise
 def gradient(
-    weight: torch.Tensor,  # any shape
-    grad: torch.Tensor,  # of the same shape
+    saliency: torch.Tensor,  # any shape, |w · g| of each batch, averaged over the steps since the last event
 ) -> torch.Tensor:  # of the same shape
     """Score each weight by |w · ∂L/∂w|, the first-order change of the loss where it is pruned.
 
-    Known as saliency, Taylor or SNIP criterion (Mozer & Smolensky 1989, Molchanov et al. 2017, Lee et al.
-    2019)."""
-    return abs(weight * grad)
+    Known as saliency or SNIP criterion (Mozer & Smolensky 1989, Molchanov et al. 2017, Lee et al. 2019). It
+    is the mean over the training steps since the last event, or that of the gradient that is there."""
+    return saliency
+
+
+@elementwise
+def taylor(
+    weight: torch.Tensor,  # any shape
+    batch_squares: torch.Tensor,  # of the same shape, g² of each batch, averaged over the steps since the last event
+) -> torch.Tensor:  # of the same shape
+    "Score each weight by the mean of (w · g)² over batches, as w² · mean(g²) (Molchanov et al. 2019)."
+    return weight * weight * batch_squares
+
+
+@elementwise
+def movement(
+    movement: torch.Tensor,  # any shape, the sum of -w · g over all training steps
+) -> torch.Tensor:  # of the same shape
+    """Score each weight by -Σ w · g: how far training has moved it away from zero (Sanh et al. 2020).
+
+    A pruned weight stays pruned here; in the paper it learns on and may come back."""
+    return movement
+
+
+@elementwise
+def squared(
+    weight: torch.Tensor,  # any shape
+) -> torch.Tensor:  # of the same shape
+    "Score each weight by w². Of groups of one size this is the order of their L2 norms (He et al. 2018)."
+    return weight * weight
+
+
+@elementwise
+def magnitude_increase(
+    weight: torch.Tensor,  # any shape
+    initial: torch.Tensor,  # of the same shape, the weight when the Sparsifier was made
+) -> torch.Tensor:  # of the same shape
+    "Score each weight by |w| - |w₀|, its growth since the Sparsifier was made (Zhou et al. 2019)."
+    return abs(weight) - abs(initial)
 
 
 @elementwise
@@ -105,6 +140,10 @@ def _with_weight(criterion):
 CRITERIA = {
     'magnitude': _row(magnitude, zeros_lowest=True),
     'gradient': _row(gradient),
+    'taylor': _row(taylor),
+    'movement': _row(movement),
+    'squared': _row(squared),
+    'magnitude_increase': _row(magnitude_increase),
     'random': _row(random),
 }
 
@@ -149,7 +188,7 @@ def score(
     Half-precision evidence is widened first, so that products do not underflow."""
     kind = type(next(iter(evidence.values())))
     is_double = any(e.dtype in (torch.float64, np.float64) for e in evidence.values())
-    given = {n: _widened(e) for n, e in evidence.items()}
+    given = {n: widened(e) for n, e in evidence.items()}
     if criterion.asks_name: given[NAME] = name
     if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
@@ -164,11 +203,6 @@ def _can_be_ordered(scores):
     "Tell whether scores are a dense tensor, or an array, of real numbers."
     if isinstance(scores, np.ndarray): return scores.dtype.kind in 'fiub'
     return scores.layout == torch.strided and not scores.is_complex() and not scores.is_meta
-
-
-def _widened(values):
-    half = isinstance(values, torch.Tensor) and values.dtype in (torch.float16, torch.bfloat16)
-    return values.float() if half else values
 
 
 def _wrong_scores(criterion, scores, name, shape):

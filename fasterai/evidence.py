@@ -1,37 +1,53 @@
 "Collect what is known of a layer: the table of what a criterion may ask for, and how each kind is collected."
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from fasterai.operations import layer_call
 from fasterai.peers import ALONE
 
+PIECE = 1 << 16  # weights of which a step is added up together, on a CPU
+
 
 @dataclass(frozen=True)
 class Kind:
     """Describe a kind of evidence, as a row of `EVIDENCE`: how it begins, is updated, and is read.
 
-    A kind that keeps a state has `start`, and an `on_step` or an `on_input`, which return the new state."""
-    read: Callable  # (layer, state) -> the tensor that a criterion gets
-    start: Callable | None = None  # (layer) -> state; None: nothing is kept, and the state is None
+    A kind that keeps a state has an `on_step` or an `on_input`, which return the new state, and mostly a
+    `start`."""
+    read: Callable  # (layer, state) -> the tensor that a criterion gets, or `Computed`, from which it is made chunk by chunk
+    start: Callable | None = None  # (layer) -> state; None: the state is None to begin with
     on_step: Callable | None = None  # (layer, state) -> state, between backward and step, before gradients are masked
     on_event: Callable | None = None  # (layer, state) -> state, once at the beginning of each event
     on_input: Callable | None = None  # (layer, state, x) -> state, for each input x of the layer inside `watching`
-    lacking: Callable | None = None  # (layers) -> bool for each, True where there is nothing to read; None: where it has no state yet
+    anew: bool = False  # it is begun anew after each event that succeeded: the state of the event's layers is let go
+    lacking: Callable | None = None  # (layers, states) -> bool for each, True where there is nothing to read; None: where it has no state yet
     how: str = ''  # how to supply it, for the error where no layer has it
     weight_shaped: bool = True  # the tensor has the weight's shape, so that it can be read in chunks
+    at_once: bool = False  # it starts when the Sparsifier is made; else where it is first updated or read
 
 
-def _grad(layer, state):
+class Computed(NamedTuple):
+    "Hold what a kind of evidence is computed from, entry by entry, so that it can be made of chunks."
+    make: Callable  # (*parts) -> values; parts are all tensors or all arrays, and are not written into
+    parts: dict  # name, for errors: tensor of the weight's shape
+
+
+# The gradient of one batch
+
+def _grad(layer, state=None):
     grad = layer.weight.grad
     if grad is None:
         raise ValueError(f'criteria: layer {layer.name!r} has no gradient: call after loss.backward()')
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def _no_grad(layers):
+def _no_grad(layers, states):
     "Tell which layers have no gradient, or one that is all zero: they took no part in the step."
     grads = [layer.weight.grad for layer in layers]
     found = iter(ALONE.fetched([_any(_values(grad))[None] for grad in grads if grad is not None]))
@@ -49,6 +65,114 @@ def _any(values):
 def _values(grad): return grad.coalesce().values() if grad.is_sparse else grad
 
 
+# What is gathered from several steps
+
+class Gathered(NamedTuple):
+    "Hold a sum over training steps. Steps in which a layer took no part are not counted."
+    steps: torch.Tensor  # how many, int64 (), on the weight's device, so that a GPU need not be waited for
+    total: torch.Tensor  # of the weight's shape, float32, or float64 where the weight is
+
+
+def _add(value, layer, state):
+    "Return a sum with this step's value added, and one step more where the gradient is not all zero."
+    steps, total = _none(layer.weight) if state is None else _here(layer, state)
+    weight, grad = layer.weight, _grad(layer)
+    for piece in _pieces(weight): total[piece].add_(value(weight[piece], grad[piece]))
+    return Gathered(steps + _any(_values(layer.weight.grad)), total)
+
+
+def _none(weight):
+    "Return the sum over no steps."
+    steps = torch.zeros((), dtype=torch.int64, device=weight.device)
+    return Gathered(steps, torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
+
+
+def _pieces(weight):
+    "Return slices of a weight that fit a processor's cache; on a GPU all of it is one."
+    if not ALONE.on_host(weight) or not weight.ndim or weight.numel() <= PIECE: return [...]
+    rows = max(1, PIECE * len(weight) // weight.numel())
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def _here(layer, state):
+    "Return a sum on the device of the weight: the model may have been moved."
+    device = layer.weight.device
+    return Gathered(state.steps.to(device), state.total.to(device))
+
+
+def _no_steps(layers, states):
+    "Tell which layers took part in no step that was told."
+    told = [state for state in states if state is not None]
+    found = iter(ALONE.fetched([state.steps[None] for state in told]))
+    return [state is None or not next(found)[0] for state in states]
+
+
+def _neither(layers, states):
+    "Tell which layers took part in no step, or, where none was told, have no gradient."
+    untold = [layer for layer, state in zip(layers, states) if state is None]
+    no_grad = iter(_no_grad(untold, None))
+    no_steps = _no_steps(layers, states)
+    return [next(no_grad) if state is None else none for state, none in zip(states, no_steps)]
+
+
+def _mean(name, value):
+    """Make a row of the mean of a value over the steps since the last event.
+
+    Where no step was told, it is the value of the gradient that is there."""
+    def read(layer, state):
+        if state is None: return Computed(value, {'weight': layer.weight, 'grad': _grad(layer)})
+        steps, total = _here(layer, state)
+        number = steps.item() if ALONE.on_host(steps) else steps
+        return Computed(partial(_divided, number), {name: total})
+    return Kind(read, on_step=partial(_add, value), anew=True, lacking=_neither,
+                how='call after loss.backward() and before optimizer.zero_grad(), '
+                    'or attach the optimizer, whose steps collect it')
+
+
+def _divided(number, total): return total / number
+
+
+def _gradient(weight, grad): return grad
+
+
+def _weight_times_grad(weight, grad): return widened(weight) * widened(grad)
+
+
+def _saliency(weight, grad): return abs(_weight_times_grad(weight, grad))
+
+
+def _square(weight, grad):
+    """Return the square of a batch gradient.
+
+    The mean of these is not the diagonal of the Fisher information, which needs gradients of single
+    samples."""
+    return widened(grad) ** 2
+
+
+def _movement(layer, state):
+    "Return the sum of -w·g over all steps (Sanh et al. 2020)."
+    return Computed(_negative, {'movement': _here(layer, state).total})
+
+
+def _negative(total): return -total
+
+
+def widened(
+    values: torch.Tensor | np.ndarray,
+) -> torch.Tensor | np.ndarray:
+    "Return half-precision values as float32, and others as they are."
+    half = isinstance(values, torch.Tensor) and values.dtype in (torch.float16, torch.bfloat16)
+    return values.float() if half else values
+
+
+# Others
+
+def _initial(layer, state): return state.to(layer.weight.device)
+
+
+def _copy(layer): return layer.weight.detach().clone()
+
+
 def _noise(layer, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
@@ -63,6 +187,11 @@ EVIDENCE = {
     'grad': Kind(read=_grad, lacking=_no_grad,
                  how='call after loss.backward() and before optimizer.zero_grad()'),
     'noise': Kind(read=_noise, on_event=_draw_seed),
+    'initial': Kind(read=_initial, start=_copy, at_once=True),
+    'grad_mean': _mean('grad_mean', _gradient),
+    'saliency': _mean('saliency', _saliency),
+    'batch_squares': _mean('batch_squares', _square),
+    'movement': Kind(read=_movement, on_step=partial(_add, _weight_times_grad), lacking=_no_steps),
 }
 
 
@@ -77,12 +206,28 @@ class Evidence:
     ):
         self.names, self.selected = names, selected
         self.states = {}  # (kind, layer's name): state
+        for name in names:
+            if EVIDENCE[name].at_once: self._start(name)
 
+    @torch.no_grad()
     def of(self,
         layer,  # one of the selected
     ) -> dict:  # kind: tensor
         "Return the evidence about one layer."
-        return {name: EVIDENCE[name].read(layer, self._state(name, layer)).detach() for name in self.names}
+        parts, makes = self.parts(layer)
+        return made(makes, parts)
+
+    def parts(self,
+        layer,  # one of the selected
+    ) -> tuple:  # ({part: tensor}, {kind: (function, names of its parts)}), as `made` takes them
+        "Return what the evidence about one layer is made of, so that it can be made of chunks."
+        parts, makes = {}, {}
+        for name in self.names:
+            found = EVIDENCE[name].read(layer, self._state(name, layer))
+            if not isinstance(found, Computed): found = Computed(_itself, {name: found})
+            parts |= {part: tensor.detach() for part, tensor in found.parts.items()}
+            makes[name] = found.make, tuple(found.parts)
+        return parts, makes
 
     def lacking(self,
         layers: list,  # those of an event
@@ -110,10 +255,20 @@ class Evidence:
             if update is None: continue
             for layer in layers: self._update(name, layer, update)
 
+    def end(self,
+        names: Iterable,  # of the layers of an event that succeeded
+    ):
+        "Begin anew what is gathered from one event to the next."
+        for kind in [kind for kind in self.names if EVIDENCE[kind].anew]:
+            for name in names: self.states.pop((kind, name), None)
+
     def _lacks(self, name, layers):
-        kind = EVIDENCE[name]
-        if kind.lacking is not None: return kind.lacking(layers)
-        return [kind.start is not None and (name, layer.name) not in self.states for layer in layers]
+        kind, states = EVIDENCE[name], [self.states.get((name, layer.name)) for layer in layers]
+        if kind.lacking is not None: return kind.lacking(layers, states)
+        return [kind.start is not None and state is None for state in states]
+
+    def _start(self, name):
+        for layer in self.selected.candidates.values(): self._state(name, layer)
 
     @property
     def weight_shaped(self) -> bool:
@@ -154,6 +309,18 @@ class Evidence:
     @torch.no_grad()
     def _update(self, name, layer, update, *x):
         self.states[name, layer.name] = update(layer, self._state(name, layer), *x)
+
+
+def made(
+    makes: dict,  # kind: (function, names of its parts), as `Evidence.parts` returns them
+    parts: dict,  # name: a tensor of one layer, or the same chunk of each; all tensors, or all arrays
+) -> dict:  # kind: tensor or array
+    "Make evidence of its parts."
+    with np.errstate(all='ignore'):  # `check_finite` looks at the scores
+        return {kind: make(*(parts[part] for part in of)) for kind, (make, of) in makes.items()}
+
+
+def _itself(values): return values
 
 
 def _how(kind):

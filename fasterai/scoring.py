@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from fasterai.criteria import CriterionInfo, check_finite, finite, score
-from fasterai.evidence import Evidence
+from fasterai.evidence import Evidence, made
 from fasterai.peers import ALONE, as_array
 from fasterai.selection import CHUNK
 
@@ -23,7 +23,8 @@ class Scores:
     ):
         self.criterion, self.evidence = criterion, evidence
         self.unchecked = [layer for layer in layers if not ALONE.on_host(layer.weight)]
-        self.latest, self.rows, self.on_host = None, {}, True  # the layer that is held; {evidence: rows of its groups}
+        self.latest, self.rows, self.on_host = None, {}, True  # the layer that is held; {part of its evidence: rows of its groups}
+        self.makes = {}  # how its evidence is made of these
         self.kept = {}  # layer's name: scores of all its groups, where these are large
 
     def __call__(self,
@@ -45,8 +46,8 @@ class Scores:
         highest = ALONE.fetched([self(layer, slice(None)).max()[None] for layer in layers])
         for layer, most in zip(layers, highest):
             if finite(most): continue
-            evidence = self.evidence.of(layer)
-            self._check(self._score(layer, evidence, layer.weight.shape), evidence, layer)
+            parts, makes = self.evidence.parts(layer)
+            self._check(self._score(layer, made(makes, parts), layer.weight.shape), parts, layer)
 
     def _ask_all(self, layer):
         "Return the scores of all groups, computed by torch, whose threads need larger chunks than numpy."
@@ -59,7 +60,7 @@ class Scores:
         if self.latest is not layer: self._hold(layer, in_chunks)
         rows = {name: row[where] for name, row in self.rows.items()}
         if not in_chunks: return layer.grouping.mean(rows['scores'], where)
-        scores = self._score(layer, rows, next(iter(rows.values())).shape)
+        scores = self._score(layer, made(self.makes, rows), next(iter(rows.values())).shape)
         means = layer.grouping.mean(scores, where)
         if self.on_host and not finite(means): self._check(scores, rows, layer)  # where only a mean overflows, this passes
         return means
@@ -72,10 +73,10 @@ class Scores:
     def _hold(self, layer, in_chunks):
         "Hold the evidence about a layer, or its scores, in rows of groups; the layer before is let go first."
         self.latest, self.rows = layer, {}
-        held = self.evidence.of(layer)
+        held, self.makes = self.evidence.parts(layer)
         self.on_host = ALONE.on_host(next(iter(held.values())))
         if not in_chunks:
-            scores = self._score(layer, held, layer.weight.shape)
+            scores = self._score(layer, made(self.makes, held), layer.weight.shape)
             if self.on_host: self._check(scores, held, layer)
             held = {'scores': scores}
         self.rows = {name: layer.grouping.rows(tensor) for name, tensor in held.items()}
@@ -83,4 +84,4 @@ class Scores:
             self.rows = {name: as_array(rows) for name, rows in self.rows.items()}
 
     def _score(self, layer, evidence, shape): return score(self.criterion, evidence, layer.name, shape)
-    def _check(self, scores, evidence, layer): check_finite(scores, self.criterion, evidence, layer.name)
+    def _check(self, scores, parts, layer): check_finite(scores, self.criterion, parts, layer.name)

@@ -139,6 +139,7 @@ class Sparsifier:
         finally: self._in_event = False
         if self.repairs: change = self._apply_and_repair(change)
         else: self.masks.apply(change)
+        self.evidence.end(change.after)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
         _warn_floor(self.rules, budgets, change)

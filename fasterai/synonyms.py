@@ -26,7 +26,11 @@ VALUES = {
     }),
     'criteria': _rows({
         "'magnitude'": 'l1 l1_norm l1norm ln l2 l2_norm abs weight large_final',
-        "'gradient'": 'saliency taylor snip grad gradients first_order sensitivity',
+        "'gradient'": 'saliency snip grad gradients first_order sensitivity',
+        "'taylor'": 'taylor_fo taylor_fo_weight',
+        "'movement'": 'movement_pruning',
+        "'squared'": 'square squares mean_square',
+        "'magnitude_increase'": 'mag_inc mag_increase',
         "'random'": 'rand noise',
     }),
     'schedule': _rows({

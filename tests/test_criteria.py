@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from fasterai import criteria, selection
-from fasterai.criteria import elementwise, evidence_of, gradient, magnitude, read_criterion
-from fasterai.evidence import Evidence
+from fasterai.criteria import CRITERIA, elementwise, evidence_of, gradient, magnitude, read_criterion
+from fasterai.evidence import EVIDENCE, Evidence, made
 from fasterai.sparsifier import Sparsifier
 
 
 def score(criterion, parameter, name):
     criterion, layer = read_criterion(criterion), SimpleNamespace(name=name, weight=parameter)
-    evidence = Evidence(criterion.evidence, None).of(layer)
-    scores = criteria.score(criterion, evidence, name, parameter.shape)
-    criteria.check_finite(scores, criterion, evidence, name)
+    parts, makes = Evidence(criterion.evidence, None).parts(layer)
+    scores = criteria.score(criterion, made(makes, parts), name, parameter.shape)
+    criteria.check_finite(scores, criterion, parts, name)
     return scores
 
 
@@ -28,6 +28,87 @@ def test_the_formulas_by_eye():
     p = parameter([1., -2., 0., 4.], [3., 1., 5., -.5])
     assert score(magnitude, p, 'a').tolist() == [1, 2, 0, 4]
     assert score(gradient, p, 'a').tolist() == [3, 2, 0, 2]
+    assert score('taylor', p, 'a').tolist() == [9, 4, 0, 4]
+    assert score('squared', p, 'a').tolist() == [1, 4, 0, 16]
+
+
+AFTER_TWO_STEPS = {  # the weight is 1, -2, 0, 4, its gradients are 3, 1, 5, -.5 and 1, -3, 1, .5; then it is 2, -1, 3, 4
+    'magnitude': [2, 1, 3, 4],
+    'squared': [4, 1, 9, 16],
+    'magnitude_increase': [1, -1, 3, 0],
+    'gradient': [2, 4, 0, 2],  # 3 and 1; 2 and 6; 0 and 0; 2 and 2
+    'taylor': [20, 5, 117, 4],  # 4 · 5, 1 · 5, 9 · 13, 16 · .25
+    'movement': [-4, -4, 0, 0],  # -3 -1; 2 -6; 0; 2 -2
+}
+
+
+@pytest.mark.parametrize('name', AFTER_TWO_STEPS)
+def test_what_was_gathered_by_eye(name):
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    weight = model[0].weight
+    weight.data = torch.tensor([[1., -2, 0, 4]])
+    sparsifier = Sparsifier(model, criteria=name, layers='0')
+    for grad in ([3., 1, 5, -.5], [1., -3, 1, .5]):
+        weight.grad = torch.tensor([grad])
+        sparsifier.evidence.step()
+    weight.data = torch.tensor([[2., -1, 3, 4]])
+    criterion, evidence = sparsifier.rules.criterion, sparsifier.evidence.of(sparsifier.layers['0'])
+    assert criteria.score(criterion, evidence, '0', weight.shape).flatten().tolist() == AFTER_TWO_STEPS[name]
+    expected = sorted(range(4), key=lambda i: AFTER_TWO_STEPS[name][i])[:2]
+    sparsifier.sparsify_model(50)
+    assert (~sparsifier.masks['0']).flatten().nonzero().flatten().tolist() == sorted(expected)
+
+
+def test_every_criterion_is_in_the_table_but_random(): assert {*AFTER_TWO_STEPS, 'random'} == {*CRITERIA}
+
+
+@pytest.mark.parametrize('name', AFTER_TWO_STEPS)
+def test_scores_are_of_their_own_memory(name):
+    "So that who writes into them does not change what is gathered."
+    sparsifier = Sparsifier(nn.Sequential(nn.Linear(4, 1, bias=False)), criteria=name, layers='0')
+    layer = sparsifier.layers['0']
+    layer.weight.grad = torch.ones(1, 4)
+    sparsifier.evidence.step()
+    before = {n: e.clone() for n, e in sparsifier.evidence.of(layer).items()}
+    criteria.score(sparsifier.rules.criterion, sparsifier.evidence.of(layer), '0', layer.weight.shape).fill_(7)
+    assert all(torch.equal(before[n], e) for n, e in sparsifier.evidence.of(layer).items())
+
+
+def test_what_was_gathered_is_named_where_it_is_not_finite():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    sparsifier = Sparsifier(model, criteria='gradient', layers='0')
+    model[0].weight.grad = torch.full((1, 4), torch.inf)
+    sparsifier.evidence.step()
+    model[0].weight.grad = None
+    with pytest.raises(ValueError, match="the saliency of layer '0' has NaN or infinite"): sparsifier.sparsify_model(50)
+
+
+@elementwise
+def of_both(weight, saliency): return abs(weight) * saliency
+
+
+@elementwise
+def of_means(grad_mean, batch_squares): return abs(grad_mean) + batch_squares
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'vector', 'filter'])
+@pytest.mark.parametrize('criterion', ['gradient', 'taylor', 'movement', of_both, of_means], ids=str)
+@pytest.mark.parametrize('told', [True, False])
+def test_in_chunks_and_whole_the_same_is_pruned(criterion, granularity, told, monkeypatch):
+    if criterion == 'movement' and not told: return
+    monkeypatch.setattr(selection, 'CHUNK', 64)
+    found = []
+    for in_chunks in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(8, 20, 3), nn.Conv2d(20, 8, 3))
+        sparsifier = Sparsifier(model, granularity, 'local', criterion, layers=['0', '1'])
+        monkeypatch.setattr(Evidence, 'weight_shaped', in_chunks)
+        for _ in range(2):
+            for p in model.parameters(): p.grad = torch.randn_like(p)
+            if told: sparsifier.evidence.step()
+        sparsifier.sparsify_model(40)
+        found.append([sparsifier.masks[n] for n in '01'])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_the_evidence_is_not_touched():
@@ -45,7 +126,8 @@ def test_scores_are_float32_or_as_wide_as_the_weights_and_small_products_survive
 
 def test_what_is_asked_for():
     assert evidence_of(magnitude) == ('weight',)
-    assert evidence_of(gradient) == ('weight', 'grad')
+    assert evidence_of(gradient) == ('saliency',)
+    assert evidence_of(lambda weight, initial, grad_mean, saliency, batch_squares, movement: weight)[1:] == tuple([*EVIDENCE][3:])
     assert evidence_of(lambda weight, power=2: weight.abs() ** power) == ('weight',)
     assert read_criterion('gradient').score is gradient
     with pytest.raises(ValueError, match="criteria: .*lambda.* asks for 'nothing'"): read_criterion(lambda: 1)
@@ -96,7 +178,7 @@ def test_a_criterion_may_ask_for_the_name_alone(granularity):
         for name, of in scores.items(): assert of[sparsifier.masks[name]].min() >= of[~sparsifier.masks[name]].max()
     with pytest.raises(ValueError, match=r"gave a tensor of shape \(3,\) for layer '0', expected .* \(20, 20\)"):
         Sparsifier(two_layers(), criteria=lambda name: torch.ones(3)).sparsify_model(50)
-    with pytest.raises(ValueError, match='expected arguments named weight, grad, noise, name'): read_criterion(lambda nam: 1)
+    with pytest.raises(ValueError, match='expected arguments named weight, grad, noise, initial, .*, movement, name'): read_criterion(lambda nam: 1)
 
 
 def test_bad_scores_are_named():

@@ -91,7 +91,7 @@ def test_the_sparsity_falls_only_where_regrowth_is_asked_for(net):
 def test_gradients_must_be_there(net):
     sparsifier = Sparsifier(net, criteria='gradient')
     before = tensors_of(sparsifier)
-    with pytest.raises(ValueError, match='grad is needed and no layer has any: call after loss.backward'): sparsifier.sparsify_model(50)
+    with pytest.raises(ValueError, match='saliency is needed and no layer has any: call after loss.backward'): sparsifier.sparsify_model(50)
     for p in net.parameters(): p.grad = torch.zeros_like(p)
     with pytest.raises(ValueError, match='call after loss.backward'): sparsifier.sparsify_model(50)
     assert same(before, tensors_of(sparsifier))
