@@ -107,7 +107,7 @@ def _no_steps(layers, states):
     return [state is None or not next(found)[0] for state in states]
 
 
-def _neither(layers, states):
+def _took_no_part(layers, states):
     "Tell which layers took part in no step, or, where none was told, have no gradient."
     untold = [layer for layer, state in zip(layers, states) if state is None]
     no_grad = iter(_no_grad(untold, None))
@@ -124,7 +124,7 @@ def _mean(name, value):
         steps, total = _here(layer, state)
         number = steps.item() if ALONE.on_host(steps) else steps
         return Computed(partial(_divided, number), {name: total})
-    return Kind(read, on_step=partial(_add, value), anew=True, lacking=_neither,
+    return Kind(read, on_step=partial(_add, value), anew=True, lacking=_took_no_part,
                 how='call after loss.backward() and before optimizer.zero_grad(), '
                     'or attach the optimizer, whose steps collect it')
 

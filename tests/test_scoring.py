@@ -51,12 +51,15 @@ def apart(monkeypatch):
 
 
 @pytest.mark.parametrize('granularity', ['weight', 'vector', 'filter'])
-@pytest.mark.parametrize('criteria', ['magnitude', 'gradient'])
-def test_a_gpu_is_waited_for_as_often_for_many_layers_as_for_few(granularity, criteria, apart, monkeypatch):
+@pytest.mark.parametrize('criteria, steps', [('magnitude', 0), ('gradient', 0), ('gradient', 2), ('movement', 2)])
+def test_a_gpu_is_waited_for_as_often_for_many_layers_as_for_few(granularity, criteria, steps, apart, monkeypatch):
     def waits(depth, sparsity):
         net = nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.ReLU())], nn.Conv2d(32, 4, 3))
         for p in net.parameters(): p.grad = torch.randn_like(p)
         sparsifier = Sparsifier(net, granularity, 'global', criteria)
+        with Waits(monkeypatch) as seen:
+            for _ in range(steps): sparsifier.evidence.step()
+        assert not seen.n
         with Waits(monkeypatch) as seen: sparsifier.sparsify_model(sparsity)
         assert abs(sparsifier.sparsity - sparsity) < 1
         return seen.n
