@@ -4,6 +4,7 @@ from fasterai.context import within
 from fasterai.granularity import add_layer_type, block, head
 from fasterai.keep import KeepSparse
 from fasterai.plot import plot_kernels, plot_tradeoff, plot_weights
+from fasterai.repair import recalibrate, refit
 from fasterai.report import Report
 from fasterai.schedule import (
     cosine,
@@ -23,5 +24,5 @@ from fasterai.sparsifier import Sparsifier
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
-    'steps', 'epochs', 'plot_schedule', 'sensitivity', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
+    'steps', 'epochs', 'plot_schedule', 'sensitivity', 'refit', 'recalibrate', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

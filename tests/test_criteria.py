@@ -92,7 +92,7 @@ def of_means(grad_mean, batch_squares): return abs(grad_mean) + batch_squares
 
 
 @pytest.mark.parametrize('granularity', ['weight', 'vector', 'filter'])
-@pytest.mark.parametrize('criterion', ['gradient', 'taylor', 'movement', of_both, of_means], ids=str)
+@pytest.mark.parametrize('criterion', ['gradient', 'taylor', 'movement', of_both, of_means], ids='gradient taylor movement both means'.split())
 @pytest.mark.parametrize('told', [True, False])
 def test_in_chunks_and_whole_the_same_is_pruned(criterion, granularity, told, monkeypatch):
     if criterion == 'movement' and not told: return
