@@ -24,5 +24,6 @@ from fasterai.sparsifier import Sparsifier
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
-    'steps', 'epochs', 'plot_schedule', 'sensitivity', 'refit', 'recalibrate', 'plot_kernels', 'plot_weights', 'plot_tradeoff',
+    'steps', 'epochs', 'plot_schedule', 'sensitivity', 'refit', 'recalibrate',
+    'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]
