@@ -5,8 +5,7 @@ from torch import nn
 
 from fasterai.arguments import nearest
 from fasterai.masks import Masks, read_mask, unpacked, where_zero
-from fasterai.names import find_again
-from fasterai.selected import warn_lost
+from fasterai.names import find_again, warn_lost
 
 
 class Held:

@@ -8,7 +8,8 @@ from torch import nn
 
 from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
-from fasterai.selected import Selected, warn_lost
+from fasterai.names import warn_lost
+from fasterai.selected import Selected
 
 PIECE = 1 << 20  # weights that are masked together
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32,  # integers of the same size

@@ -1,4 +1,5 @@
 "Name the weights of a model, and find them again where modules were copied, replaced, wrapped or fused."
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -182,3 +183,12 @@ class Places:
             parameter = parameters.get(attr)
             if parameter is None or parameter.shape != shape: return True
         return any(weight.stored is not first.stored for first, *others in self.shared for weight in others)
+
+
+def warn_lost(
+    names: list,  # of layers
+):
+    "Name layers whose masks are lost, because the model has them no longer."
+    if not names: return
+    warnings.warn(f'masks: {", ".join(map(repr, names))} cannot be found in the model any more, '
+                  'under this name and with this shape: its zeros are not kept from now on', stacklevel=3)

@@ -23,7 +23,7 @@ ROWS = [
     'ranking selection dataflow inputs',
     'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding event',
-    'selected masks held',  # state
+    'norms selected masks held',  # state
     'repair report sparsifier sensitivity timetable summary',
     'epochs keep callback demo all',  # with fastai
 ]
