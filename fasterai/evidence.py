@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
-from fasterai.operations import layer_call
+from fasterai.inputs import Watching
 from fasterai.peers import ALONE
 
 PIECE = 1 << 16  # weights of which a step is added up together, on a CPU
@@ -294,7 +293,8 @@ class Evidence:
 
         No hook is left on the model. Seen are linear layers and convolutions, as modules and as functions;
         not embeddings, attention and recurrent layers, nor what is compiled."""
-        return _Inputs({id(layer.weight): layer for layer in self.selected.layers.values()}, self._input)
+        layers = {id(layer.weight): layer for layer in self.selected.layers.values()}
+        return Watching({*layers}, lambda read: self._input(layers[id(read.weight)], read.input))
 
     def _input(self, layer, x):
         for name in self.names:
@@ -326,23 +326,3 @@ def _itself(values): return values
 def _how(kind):
     if kind.on_step is not None: return 'a training step collects it, with attach or in a fit'
     return 'batches collect it, inside evidence.watching()'
-
-
-class _Inputs(TorchFunctionMode):
-    """Report the input of each call of a selected layer.
-
-    To torch such a call is a function of an input and a weight."""
-
-    def __init__(self,
-        layers: dict,  # id of a weight: layer
-        report: Callable,  # (layer, input)
-    ):
-        super().__init__()
-        self.layers, self.report = layers, report
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        call = layer_call(function.__name__, args, kwargs)
-        if call is not None and id(call.weight) in self.layers:
-            self.report(self.layers[id(call.weight)], call.input.detach())
-        return function(*args, **kwargs)

@@ -94,8 +94,8 @@ DEFAULTS = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1, 'output_paddi
 class Watching(TorchFunctionMode):
     """Report what layers read, inside a `with` block. No hook is left on the model.
 
-    Seen are linear layers and convolutions, as modules and as functions, and the projections of
-    `nn.MultiheadAttention`."""
+    Seen are linear layers and convolutions, as modules and as functions; not embeddings, attention and
+    recurrent layers, nor what is compiled."""
 
     def __init__(self,
         weights: set,  # ids of the weights to watch

@@ -1,6 +1,6 @@
 "Prune any PyTorch model: zero its least important weights, and keep them zero."
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from fractions import Fraction
@@ -45,7 +45,8 @@ class Sparsifier:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
-        self.model, self.data, self.repairs = model, data, read_repairs(repair)
+        self.model, self.repairs = model, read_repairs(repair)
+        self.data = list(data) if isinstance(data, Iterator) else data  # each repair reads it anew
         if self.repairs and data is None:
             raise ValueError(f'data: got None, expected batches with repair={repair!r}')
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)

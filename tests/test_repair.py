@@ -190,3 +190,9 @@ def test_forms_of_data(make_learner):
     assert (len(solve), len(judge)) == (9, 3)
     (solve,), (judge,) = held_out(read_data(x, nn.Linear(4, 2)))
     assert (len(solve.args[0]), len(judge.args[0])) == (9, 3)
+
+
+def test_batches_that_come_once_serve_all_repairs_and_events():
+    dense, x = trained('convolutions')
+    sparsifier = Sparsifier(deepcopy(dense), data=(part for part in x.split(8)), repair=('refit', 'batchnorm'))
+    for sparsity in (30, 50): assert len(sparsifier.sparsify_model(sparsity).repaired) == 2
