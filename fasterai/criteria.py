@@ -2,6 +2,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import wraps
 from inspect import Parameter, signature
 from math import inf
@@ -10,12 +11,16 @@ import numpy as np
 import torch
 
 from fasterai.arguments import name_of, nearest, one_of
+from fasterai.curvature import adjusted
 from fasterai.evidence import EVIDENCE, widened
+from fasterai.inputs import as_matrix, from_matrix
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
 """A function of evidence about one layer, named by its arguments, that returns scores of the weight's
-shape; larger = keep. An argument `name` gets the layer's name."""
-NAME = 'name'  # what a criterion may ask for beside evidence
+shape; larger = keep. An argument `name` gets the layer's name, `support` a function from scores to the mask
+that the layer would have by them, if it were alone."""
+BESIDE = 'name', 'support'  # what a criterion may ask for beside evidence
+DAMPING = .01  # of the mean of the diagonal of a Gram matrix
 
 
 def elementwise(criterion: Callable) -> Callable:
@@ -26,6 +31,19 @@ def elementwise(criterion: Callable) -> Callable:
     memory."""
     criterion.elementwise = True
     return criterion
+
+
+def matrixwise(criterion: Callable) -> Callable:
+    """Mark a criterion that takes the weight as matrices and returns scores of these: a row has what one output
+    reads.
+
+    It gets `(groups, outputs, inputs)` for the weight and what has its shape, and `(groups, inputs, inputs)`
+    for the Gram matrix, of linear layers and of convolutions, with one group where they are not grouped."""
+    criterion.matrixwise = True
+    return criterion
+
+
+ADMM_STEPS = 300  # at most
 
 
 # Criteria
@@ -93,6 +111,126 @@ def random(
     return noise
 
 
+@elementwise
+def obd(
+    weight: torch.Tensor,  # any shape
+    grad_squares: torch.Tensor,  # of the same shape, the diagonal of the Fisher information, by single samples
+) -> torch.Tensor:  # of the same shape
+    "Score each weight by ½ h w², the second-order change of the loss: Optimal Brain Damage (LeCun et al. 1990)."
+    return weight * weight * grad_squares / 2
+
+
+@elementwise
+def obs(
+    weight: torch.Tensor,  # any shape
+    inverse_diagonal: torch.Tensor,  # of the same shape, that of the inverse of the Fisher information
+) -> torch.Tensor:  # of the same shape
+    """Score each weight by w² / (2 [H⁻¹]qq), the change of the loss when the others make up for it.
+
+    They are adjusted in the same event: Optimal Brain Surgeon (Hassibi & Stork 1993)."""
+    return weight * weight / (2 * inverse_diagonal)
+
+
+@elementwise
+def synflow(
+    weight: torch.Tensor,  # any shape
+    flow: torch.Tensor,  # of the same shape, ∂R/∂|w|, with R the sum of the outputs of the network of |w|
+) -> torch.Tensor:  # of the same shape
+    """Score each weight by |w| · ∂R/∂|w|, without data (Tanaka et al. 2020).
+
+    It is computed anew in many rounds, so that no layer is emptied before the others."""
+    return abs(weight) * flow
+
+
+@elementwise
+def wanda(
+    weight: torch.Tensor,  # any shape
+    input_norm: torch.Tensor,  # of the same shape, ‖x‖ of the input that each weight is multiplied by
+) -> torch.Tensor:  # of the same shape
+    """Score each weight by |w| · ‖x‖ (Sun et al. 2023).
+
+    In the paper weights compete within an output, `context=within('O')`."""
+    return abs(weight) * input_norm
+
+
+@matrixwise
+def ria(
+    weight: torch.Tensor,  # (groups, outputs, inputs)
+    input_norm: torch.Tensor,  # of the same shape, ‖x‖ of the input that each weight is multiplied by
+) -> torch.Tensor:  # of the same shape
+    "Score each weight by (|w| / Σ of its row + |w| / Σ of its column) · √‖x‖ (Zhang et al. 2024)."
+    size = weight.abs()
+    rows, columns = size.sum(2, keepdim=True), size.sum(1, keepdim=True)
+    tiny = torch.finfo(size.dtype).tiny  # a row of zeros has scores of 0
+    return (size / rows.clamp(min=tiny) + size / columns.clamp(min=tiny)) * input_norm.sqrt()
+
+
+@matrixwise
+def sparsegpt(
+    weight: torch.Tensor,  # (groups, outputs, inputs)
+    gram: torch.Tensor,  # (groups, inputs, inputs), XᵀX
+) -> torch.Tensor:  # of the weight's shape
+    """Score each weight by w² / u², with u the diagonal of the Cholesky factor of (XᵀX)⁻¹ (Frantar & Alistarh 2023).
+
+    It is the error of the layer's output when the weights behind it make up for it. Those that stay are
+    then solved by least squares in the same event, `repair='refit'`."""
+    pivots = torch.linalg.cholesky(torch.linalg.inv(_damped(gram.double())), upper=True).diagonal(dim1=1, dim2=2)
+    alive = gram.diagonal(dim1=1, dim2=2) > 0  # the weights of a dead input matter nothing
+    return (weight.double() / pivots[:, None]).square() * alive[:, None]
+
+
+@matrixwise
+def alps(
+    weight: torch.Tensor,  # (groups, outputs, inputs)
+    gram: torch.Tensor,  # (groups, inputs, inputs), XᵀX
+    support: Callable,  # from scores to a mask
+) -> torch.Tensor:  # of the weight's shape
+    """Score each weight by its size in the layer's sparse reconstruction, found by ADMM (Meng et al. 2024).
+
+    Splits min ‖X W' − X W‖² with W' in the support into a ridge regression and a projection, which come to
+    agree. Those that stay are then solved by least squares in the same event, `repair='refit'`."""
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    scale = torch.where(norms > 0, norms, 1)
+    scaled = _damped(gram / scale[:, :, None] / scale[:, None, :])
+    values, vectors = torch.linalg.eigh(scaled)
+    start = (weight * norms[:, None]).transpose(1, 2)  # (groups, inputs, outputs)
+    wanted, split, dual, penalty = scaled @ start, start, torch.zeros_like(start), .1
+    kept = None
+    for i in range(ADMM_STEPS):
+        pulled = vectors.transpose(1, 2) @ (wanted - dual + penalty * split)
+        solved = vectors @ (pulled / (values + penalty)[:, :, None])
+        scores = (solved + dual / penalty).transpose(1, 2)
+        keep = support(scores.abs())
+        split = (scores * keep).transpose(1, 2)
+        dual = dual + penalty * (solved - split)
+        if i % 3: continue
+        changed = 1. if kept is None else float((keep != kept).sum() / keep.sum().clamp(min=1))
+        kept = keep
+        if not changed: break
+        penalty *= 1.3 if changed > .1 else 1.2 if changed > .005 else 1.1
+    return scores.abs()
+
+
+def _damped(gram):
+    "Return a Gram matrix with 1 for dead inputs, and what keeps it from being singular, on the diagonal."
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    more = torch.where(diagonal > 0, DAMPING * mean, 1)
+    return gram + torch.diag_embed(more)
+
+
+@matrixwise
+def fpgm(
+    weight: torch.Tensor,  # (groups, outputs, inputs)
+) -> torch.Tensor:  # of the same shape
+    """Score the filters of a layer by the sum of their distances to the others, Σ ‖Fᵢ − Fⱼ‖ (He et al. 2019).
+
+    A filter near the geometric median is like the others, and goes first."""
+    filters = weight.double().flatten(0, 1)
+    distances = torch.cdist(filters, filters).sum(1)
+    return distances.reshape(*weight.shape[:2], 1).expand(weight.shape)
+
+
 @dataclass(frozen=True)
 class CriterionInfo:
     "Describe a criterion, as a row of `CRITERIA`: its function, and what others must know of it."
@@ -102,13 +240,18 @@ class CriterionInfo:
     asks_name: bool = False  # it gets the layer's name, too
     pure: bool = False  # it does not write into its evidence, and takes tensors as well as arrays
     zeros_lowest: bool = False  # it gives weights that are zero a score below those of all others
+    matrixwise: bool = False  # it takes the weight and evidence as matrices
+    asks_support: bool = False  # it gets a function from scores to the mask of the layer alone
+    repairs: tuple = ()  # names in `repair.REPAIRS`: its own part of an event, after the masks
+    adjust: Callable | None = None  # (layers, {layer's name: mask}, calibration) -> {layer's name: new weight}, before the masks
+    round_keeps: Fraction | None = None  # an event is made in rounds, of which each keeps so much of what is left; None: in one
 
 
 def evidence_of(
     criterion: Criterion,
 ) -> tuple:  # names in `EVIDENCE`
-    "Return what a criterion asks for: the names of its arguments without a default, but for `name`."
-    return tuple(name for name in _asked(criterion) if name != NAME)
+    "Return the evidence that a criterion asks for: the names of its arguments without a default."
+    return tuple(name for name in _asked(criterion) if name not in BESIDE)
 
 
 def _asked(criterion):
@@ -120,10 +263,12 @@ def _asked(criterion):
 def _is_elementwise(criterion): return getattr(criterion, 'elementwise', False)
 
 
-def _row(criterion, pure=True, zeros_lowest=False):
-    asked, asks_name = evidence_of(criterion), NAME in _asked(criterion)
-    if asked:
-        return CriterionInfo(criterion, asked, _is_elementwise(criterion), asks_name, pure, zeros_lowest)
+def _row(criterion, pure=True, **more):
+    "Make the row of a criterion, which says by its arguments and marks what it needs."
+    asked, evidence = _asked(criterion), evidence_of(criterion)
+    row = CriterionInfo(criterion, evidence, _is_elementwise(criterion), 'name' in asked, pure, **more,
+                        matrixwise=getattr(criterion, 'matrixwise', False), asks_support='support' in asked)
+    if evidence: return row
     return CriterionInfo(_with_weight(criterion), ('weight',), asks_name=True)
 
 
@@ -145,6 +290,14 @@ CRITERIA = {
     'squared': _row(squared),
     'magnitude_increase': _row(magnitude_increase),
     'random': _row(random),
+    'obd': _row(obd),
+    'obs': _row(obs, adjust=adjusted),
+    'synflow': _row(synflow, round_keeps=Fraction(19, 20)),
+    'wanda': _row(wanda),
+    'ria': _row(ria),
+    'sparsegpt': _row(sparsegpt, repairs=('refit',)),
+    'alps': _row(alps, repairs=('refit',)),
+    'fpgm': _row(fpgm),
 }
 
 
@@ -154,7 +307,7 @@ def read_criterion(
     """Return the criterion of this name, or a row for a function.
 
     `ValueError` or `TypeError` where it is neither, or asks for no evidence."""
-    known = ' and '.join([*EVIDENCE, NAME])
+    known = ' and '.join([*EVIDENCE, *BESIDE])
     criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {known}')
     if isinstance(criterion, CriterionInfo): return criterion
     for row in CRITERIA.values():
@@ -168,7 +321,7 @@ def read_criterion(
 
 
 def _check_evidence(criterion, asked):
-    known = [*EVIDENCE, NAME]
+    known = [*EVIDENCE, *BESIDE]
     for name in asked or ['nothing']:
         if name in known: continue
         raise ValueError(f'criteria: {name_of(criterion)} asks for {name!r}, '
@@ -182,6 +335,8 @@ def score(
     evidence: dict,  # name: a tensor of one layer, or the same chunk of each; all tensors, or all arrays
     name: str,  # the layer's name
     shape: tuple,  # of the weight, or of the chunk
+    form: tuple = (1, False),  # (groups, transposed), how the weight is a matrix
+    support: Callable | None = None,  # from scores to the mask of the layer, both of the weight's shape
 ) -> torch.Tensor | np.ndarray:  # float32, or float64 where some evidence is, of that shape; larger = keep
     """Score a layer or a chunk of it.
 
@@ -189,14 +344,31 @@ def score(
     kind = type(next(iter(evidence.values())))
     is_double = any(e.dtype in (torch.float64, np.float64) for e in evidence.values())
     given = {n: widened(e) for n, e in evidence.items()}
-    if criterion.asks_name: given[NAME] = name
+    if criterion.asks_name: given['name'] = name
     if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
+    if criterion.asks_support: given['support'] = support
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
-        scores = criterion.score(**given)
+        scores = _of_matrices(criterion, given, shape, form) if criterion.matrixwise else criterion.score(**given)
         if not isinstance(scores, kind) or scores.shape != shape or not _can_be_ordered(scores):
             raise _wrong_scores(criterion, scores, name, shape)
         if kind is torch.Tensor: return scores.double() if is_double else scores.float()
         return scores.astype(np.float64 if is_double else np.float32, copy=False)
+
+
+def _of_matrices(criterion, given, shape, form):
+    "Score a weight by a criterion that takes matrices."
+    gram = given.get('gram')
+    if gram is not None and gram.ndim == 2: given['gram'] = gram[None]
+    form = (len(given['gram']), form[1]) if gram is not None else form
+    of_weight = [n for n, value in given.items() if getattr(value, 'shape', None) == shape and n != 'gram']
+    given |= {n: as_matrix(given[n], *form) for n in of_weight}
+    support = given.get('support')
+    if support is not None:
+        given['support'] = lambda scores: as_matrix(support(from_matrix(scores, shape, *form)), *form)
+    scores = criterion.score(**given)
+    expected = given['weight'].shape if 'weight' in given else None
+    is_as_expected = isinstance(scores, torch.Tensor) and scores.shape == expected
+    return from_matrix(scores, shape, *form) if is_as_expected else scores
 
 
 def _can_be_ordered(scores):

@@ -1,7 +1,8 @@
-"Read batches of data: what a model takes of them, without labels."
+"Read batches of data: what a model takes of them, and the labels where a loss is needed."
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from fasterai.arguments import Inputs, read_example
 
@@ -16,21 +17,44 @@ def read_data(
 
     A batch is a tensor, a dict of keywords, or a tuple or list: of several entries the last is the label,
     which is not used. `TypeError` or `ValueError` where there is no batch in it."""
+    return [inputs for inputs, _ in read_labelled(data, model)]
+
+
+def read_labelled(
+    data,  # as in `read_data`
+    model,  # that takes them
+) -> list:  # of (`Inputs`, label), on the model's device; None where a batch has no label
+    """Return inputs and label of each batch.
+
+    A batch is a tensor, a dict of keywords, or a tuple or list: of several entries the last is the label, of
+    fastai's DataLoaders all behind the inputs. `TypeError` or `ValueError` where there is no batch in it."""
     if isinstance(data, torch.Tensor): data = [data]
-    is_fastai = hasattr(data, 'train') and hasattr(data, 'valid')
-    if is_fastai: data = data.train.new(shuffle=False, drop_last=False)
+    is_fastai, n_inputs = hasattr(data, 'train') and hasattr(data, 'valid'), None
+    if is_fastai:
+        n_inputs = getattr(data, 'n_inp', None)
+        data = data.train.new(shuffle=False, drop_last=False)
     if isinstance(data, (str, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(f'data: got {type(data).__name__}, expected batches: a DataLoader, DataLoaders of '
                         'fastai, an iterable of batches, or a tensor')
-    found = [_inputs(batch, model) for batch in data]
+    found = [_labelled(batch, model, n_inputs) for batch in data]
     if not found: raise ValueError('data: got no batch, expected at least one')
-    return found
+    return _placed(found, model)
 
 
-def _inputs(batch, model):
-    if not isinstance(batch, (tuple, list)): return read_example(batch, model)
-    inputs = batch[:-1] if len(batch) > 1 else batch
-    return read_example(inputs[0] if len(inputs) == 1 else tuple(inputs), model)
+def _labelled(batch, model, n_inputs):
+    if not isinstance(batch, (tuple, list)): return read_example(batch, model), None
+    if n_inputs is None: n_inputs = max(1, len(batch) - 1)
+    inputs, labels = batch[:n_inputs], batch[n_inputs:]
+    read = read_example(inputs[0] if len(inputs) == 1 else tuple(inputs), model)
+    if len(labels) > 1: return read, tuple(labels)
+    return read, labels[0] if labels else None
+
+
+def _placed(batches, model):
+    "Send batches to the device of the model, where that is not the CPU."
+    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    if device.type in ('cpu', 'meta'): return batches
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batches)
 
 
 def held_out(

@@ -1,5 +1,4 @@
 "Find what reads a layer's output, by watching one batch go through the model or by tracing its code."
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from fasterai.operations import (
     layers_behind,
     zero_channels,
 )
-from fasterai.snapshot import evaluation_mode
+from fasterai.snapshot import evaluation_mode, undisturbed
 
 
 class Flow:
@@ -122,22 +121,9 @@ def watch(
 
     Modes, buffers and random numbers are put back."""
     watcher = _Watcher(_norms(model))
-    with evaluation_mode(model), _unchanged(model), torch.no_grad(), watcher:
+    with undisturbed(model), torch.no_grad(), watcher:
         out = model(*args, **kwargs or {})
     return Flow(watcher.tape, [watcher.node_of(t) for t in _tensors(out)])
-
-
-@contextmanager
-def _unchanged(model):
-    "Put the buffers and the random numbers back after a `with` block."
-    buffers = {b: b.clone() for b in model.buffers()}
-    devices = [p.device for p in list(model.parameters())[:1] if p.is_cuda]
-    try:
-        with torch.random.fork_rng(devices): yield
-    finally:
-        for buffer, value in buffers.items():
-            if buffer.shape != value.shape: buffer.resize_(value.shape)  # observers of quantization do so
-            if not torch.equal(buffer, value): buffer.copy_(value)
 
 
 class _Watcher(TorchFunctionMode):

@@ -119,11 +119,23 @@ def decide(
     waiting = frozenset(layer.name for layer in everyone) - {layer.name for layer in layers}
     evidence.begin(layers)
     asked = [layer for budget in budgets if budget.fraction for layer in budget.layers]
-    scores = Scores(rules.criterion, evidence, asked)
+    scores = Scores(rules.criterion, evidence, asked, partial(_support, rules, budgets, masks))
     after = {}
     for budget in budgets:
         if budget.tied: after |= _prune(rules, budget, masks, scores, regrow)
     return Change({layer.name: masks[layer.name] for layer in layers}, after, waiting)
+
+
+def _support(rules, budgets, masks, layer, scores):
+    "Return which weights of a layer would stay by some scores, if it were alone."
+    fraction = next(budget.fraction for budget in budgets if layer in budget.layers)
+    grouping, mask = layer.grouping, masks[layer.name]
+    of_groups = grouping.mean(grouping.rows(scores))
+    groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), of_groups.__getitem__,
+                         mask.costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
+                         grouping.axes)
+    keep, = rules.context_info([groups], fraction)
+    return _both(grouping.expand(keep), mask.keep)
 
 
 def _prune(rules, budget, masks, scores, regrow):

@@ -1,5 +1,6 @@
 "Collect what is known of a layer: the table of what a criterion may ask for, and how each kind is collected."
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -7,8 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fasterai.inputs import Watching
+from fasterai.calibration import Calibration
+from fasterai.curvature import inverse_diagonals
+from fasterai.inputs import Watching, from_matrix
 from fasterai.peers import ALONE
+from fasterai.synflow import synaptic_flow
 
 PIECE = 1 << 16  # weights of which a step is added up together, on a CPU
 
@@ -17,18 +21,34 @@ PIECE = 1 << 16  # weights of which a step is added up together, on a CPU
 class Kind:
     """Describe a kind of evidence, as a row of `EVIDENCE`: how it begins, is updated, and is read.
 
-    A kind that keeps a state has an `on_step` or an `on_input`, which return the new state, and mostly a
-    `start`."""
+    A kind that keeps a state has an update, which returns the new one, and perhaps a `start`. `on_step` is
+    called by training; the other updates by data that the Sparsifier was given, anew for each event."""
     read: Callable  # (layer, state) -> the tensor that a criterion gets, or `Computed`, from which it is made chunk by chunk
     start: Callable | None = None  # (layer) -> state; None: the state is None to begin with
     on_step: Callable | None = None  # (layer, state) -> state, between backward and step, before gradients are masked
     on_event: Callable | None = None  # (layer, state) -> state, once at the beginning of each event
-    on_input: Callable | None = None  # (layer, state, x) -> state, for each input x of the layer inside `watching`
+    on_input: Callable | None = None  # (layer, state, read) -> state, for each `inputs.Read` of the layer
+    on_batch: Callable | None = None  # (layer, state, grad) -> state, for the gradient of each batch
+    on_sample: Callable | None = None  # (layer, state, grad) -> state, for the gradient of each single sample
+    of_model: Callable | None = None  # (layers, calibration) -> {layer's name: state}, for what is known of all layers at once
+    needs_loss: bool = False  # `of_model` computes gradients of the loss
+    large: bool = False  # its state is a large matrix: it is gathered for one layer at a time, where it is read, and not kept
     anew: bool = False  # it is begun anew after each event that succeeded: the state of the event's layers is let go
     lacking: Callable | None = None  # (layers, states) -> bool for each, True where there is nothing to read; None: where it has no state yet
     how: str = ''  # how to supply it, for the error where no layer has it
     weight_shaped: bool = True  # the tensor has the weight's shape, so that it can be read in chunks
     at_once: bool = False  # it starts when the Sparsifier is made; else where it is first updated or read
+
+
+    @property
+    def of_data(self) -> bool:
+        "Tell whether only data can supply it, not the steps of a training."
+        return any((self.on_input, self.on_sample, self.of_model))
+
+    @property
+    def of_loss(self) -> bool:
+        "Tell whether it takes a loss to gather it from data."
+        return any((self.on_batch, self.on_sample, self.needs_loss))
 
 
 class Computed(NamedTuple):
@@ -40,6 +60,7 @@ class Computed(NamedTuple):
 # The gradient of one batch
 
 def _grad(layer, state=None):
+    if state is not None: return state.total / state.steps  # of data
     grad = layer.weight.grad
     if grad is None:
         raise ValueError(f'criteria: layer {layer.name!r} has no gradient: call after loss.backward()')
@@ -72,12 +93,15 @@ class Gathered(NamedTuple):
     total: torch.Tensor  # of the weight's shape, float32, or float64 where the weight is
 
 
-def _add(value, layer, state):
-    "Return a sum with this step's value added, and one step more where the gradient is not all zero."
+def _add_step(value, layer, state): return _add(value, layer, state, _grad(layer))
+
+
+def _add(value, layer, state, grad):
+    "Return a sum with the value of a gradient added, and one step more where that is not all zero."
     steps, total = _none(layer.weight) if state is None else _here(layer, state)
-    weight, grad = layer.weight, _grad(layer)
+    weight = layer.weight.detach()
     for piece in _pieces(weight): total[piece].add_(value(weight[piece], grad[piece]))
-    return Gathered(steps + _any(_values(layer.weight.grad)), total)
+    return Gathered(steps + _any(grad), total)
 
 
 def _none(weight):
@@ -115,16 +139,16 @@ def _took_no_part(layers, states):
 
 
 def _mean(name, value):
-    """Make a row of the mean of a value over the steps since the last event.
+    """Make a row of the mean of a value over the steps since the last event, or over batches of data.
 
-    Where no step was told, it is the value of the gradient that is there."""
+    Where there was neither, it is the value of the gradient that is there."""
     def read(layer, state):
         if state is None: return Computed(value, {'weight': layer.weight, 'grad': _grad(layer)})
         steps, total = _here(layer, state)
         number = steps.item() if ALONE.on_host(steps) else steps
         return Computed(partial(_divided, number), {name: total})
-    return Kind(read, on_step=partial(_add, value), anew=True, lacking=_took_no_part,
-                how='call after loss.backward() and before optimizer.zero_grad(), '
+    return Kind(read, on_step=partial(_add_step, value), on_batch=partial(_add, value), anew=True,
+                lacking=_took_no_part, how='call after loss.backward() and before optimizer.zero_grad(), '
                     'or attach the optimizer, whose steps collect it')
 
 
@@ -164,9 +188,75 @@ def widened(
     return values.float() if half else values
 
 
+# What layers read
+
+class Inputs(NamedTuple):
+    "Hold a sum over what a layer reads, for the matrices of its weight."
+    form: tuple  # (groups, transposed), as `inputs.as_matrix` takes them
+    total: torch.Tensor  # float64
+
+
+def _add_squares(layer, state, read):
+    "Return the sum of the squares of each input: the diagonal of the Gram matrix."
+    squares = torch.linalg.vector_norm(read.rows(), dim=1, dtype=torch.float64).square()  # (groups, inputs)
+    return _added(state, read, squares)
+
+
+def _add_products(layer, state, read):
+    "Return the sum of the products of all pairs of inputs: the Gram matrix."
+    rows = read.rows()
+    return _added(state, read, (rows.transpose(1, 2) @ rows).double())
+
+
+def _added(state, read, new):
+    total = new if state is None else state.total.to(new.device) + new
+    return Inputs((read.groups, read.transposed), total)
+
+
+def _input_norm(layer, state):
+    "Return ‖x‖ of the input that each weight is multiplied by."
+    weight, (groups, transposed) = layer.weight, state.form
+    norms = state.total.sqrt().to(torch.promote_types(weight.dtype, torch.float32))
+    outputs = weight.numel() // norms.numel()
+    matrix = norms[:, None, :].expand(groups, outputs, -1)
+    return from_matrix(matrix.to(weight.device), weight.shape, groups, transposed)
+
+
+def _gram(layer, state):
+    "Return the Gram matrix, with an axis for the groups where there are several."
+    gram = state.total.to(layer.weight.device, torch.promote_types(layer.weight.dtype, torch.float32))
+    return gram[0] if len(gram) == 1 else gram
+
+
+# The Fisher information
+
+def _add_sample(layer, state, grad):
+    "Return the sum of the squares of the gradients of single samples, of those too whose gradient is zero."
+    n, total = (0, torch.zeros_like(widened(grad))) if state is None else state
+    return Gathered(n + 1, total.add_(_square(None, grad)))
+
+
+def _add_rows(layer, state, grad):
+    "Return the sum of the products of the gradients of all pairs of weights of an output."
+    rows = widened(grad).flatten(1)
+    products = rows[:, :, None] * rows[:, None, :]
+    steps, total = (0, torch.zeros_like(products)) if state is None else state
+    return Gathered(steps + 1, total.add_(products))
+
+
+def _sample_mean(layer, state):
+    return Computed(partial(_divided, state.steps), {'grad_squares': state.total})
+
+
+def _mean_of_rows(layer, state): return state.total / state.steps
+
+
 # Others
 
 def _initial(layer, state): return state.to(layer.weight.device)
+
+
+def _of_model(layer, state): return state.to(layer.weight.device)
 
 
 def _copy(layer): return layer.weight.detach().clone()
@@ -183,14 +273,20 @@ def _draw_seed(layer, state): return int(torch.randint(2 ** 62, ()))  # by torch
 # To add a kind of evidence, write a row. A criterion asks for it by naming an argument so.
 EVIDENCE = {
     'weight': Kind(read=lambda layer, state: layer.weight),
-    'grad': Kind(read=_grad, lacking=_no_grad,
+    'grad': Kind(read=_grad, on_batch=partial(_add, _gradient), lacking=_took_no_part,
                  how='call after loss.backward() and before optimizer.zero_grad()'),
     'noise': Kind(read=_noise, on_event=_draw_seed),
     'initial': Kind(read=_initial, start=_copy, at_once=True),
     'grad_mean': _mean('grad_mean', _gradient),
     'saliency': _mean('saliency', _saliency),
     'batch_squares': _mean('batch_squares', _square),
-    'movement': Kind(read=_movement, on_step=partial(_add, _weight_times_grad), lacking=_no_steps),
+    'movement': Kind(read=_movement, on_step=partial(_add_step, _weight_times_grad), lacking=_no_steps),
+    'input_norm': Kind(read=_input_norm, on_input=_add_squares),
+    'gram': Kind(read=_gram, on_input=_add_products, large=True, weight_shaped=False),
+    'grad_squares': Kind(read=_sample_mean, on_sample=_add_sample),
+    'fisher_rows': Kind(read=_mean_of_rows, on_sample=_add_rows, large=True, weight_shaped=False),
+    'inverse_diagonal': Kind(read=_of_model, of_model=inverse_diagonals, needs_loss=True),
+    'flow': Kind(read=_of_model, of_model=synaptic_flow),
 }
 
 
@@ -202,8 +298,9 @@ class Evidence:
     def __init__(self,
         names: tuple,  # of the kinds, as in `EVIDENCE`
         selected,  # `Selected`, whose `layers` are {name: layer}
+        calibration: Calibration | None = None,  # the model, with data, to gather evidence from
     ):
-        self.names, self.selected = names, selected
+        self.names, self.selected, self.calibration = names, selected, calibration
         self.states = {}  # (kind, layer's name): state
         for name in names:
             if EVIDENCE[name].at_once: self._start(name)
@@ -245,6 +342,54 @@ class Evidence:
         "Tell whether there is evidence about a layer."
         return not any(self._lacks(name, [layer])[0] for name in self.names)
 
+    @contextmanager
+    def gathered(self,
+        layers: list,  # those of an event
+    ):
+        """Gather evidence from data, for a `with` block.
+
+        An error, or Ctrl-C, leaves the evidence as it was."""
+        if self.calibration is None:
+            yield
+            return
+        before = dict(self.states)
+        with self.calibration.reading():
+            small = [name for name in self.names if not EVIDENCE[name].large]
+            found = {(name, of): state for name in small for of, state in self._from_data(name, layers).items()}
+            self.states |= found
+            try: yield
+            finally: self._take_back(found, before)
+
+    def _take_back(self, found, before):
+        for key in found:
+            self.states.pop(key, None)
+            if key in before: self.states[key] = before[key]
+
+    def _from_data(self, name, layers):
+        "Return what data tell of layers: {layer's name: state}."
+        kind, calibration, found = EVIDENCE[name], self.calibration, {}
+        if not layers or not self._can_gather(kind): return found
+        if kind.of_model is not None: return kind.of_model(layers, calibration)
+        weights = [layer.weight for layer in layers]
+        owners = {id(weight): layer for layer, weight in zip(layers, weights)}
+
+        def update(function, layer, value):
+            if value is not None: found[layer.name] = function(layer, found.get(layer.name), value)
+
+        def of_all(function, grads):
+            for layer, grad in zip(layers, grads): update(function, layer, grad)
+
+        if kind.on_input: calibration.reads(weights, lambda read: update(kind.on_input, owners[id(read.weight)], read))
+        elif kind.on_sample: calibration.sample_gradients(weights, partial(of_all, kind.on_sample))
+        elif kind.on_batch: calibration.batch_gradients(weights, partial(of_all, kind.on_batch))
+        return found
+
+    def _can_gather(self, kind):
+        "Tell whether there are the data, and the loss, that a kind of evidence is gathered from."
+        if self.calibration is None: return False
+        if kind.of_loss: return self.calibration.has_loss
+        return self.calibration.data is not None or kind.of_model is not None
+
     def begin(self,
         layers: list,  # those of an event
     ):
@@ -263,8 +408,16 @@ class Evidence:
 
     def _lacks(self, name, layers):
         kind, states = EVIDENCE[name], [self.states.get((name, layer.name)) for layer in layers]
+        if kind.large and self._can_gather(kind): return self._not_seen(kind, layers)
         if kind.lacking is not None: return kind.lacking(layers, states)
-        return [kind.start is not None and state is None for state in states]
+        has_state = kind.start is not None or kind.of_data
+        return [has_state and state is None for state in states]
+
+    def _not_seen(self, kind, layers):
+        "Tell which layers' inputs cannot be seen."
+        if kind.on_input is None: return [False] * len(layers)
+        seen = self.calibration.are_read([layer.weight for layer in layers])
+        return [id(layer.weight) not in seen for layer in layers]
 
     def _start(self, name):
         for layer in self.selected.candidates.values(): self._state(name, layer)
@@ -274,6 +427,11 @@ class Evidence:
         "Tell whether all of it has the weight's shape, and can be read in chunks."
         return all(EVIDENCE[name].weight_shaped for name in self.names)
 
+    @property
+    def large(self) -> bool:
+        "Tell whether there are large matrices in it, which are gathered anew each time."
+        return any(EVIDENCE[name].large for name in self.names)
+
     def step(self,
         of: set | None = None,  # ids of the weights that are stepped; None: all
     ):
@@ -281,8 +439,9 @@ class Evidence:
 
         Call it between backward and step, before gradients are masked."""
         for name in self.names:
-            update = EVIDENCE[name].on_step
-            if update is None: continue
+            kind = EVIDENCE[name]
+            update = kind.on_step
+            if update is None or kind.on_batch and self._can_gather(kind): continue
             for layer in self.selected.layers.values():
                 if of is not None and id(layer.weight) not in of: continue
                 took_part = layer.weight.grad is not None  # a frozen layer has nothing to tell
@@ -291,19 +450,20 @@ class Evidence:
     def watching(self):
         """Return a context manager in which the inputs of layers update the evidence.
 
-        No hook is left on the model. Seen are linear layers and convolutions, as modules and as functions;
-        not embeddings, attention and recurrent layers, nor what is compiled."""
+        No hook is left on the model. Seen are linear layers, convolutions and attention, as modules and as
+        functions; not embeddings and recurrent layers, nor what is compiled."""
         layers = {id(layer.weight): layer for layer in self.selected.layers.values()}
-        return Watching({*layers}, lambda read: self._input(layers[id(read.weight)], read.input))
+        return Watching({*layers}, lambda read: self._input(layers[id(read.weight)], read))
 
-    def _input(self, layer, x):
+    def _input(self, layer, read):
         for name in self.names:
             update = EVIDENCE[name].on_input
-            if update is not None: self._update(name, layer, update, x)
+            if update is not None: self._update(name, layer, update, read)
 
     def _state(self, name, layer):
-        start, key = EVIDENCE[name].start, (name, layer.name)
-        if start is not None and key not in self.states: self.states[key] = start(layer)
+        kind, key = EVIDENCE[name], (name, layer.name)
+        if kind.start is not None and key not in self.states: self.states[key] = kind.start(layer)
+        if kind.large and self._can_gather(kind): return self._from_data(name, [layer])[layer.name]
         return self.states.get(key)
 
     @torch.no_grad()
@@ -325,4 +485,5 @@ def _itself(values): return values
 
 def _how(kind):
     if kind.on_step is not None: return 'a training step collects it, with attach or in a fit'
-    return 'batches collect it, inside evidence.watching()'
+    if kind.on_input is not None: return 'give batches with data=, or run them inside evidence.watching()'
+    return 'give batches with data= and a loss with loss_func='

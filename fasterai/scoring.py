@@ -1,4 +1,7 @@
 "Compute the scores of groups within one event, as they are asked for."
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -14,18 +17,20 @@ class Scores:
     """Return the scores of a layer's groups, in slices or at positions, within one event.
 
     The evidence about one layer at a time is held, or its scores where the criterion needs a whole layer.
-    The scores of large groups are few, and are kept for the whole event."""
+    Scores are kept for the whole event where groups are large, so that they are few, or where large matrices
+    are needed for them."""
 
     def __init__(self,
         criterion: CriterionInfo,
         evidence: Evidence,
         layers: list,  # those of the event; each has a name, a weight and a grouping
+        support: Callable | None = None,  # (layer, scores of the weight's shape) -> the mask that it would have by them alone
     ):
-        self.criterion, self.evidence = criterion, evidence
+        self.criterion, self.evidence, self.support = criterion, evidence, support
         self.unchecked = [layer for layer in layers if not ALONE.on_host(layer.weight)]
         self.latest, self.rows, self.on_host = None, {}, True  # the layer that is held; {part of its evidence: rows of its groups}
         self.makes = {}  # how its evidence is made of these
-        self.kept = {}  # layer's name: scores of all its groups, where these are large
+        self.kept = {}  # layer's name: scores of all its groups
 
     def __call__(self,
         layer,  # one of `layers`
@@ -33,7 +38,7 @@ class Scores:
     ) -> torch.Tensor | np.ndarray:  # (n,), float32 or float64; an array where possible
         "Return the scores of some groups of a layer."
         if self.unchecked: self._check_all()
-        if layer.grouping.size < FEW: return self._ask(layer, where)
+        if layer.grouping.size < FEW and not self.evidence.large: return self._ask(layer, where)
         if layer.name not in self.kept: self.kept[layer.name] = self._ask_all(layer)
         return self.kept[layer.name][where]
 
@@ -83,5 +88,14 @@ class Scores:
         if layer.grouping.size < FEW or not self.criterion.pure:
             self.rows = {name: as_array(rows) for name, rows in self.rows.items()}
 
-    def _score(self, layer, evidence, shape): return score(self.criterion, evidence, layer.name, shape)
+    def _score(self, layer, evidence, shape):
+        support = partial(self.support, layer) if self.support else None
+        return score(self.criterion, evidence, layer.name, shape, _form(layer.grouping.axes), support)
+
     def _check(self, scores, parts, layer): check_finite(scores, self.criterion, parts, layer.name)
+
+
+def _form(axes):
+    "Return how a weight is a matrix, from its axes: the number of groups, and whether its inputs come first."
+    order = [axis for axis in axes if axis in ('I', 'O')]
+    return axes.get('G', 1), order[:1] == ['I']

@@ -1,6 +1,8 @@
-"Remember how a model was, and put it back: its values, and its modes."
+"Remember how a model was, and put it back: its values, its modes, and the random numbers."
+import random
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,3 +44,33 @@ def evaluation_mode(
         yield
     finally:
         for module, training in modes.items(): module.training = training
+
+
+@contextmanager
+def undisturbed(
+    *models: nn.Module,
+):
+    "Run models in eval mode for a `with` block; put modes, buffers and random numbers back afterwards."
+    buffers = {buffer: buffer.clone() for model in models for buffer in model.buffers()}
+    devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
+    with evaluation_mode(*models), _random_numbers(list(devices)):
+        try: yield
+        finally: _put_back(buffers)
+
+
+def _put_back(buffers):
+    "Write values back into the buffers that have changed."
+    for buffer, value in buffers.items():
+        if buffer.shape != value.shape: buffer.resize_(value.shape)  # observers of quantization do so
+        if not torch.equal(buffer, value): buffer.copy_(value)
+
+
+@contextmanager
+def _random_numbers(devices):
+    "Put the random numbers of torch, numpy and Python back after a `with` block."
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try: yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from fasterai.allocation import entries, fractions
-from fasterai.arguments import flag, method_hint, nearest, percent
+from fasterai.arguments import flag, method_hint, nearest, percent, whole
+from fasterai.calibration import Calibration
 from fasterai.event import Budget, Change, decide
-from fasterai.evidence import Evidence
+from fasterai.evidence import EVIDENCE, Evidence
 from fasterai.masks import Masks
 from fasterai.names import Named
 from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.repair import read_repairs
 from fasterai.report import Report, measure
+from fasterai.rounds import in_rounds
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import check_initial, read_share
 from fasterai.selected import Selected
@@ -39,20 +41,21 @@ class Sparsifier:
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: all but embeddings
         example=None,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; or a function that returns one when needed
-        data=None,  # batches for `repair`: a DataLoader, fastai's DataLoaders, an iterable of batches, or a tensor; labels are not used
+        data=None,  # batches for evidence and `repair`: a DataLoader, fastai's DataLoaders, an iterable of batches, or a tensor
+        loss_func: Callable | None = None,  # of output and label, for criteria that need gradients of `data`; no other use of labels is made
         repair=None,  # what each event repairs by the data: 'refit', 'batchnorm', a function of model, dense and data, or a list of these
         **kwargs,  # the other rules, as in `Rules`
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
-        self.model, self.repairs = model, read_repairs(repair)
+        self.model, self.rules = model, Rules(granularity, context, criteria, layers, **kwargs)
+        self.repairs = _repairs(self.rules, repair)
         self.data = list(data) if isinstance(data, Iterator) else data  # each repair reads it anew
-        if self.repairs and data is None:
-            raise ValueError(f'data: got None, expected batches with repair={repair!r}')
-        self.rules = Rules(granularity, context, criteria, layers, **kwargs)
+        _check_data(self.rules, repair, data, loss_func)
         self.selected = Selected(model, self.rules, example)
         self.masks = Masks(self.selected, self.rules.keep_zeros)
-        self.evidence = Evidence(self.rules.evidence, self.selected)
+        calibration = Calibration(model, self.data, loss_func, example)
+        self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
         self._dense = deepcopy(model) if self.repairs else None  # what a repair comes near to
         self._hooks, self._in_event = [], False  # the hooks are in optimizers
 
@@ -83,16 +86,20 @@ class Sparsifier:
         share: float = 1.,  # how much of that sparsity is wanted now, 0 to 1, as a schedule returns it
         regrow: bool = False,  # let weights come back, from zero, where the sparsity falls
         initial: float = 0.,  # the sparsity that a share of 0 stands for, percent, 0 to 100: each goes from it to its own
+        rounds: int | None = None,  # in how many steps of rising sparsity, each with evidence and repair anew; None: one, or what the criterion needs
     ) -> Change:  # its `masks`, and which weights `died` or were `born`
         """Prune the model to a sparsity: zero the least important weights until it is reached.
 
         Weights that are zero already count, and are the first to be pruned. Pruned ones stay zero without
-        `regrow`. An error leaves the model as it was."""
+        `regrow`. Each round keeps the same share of what is left. An error leaves the model as it was."""
         share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
+        if rounds is not None: whole('rounds', rounds)
+        if regrow and rounds not in (None, 1):
+            raise ValueError(f'rounds: got {rounds!r} with regrow=True, expected None or 1')
         self.selected.refresh()
         wanted = entries(sparsity, self.rules, self.selected)
         check_initial(initial, [fraction for _, fraction in wanted], f'initial: got {initial!r}')
-        return self._event(self._budgets(wanted, share, begin), regrow)
+        return self._prune(self._budgets(wanted, share, begin), regrow, rounds)
 
     def sparsify_layer(self,
         layer,  # a selected layer: its name, module or parameter; each weight within it to the same sparsity
@@ -109,7 +116,7 @@ class Sparsifier:
                              f'expected one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
         wanted = fractions({layer: sparsity}, self.rules, self.selected, 'layer')
         each = [([name], fraction) for name, fraction in wanted.items()]
-        return self._event(self._budgets(each, Fraction(1)), regrow=False)
+        return self._prune(self._budgets(each, Fraction(1)))
 
     def _budgets(self, entries, share, initial=Fraction(0)):
         """Return a budget for each entry; what is pruned as one goes into the first entry that has a part
@@ -131,20 +138,51 @@ class Sparsifier:
         raise ValueError(f'sparsity: got one for {name!r} alone, expected the same for all of '
                          f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
 
-    def _event(self, budgets, regrow):
-        if self._in_event:
-            raise ValueError('sparsity: asked for within an event of the same Sparsifier, by its criterion, '
-                             'context or regrowth; expected after it')
-        self._in_event = True
-        try: change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
-        finally: self._in_event = False
-        if self.repairs: change = self._apply_and_repair(change)
-        else: self.masks.apply(change)
-        self.evidence.end(change.after)
+    def _prune(self, budgets, regrow=False, rounds=None):
+        "Prune in one event or in rounds, all or nothing, and say what is worth a warning."
+        if regrow: rounds = 1
+        steps = in_rounds(budgets, rounds, self.rules.criterion.round_keeps)
+        change = self._event(budgets, regrow) if len(steps) == 1 else self._rounds(steps)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
         _warn_floor(self.rules, budgets, change)
         return change
+
+    def _rounds(self, steps):
+        "Make an event for each round; where one fails none has been."
+        snapshot, masks, states = Snapshot(self.model), self.masks.of, dict(self.evidence.states)
+        try: changes = [self._event(budgets) for budgets in steps]
+        except BaseException:
+            self.masks.put_back(masks)
+            snapshot.restore()
+            self.evidence.states = states
+            raise
+        repaired = tuple(one for change in changes for one in change.repaired)
+        return replace(changes[-1], before=changes[0].before, repaired=repaired)
+
+    def _event(self, budgets, regrow=False):
+        "Decide, and change the model: both, or, where something fails, nothing."
+        if self._in_event:
+            raise ValueError('sparsity: asked for within an event of the same Sparsifier, by its criterion, '
+                             'context or regrowth; expected after it')
+        self._in_event = True
+        layers = [layer for budget in budgets for layer in budget.layers]
+        try:
+            with self.evidence.gathered(layers):
+                change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
+                change = self._adjusted(change, layers)
+        finally: self._in_event = False
+        if self.repairs: change = self._apply_and_repair(change)
+        else: self.masks.apply(change)
+        self.evidence.end(change.after)
+        return change
+
+    def _adjusted(self, change, layers):
+        "Return the change with what the criterion makes of the weights that stay."
+        adjust = self.rules.criterion.adjust
+        if adjust is None or not any(died.any() for died in change.died.values()): return change
+        layers = [layer for layer in layers if layer.name in change.after]
+        return replace(change, weights=adjust(layers, change.masks, self.evidence.calibration))
 
     def _apply_and_repair(self, change):
         "Change the masks and repair the network: both, or, where a repair fails, nothing."
@@ -267,6 +305,28 @@ class Sparsifier:
 
         `TypeError` or `ValueError`, and nothing changed, where they do not fit."""
         self.masks.load_state_dict(state)
+
+
+def _repairs(rules, repair):
+    "Return the repairs that belong to the criterion, and those that the user has named, each once."
+    own = read_repairs(rules.criterion.repairs)
+    return own + [one for one in read_repairs(repair) if one not in own]
+
+
+def _check_data(rules, repair, data, loss_func):
+    "Refuse a criterion, or a repair, without the data that it needs."
+    given, criterion = f'criteria={rules.criteria!r}', rules.criterion
+    kinds = [EVIDENCE[name] for name in criterion.evidence]
+    needs_loss = any(kind.of_data and kind.of_loss for kind in kinds)
+    if loss_func is not None and not callable(loss_func):
+        raise TypeError(f'loss_func: got {loss_func!r}, expected a function of output and label')
+    if data is None and (criterion.repairs or needs_loss):
+        raise ValueError(f'data: got None, expected batches with {given}')
+    if data is None and read_repairs(repair):
+        raise ValueError(f'data: got None, expected batches with repair={repair!r}')
+    if needs_loss and loss_func is None:
+        raise ValueError(f'loss_func: got None, expected a function of output and label with {given}, '
+                         'which needs gradients')
 
 
 def _warn_waiting(change):

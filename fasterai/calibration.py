@@ -1,0 +1,124 @@
+"Run a model on batches of data, so that evidence about its layers is gathered. The model is left as it was."
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fasterai.arguments import Inputs, read_example
+from fasterai.data import read_labelled, real_positions
+from fasterai.inputs import Watching
+from fasterai.snapshot import undisturbed
+
+
+class Calibration:
+    """Hold a model, data, and a loss, of which evidence is gathered.
+
+    The data are read once an event, so that all layers see the same batches."""
+
+    def __init__(self,
+        model: nn.Module,
+        data=None,  # batches, as `data.read_labelled` takes them; None: there are none
+        loss_func: Callable | None = None,  # of output and label, or of the output where a batch has no label
+        example=None,  # one batch of inputs, or a function that returns one; for what needs no data
+    ):
+        self.model, self.data, self.loss_func, self.example = model, data, loss_func, example
+        self._batches = None
+
+    @contextmanager
+    def reading(self):
+        "Read the data when they are first asked for inside a `with` block, and let them go after it."
+        try: yield
+        finally: self._batches = None
+
+    @property
+    def batches(self) -> list:  # of (`Inputs`, label)
+        "Return the batches of data."
+        if self._batches is None:
+            with undisturbed(self.model): self._batches = read_labelled(self.data, self.model)
+        return self._batches
+
+    @property
+    def has_loss(self) -> bool:
+        "Tell whether gradients can be computed."
+        return self.data is not None and self.loss_func is not None
+
+    def an_example(self) -> Inputs:
+        "Return inputs of one call: the example, or else the first batch."
+        if self.example is None: return self.batches[0][0]
+        return read_example(self.example() if _is_function(self.example) else self.example, self.model)
+
+    def reads(self,
+        weights: list,  # parameters of the model
+        report: Callable,  # gets an `inputs.Read` for each call of a layer with one of them
+    ):
+        "Run all batches and report what the layers read."
+        wanted = {id(weight) for weight in weights}
+        with undisturbed(self.model), torch.no_grad():
+            for inputs, _ in self.batches:
+                with Watching(wanted, report, real_positions(inputs, self.model)): inputs.call(self.model)
+
+    def are_read(self,
+        weights: list,  # parameters of the model
+    ) -> set:  # of ids
+        "Return of which weights the inputs can be seen."
+        found = set()
+        inputs, _ = self.batches[0]
+        watching = Watching({id(weight) for weight in weights}, lambda read: found.add(id(read.weight)))
+        with undisturbed(self.model), torch.no_grad(), watching: inputs.call(self.model)
+        return found
+
+    def batch_gradients(self,
+        weights: list,  # parameters of the model
+        report: Callable,  # gets a list of tensors or None, one a weight
+    ):
+        "Run all batches and report the gradient of the loss of each."
+        self._gradients(weights, self.batches, report)
+
+    def sample_gradients(self,
+        weights: list,  # parameters of the model
+        report: Callable,  # gets a list of tensors or None, one a weight
+    ):
+        "Run all batches sample by sample and report the gradient of the loss of each sample."
+        self._gradients(weights, _samples(self.batches), report)
+
+    def _gradients(self, weights, batches, report):
+        with undisturbed(self.model), learning(weights):
+            for inputs, label in batches:
+                with torch.enable_grad():
+                    output = inputs.call(self.model)
+                    loss = self.loss_func(output) if label is None else self.loss_func(output, label)
+                    found = torch.autograd.grad(loss, weights, allow_unused=True)
+                report(found)
+
+
+def _samples(batches):
+    "Yield each sample of each batch as a batch of its own."
+    for inputs, label in batches:
+        tensors = [leaf for leaf in tree_leaves((inputs, label)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        n = min((len(tensor) for tensor in tensors), default=0)
+        if not n or any(len(tensor) != n for tensor in tensors):
+            raise ValueError(f'data: got a batch {inputs} whose tensors differ in length, '
+                             'expected one entry a sample in each')
+        for i in range(n): yield tree_map_only(torch.Tensor, partial(_sample, i), (inputs, label))
+
+
+def _sample(i, tensor): return tensor[i:i + 1] if tensor.ndim else tensor
+
+
+@contextmanager
+def learning(
+    weights: list,  # parameters
+):
+    "Let weights have gradients inside a `with` block, frozen ones too."
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    try:
+        for weight in frozen: weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen: weight.requires_grad_(False)
+
+
+def _is_function(example): return callable(example) and not isinstance(example, torch.Tensor)
