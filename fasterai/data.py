@@ -1,7 +1,9 @@
 "Read batches of data: what a model takes of them, and the labels where a loss is needed."
 from collections.abc import Iterable, Mapping
+from inspect import signature
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from fasterai.arguments import Inputs, read_example
@@ -55,6 +57,48 @@ def _placed(batches, model):
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     if device.type in ('cpu', 'meta'): return batches
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batches)
+
+
+# Padding
+
+# Arguments of a `forward` that say which tokens are padding: whether they mark these (True) or the others
+PADDING = {'attention_mask': False, 'src_key_padding_mask': True, 'key_padding_mask': True,
+           'padding_mask': True}
+
+
+def real_positions(
+    batch: Inputs,
+    model: nn.Module,  # that takes it; its `forward` says what the inputs are called
+) -> torch.Tensor | None:  # bool, of the first two axes of another input: True where a token is no padding
+    """Find which positions of a batch are tokens and not padding.
+
+    `attention_mask` has 1 for a token; `src_key_padding_mask`, `key_padding_mask` and `padding_mask` have
+    True for padding, or what is added to the scores of attention. A mask counts if it has two axes and
+    another input has them too, in this order or, with the batch second, in the other. None without one."""
+    named = _by_name(batch, model)
+    tensors = {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
+    for name, marks_padding in PADDING.items():
+        mask = tensors.get(name)
+        if mask is None or mask.ndim != 2 or mask.is_complex(): continue
+        is_added = (mask < 0).any()  # to the scores of attention: 0 where a token counts
+        if is_added and not marks_padding: continue
+        real = mask == 0 if marks_padding else mask != 0
+        shapes = {x.shape[:2] for x in tensors.values() if x is not mask}
+        if real.shape in shapes: return real
+        if real.T.shape in shapes: return real.T
+    return None
+
+
+def _by_name(batch, model):
+    "Return the inputs of a batch by the names that the `forward` of a model gives them."
+    try:
+        takes = signature(model.forward)
+        bound = takes.bind(*batch.args, **batch.kwargs)
+    except (TypeError, ValueError): return batch.kwargs  # it cannot be read, or takes something else
+    inside = list(model.children())
+    passes_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in takes.parameters.values())
+    if passes_on and len(inside) == 1: return _by_name(batch, inside[0])  # DataParallel, DDP, torch.compile
+    return bound.arguments | batch.kwargs
 
 
 def held_out(

@@ -11,12 +11,38 @@ from torch.overrides import TorchFunctionMode
 from fasterai.operations import argument, layer_call, plain
 
 
+def as_matrix(
+    weight: torch.Tensor,  # of a linear layer or a convolution: the weight, its mask, or its scores
+    groups: int = 1,  # of a convolution
+    transposed: bool = False,  # True for a transposed convolution
+) -> torch.Tensor:  # (groups, outputs of a group, inputs of an output)
+    "Return a weight as a matrix for each group: a row has what one output reads."
+    if not transposed: return weight.reshape(groups, len(weight) // groups, -1)
+    kernel = tuple(range(2, weight.ndim))
+    split = weight.flip(kernel).reshape(groups, -1, *weight.shape[1:])  # (groups, I, O, kernel …)
+    return split.transpose(1, 2).flatten(2)
+
+
+def from_matrix(
+    matrix: torch.Tensor,  # of `as_matrix`
+    shape: tuple,  # of the weight
+    groups: int = 1,  # of a convolution
+    transposed: bool = False,  # True for a transposed convolution
+) -> torch.Tensor:  # of that shape
+    "Return a weight from its matrices."
+    if not transposed: return matrix.reshape(shape)
+    inputs, outputs, *kernel = shape
+    split = matrix.reshape(groups, outputs, inputs // groups, *kernel).transpose(1, 2)
+    return split.reshape(shape).flip(tuple(range(2, len(shape))))
+
+
 class Read(NamedTuple):
     "Describe one call of a layer: what it reads, and how its weight is a matrix."
     weight: nn.Parameter
     input: torch.Tensor
     settings: dict  # of a convolution: stride, padding, dilation, groups, output_padding
     transposed: bool = False
+    real: torch.Tensor | None = None  # bool (batch, length): False where a token is padding; None where all are real
 
     @property
     def groups(self) -> int:
@@ -24,8 +50,8 @@ class Read(NamedTuple):
         return self.settings.get('groups', 1)
 
     def rows(self) -> torch.Tensor:  # (groups, n, inputs of an output)
-        "Return a row of inputs for each output position."
-        if not self.settings: return self.input.reshape(1, -1, self.input.shape[-1])
+        "Return a row of inputs for each output position; of a linear layer none for a padded token."
+        if not self.settings: return only_real(self.input, self.real).reshape(1, -1, self.input.shape[-1])
         kernel = self.weight.shape[2:]
         x = self.input if self.input.ndim == len(kernel) + 2 else self.input[None]  # a picture without a batch
         spread = _transposed if self.transposed else _padded
@@ -41,19 +67,22 @@ class Read(NamedTuple):
         weight: torch.Tensor,  # of this layer's weight's shape: the weight, or its mask
     ) -> torch.Tensor:  # (groups, outputs of a group, inputs of an output)
         "Return a weight as a matrix for each group."
-        if not self.transposed: return weight.reshape(self.groups, len(weight) // self.groups, -1)
-        kernel = tuple(range(2, weight.ndim))
-        split = weight.flip(kernel).reshape(self.groups, -1, *weight.shape[1:])  # (groups, I, O, kernel …)
-        return split.transpose(1, 2).flatten(2)
+        return as_matrix(weight, self.groups, self.transposed)
 
     def from_matrix(self,
         matrix: torch.Tensor,  # of `matrix`
     ) -> torch.Tensor:  # of the weight's shape
         "Return a weight from its matrices."
-        if not self.transposed: return matrix.reshape(self.weight.shape)
-        inputs, outputs, *kernel = self.weight.shape
-        split = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel).transpose(1, 2)
-        return split.reshape(self.weight.shape).flip(tuple(range(2, self.weight.ndim)))
+        return from_matrix(matrix, self.weight.shape, self.groups, self.transposed)
+
+
+def only_real(
+    x: torch.Tensor,  # (batch, length, features), or any other
+    real: torch.Tensor | None,  # bool (batch, length): False where a token is padding
+) -> torch.Tensor:  # (tokens, features), or `x` where it has not these axes
+    "Return the features of the tokens that are no padding."
+    if real is None or x.shape[:-1] != real.shape: return x
+    return x[real.to(x.device)]
 
 
 def _padded(x, kernel, settings):
@@ -100,14 +129,15 @@ class Watching(TorchFunctionMode):
     def __init__(self,
         weights: set,  # ids of the weights to watch
         report: Callable,  # gets a `Read`
+        real: torch.Tensor | None = None,  # bool (batch, length): False where a token is padding, as `real_positions` finds it
     ):
         super().__init__()
-        self.weights, self.report = weights, report
+        self.weights, self.report, self.real = weights, report, real
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for read in reads(function, args, kwargs):
-            if id(read.weight) in self.weights: self.report(read)
+            if id(read.weight) in self.weights: self.report(read._replace(real=self.real))
         return function(*args, **kwargs)
 
 

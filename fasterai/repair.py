@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fasterai.arguments import one_of
-from fasterai.data import held_out, read_data
-from fasterai.inputs import Watching
+from fasterai.data import held_out, read_data, real_positions
+from fasterai.inputs import Watching, only_real
 from fasterai.names import named_modules
 from fasterai.operations import argument
 from fasterai.snapshot import Snapshot, evaluation_mode
@@ -102,10 +102,12 @@ def divergence(
     dense: nn.Module,
     batches: list,  # of `Inputs`
 ) -> float:
-    "Return the squared error of the outputs over the variance of the dense ones."
+    "Return the squared error of the outputs over the variance of the dense ones; padded tokens do not count."
     error, spread = 0., 0.
     for batch in batches:
-        for out, wanted in zip(_outputs(model, batch), _outputs(dense, batch)):
+        real = real_positions(batch, model)
+        for pair in zip(_outputs(model, batch), _outputs(dense, batch)):
+            out, wanted = (only_real(_by_position(output), real) for output in pair)
             error += float((out - wanted).double().square().sum())
             spread += float((wanted - wanted.mean(0, keepdim=True)).double().square().sum())
     return error / spread if spread else error
@@ -114,6 +116,9 @@ def divergence(
 def _outputs(model, batch):
     leaves = tree_leaves(batch.call(model))
     return [leaf.float() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _by_position(output): return output.flatten(2) if output.ndim > 2 else output[..., None]
 
 
 # Least squares
@@ -153,7 +158,7 @@ def _reads(model, weight, uses, batch):
         found.append(read)
         if len(found) == uses: raise _Stop
     try:
-        with Watching({id(weight)}, take): batch.call(model)
+        with Watching({id(weight)}, take, real_positions(batch, model)): batch.call(model)
     except _Stop: pass
     return found
 
@@ -221,6 +226,7 @@ class _Statistics(TorchFunctionMode):
     def __init__(self, norms):
         super().__init__()
         self.norms = {id(norm.running_mean): name for name, norm in norms.items()}
+        self.real = None  # which positions of the batch are no padding, as `real_positions` finds them
         self.sums = {}  # name: number of entries, their sum, the sum of their squares, by channel
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -231,7 +237,7 @@ class _Statistics(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _add(self, name, x):
-        rows = x.detach().movedim(1, -1).flatten(0, -2).double()
+        rows = only_real(x.detach().movedim(1, -1), self.real).flatten(0, -2).double()
         n, total, squares = self.sums.get(name, (0, 0., 0.))
         self.sums[name] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
 
@@ -258,7 +264,9 @@ def _norms(model):
 
 def _statistics(model, norms, batches):
     with _Statistics(norms) as statistics:
-        for batch in batches: batch.call(model)
+        for batch in batches:
+            statistics.real = real_positions(batch, model)
+            batch.call(model)
     return statistics
 
 

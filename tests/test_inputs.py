@@ -3,7 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.inputs import Watching
+from fasterai.arguments import Inputs
+from fasterai.data import real_positions
+from fasterai.inputs import Watching, as_matrix, from_matrix
 
 LAYERS = {
     'linear': (lambda: nn.Linear(5, 7), (3, 4, 5)), 'strided grouped': (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9, 8)),
@@ -26,6 +28,8 @@ def test_rows_times_the_weight_are_the_output(name):
         out = batched.movedim(1, -1)
     torch.testing.assert_close(product, out.reshape(-1, product.shape[1]))
     assert torch.equal(read.from_matrix(read.matrix(layer.weight)), layer.weight)
+    layout = read.groups, read.transposed
+    assert torch.equal(from_matrix(as_matrix(layer.weight, *layout), layer.weight.shape, *layout), layer.weight)
 
 
 def test_only_the_layers_that_are_asked_for_are_seen_and_nothing_is_left_on_the_model():
@@ -33,3 +37,40 @@ def test_only_the_layers_that_are_asked_for_are_seen_and_nothing_is_left_on_the_
     with Watching({id(model[2].weight)}, seen.append): model(torch.randn(3, 4))
     assert len(seen) == 1 and seen[0].weight is model[2].weight
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Tokens(nn.Module):
+    "A layer of tokens; its `forward` has a mask of one name or another."
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, attention_mask=None, scale=1., key_padding_mask=None): return scale * self.layer(x)
+
+
+PADDED = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 1, 1, 1]]).bool()
+
+
+def masked(x=None, *args, **kwargs): return Inputs((torch.randn(2, 5, 4) if x is None else x, *args), kwargs)
+
+
+@pytest.mark.parametrize('batch, real', [
+    (masked(attention_mask=~PADDED), ~PADDED), (masked(None, (~PADDED).long()), ~PADDED), (masked(None, (~PADDED).float(), 2.), ~PADDED),
+    (masked(key_padding_mask=PADDED), ~PADDED), (masked(None, None, 1., PADDED), ~PADDED), (masked(key_padding_mask=torch.zeros(2, 5).masked_fill(PADDED, -torch.inf)), ~PADDED),
+    (masked(torch.randn(5, 2, 4), key_padding_mask=PADDED), ~PADDED.T), (masked(), None), (masked(None, None), None), (masked(torch.randn(3, 4), ~PADDED), None),
+    (masked(None, (~PADDED)[:, None]), None), (masked(None, torch.zeros(2, 5).masked_fill(PADDED, -torch.inf)), None)])
+@pytest.mark.parametrize('wrap', [lambda model: model, nn.DataParallel, torch.compile])
+def test_padding_is_found_by_the_name_of_its_mask(batch, real, wrap):
+    found = real_positions(batch, wrap(Tokens()))
+    assert found is None if real is None else torch.equal(found, real)
+
+
+def test_rows_are_those_of_real_tokens():
+    model, x, seen = Tokens(), torch.randn(2, 5, 4), []
+    with Watching({id(model.layer.weight)}, seen.append, ~PADDED):
+        model(x)
+        model(x[:, :4])  # another length: not the mask's tokens
+    assert torch.equal(seen[0].rows(), x[~PADDED][None]) and seen[1].rows().shape == (1, 8, 4)
+    convolution = nn.Conv1d(4, 3, 1)
+    with Watching({id(convolution.weight)}, seen.append, ~PADDED): convolution(torch.randn(2, 4, 5))
+    assert seen[2].rows().shape == (1, 10, 4)

@@ -192,6 +192,33 @@ def test_forms_of_data(make_learner):
     assert (len(solve.args[0]), len(judge.args[0])) == (9, 3)
 
 
+class Padded(nn.Module):
+    "Tokens that a mask says are real or padding: a layer, BatchNorm over the positions, a layer."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x, attention_mask): return self.head(self.norm(self.stem(x).transpose(1, 2)).relu().transpose(1, 2))
+
+
+def test_padded_tokens_do_not_count():
+    "Whatever stands in the padding, repair and divergence are the same."
+    dense = Padded().eval()
+    tokens, real = torch.randn(24, 5, 4), torch.rand(24, 5) < .6
+    found = []
+    for padding in (0., 30.):
+        model = deepcopy(dense)
+        Sparsifier(model).sparsify_model(50)
+        data = [{'x': tokens.masked_fill(~real[..., None], padding)[i:i + 6], 'attention_mask': real[i:i + 6]} for i in range(0, 24, 6)]
+        before = divergence(model, dense, read_data(data, model))
+        result = refit(model, dense, data)
+        with torch.no_grad(): repairs._recalibrate(model, dense, read_data(data, model))  # without the choice that would undo it
+        found.append(([before, result], state(model)))
+    (results, values), (others, same_values) = found
+    assert results == others and results[1].kept
+    assert all(torch.equal(value, same_values[name]) for name, value in values.items())
+
+
 def test_batches_that_come_once_serve_all_repairs_and_events():
     dense, x = trained('convolutions')
     sparsifier = Sparsifier(deepcopy(dense), data=(part for part in x.split(8)), repair=('refit', 'batchnorm'))
