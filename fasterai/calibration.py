@@ -47,6 +47,9 @@ class Calibration:
 
     def an_example(self) -> Inputs:
         "Return inputs of one call: the example, or else the first batch."
+        if self.example is None and self.data is None:
+            raise ValueError('example: got None, expected one batch of inputs, or batches with data=; '
+                             'nothing was changed')
         if self.example is None: return self.batches[0][0]
         return read_example(self.example() if _is_function(self.example) else self.example, self.model)
 
@@ -97,7 +100,8 @@ class Calibration:
 def _samples(batches):
     "Yield each sample of each batch as a batch of its own."
     for inputs, label in batches:
-        tensors = [leaf for leaf in tree_leaves((inputs, label)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+        leaves = tree_leaves((inputs, label))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
         n = min((len(tensor) for tensor in tensors), default=0)
         if not n or any(len(tensor) != n for tensor in tensors):
             raise ValueError(f'data: got a batch {inputs} whose tensors differ in length, '

@@ -12,8 +12,8 @@ import torch
 
 from fasterai.arguments import name_of, nearest, one_of
 from fasterai.curvature import adjusted
-from fasterai.evidence import EVIDENCE, widened
 from fasterai.inputs import as_matrix, from_matrix
+from fasterai.kinds import EVIDENCE, widened
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
 """A function of evidence about one layer, named by its arguments, that returns scores of the weight's
@@ -34,8 +34,7 @@ def elementwise(criterion: Callable) -> Callable:
 
 
 def matrixwise(criterion: Callable) -> Callable:
-    """Mark a criterion that takes the weight as matrices and returns scores of these: a row has what one output
-    reads.
+    """Mark a criterion that takes the weight as matrices, of which a row has what one output reads.
 
     It gets `(groups, outputs, inputs)` for the weight and what has its shape, and `(groups, inputs, inputs)`
     for the Gram matrix, of linear layers and of convolutions, with one group where they are not grouped."""
@@ -44,6 +43,7 @@ def matrixwise(criterion: Callable) -> Callable:
 
 
 ADMM_STEPS = 300  # at most
+PENALTY_GROWTH = (.1, 1.3), (.005, 1.2), (-1, 1.1)  # where more than this share of the support has changed
 
 
 # Criteria
@@ -116,7 +116,7 @@ def obd(
     weight: torch.Tensor,  # any shape
     grad_squares: torch.Tensor,  # of the same shape, the diagonal of the Fisher information, by single samples
 ) -> torch.Tensor:  # of the same shape
-    "Score each weight by ½ h w², the second-order change of the loss: Optimal Brain Damage (LeCun et al. 1990)."
+    "Score each weight by ½ h w², the second-order change of the loss (Optimal Brain Damage, LeCun 1990)."
     return weight * weight * grad_squares / 2
 
 
@@ -170,11 +170,12 @@ def sparsegpt(
     weight: torch.Tensor,  # (groups, outputs, inputs)
     gram: torch.Tensor,  # (groups, inputs, inputs), XᵀX
 ) -> torch.Tensor:  # of the weight's shape
-    """Score each weight by w² / u², with u the diagonal of the Cholesky factor of (XᵀX)⁻¹ (Frantar & Alistarh 2023).
+    """Score each weight by w² / u², u the diagonal of the Cholesky factor of (XᵀX)⁻¹ (Frantar 2023).
 
     It is the error of the layer's output when the weights behind it make up for it. Those that stay are
     then solved by least squares in the same event, `repair='refit'`."""
-    pivots = torch.linalg.cholesky(torch.linalg.inv(_damped(gram.double())), upper=True).diagonal(dim1=1, dim2=2)
+    inverse = torch.linalg.inv(_damped(gram.double()))
+    pivots = torch.linalg.cholesky(inverse, upper=True).diagonal(dim1=1, dim2=2)
     alive = gram.diagonal(dim1=1, dim2=2) > 0  # the weights of a dead input matter nothing
     return (weight.double() / pivots[:, None]).square() * alive[:, None]
 
@@ -195,7 +196,7 @@ def alps(
     values, vectors = torch.linalg.eigh(scaled)
     start = (weight * norms[:, None]).transpose(1, 2)  # (groups, inputs, outputs)
     wanted, split, dual, penalty = scaled @ start, start, torch.zeros_like(start), .1
-    kept = None
+    kept = torch.zeros_like(weight, dtype=torch.bool)
     for i in range(ADMM_STEPS):
         pulled = vectors.transpose(1, 2) @ (wanted - dual + penalty * split)
         solved = vectors @ (pulled / (values + penalty)[:, :, None])
@@ -204,10 +205,10 @@ def alps(
         split = (scores * keep).transpose(1, 2)
         dual = dual + penalty * (solved - split)
         if i % 3: continue
-        changed = 1. if kept is None else float((keep != kept).sum() / keep.sum().clamp(min=1))
+        changed = float((keep != kept).sum() / keep.sum().clamp(min=1))
         kept = keep
-        if not changed: break
-        penalty *= 1.3 if changed > .1 else 1.2 if changed > .005 else 1.1
+        if not changed and penalty >= 1: break  # by then a weight outside is compared with one inside at its own worth
+        penalty *= next(growth for least, growth in PENALTY_GROWTH if changed > least)
     return scores.abs()
 
 
@@ -348,7 +349,8 @@ def score(
     if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
     if criterion.asks_support: given['support'] = support
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
-        scores = _of_matrices(criterion, given, shape, form) if criterion.matrixwise else criterion.score(**given)
+        if criterion.matrixwise: scores = _of_matrices(criterion, given, shape, form)
+        else: scores = criterion.score(**given)
         if not isinstance(scores, kind) or scores.shape != shape or not _can_be_ordered(scores):
             raise _wrong_scores(criterion, scores, name, shape)
         if kind is torch.Tensor: return scores.double() if is_double else scores.float()

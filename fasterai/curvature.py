@@ -1,4 +1,4 @@
-"Approximate the second derivative of the loss by the Fisher information, and solve with it: Optimal Brain Surgeon."
+"Take the Fisher information for the second derivative of the loss, and solve with it: Optimal Brain Surgeon."
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ def adjusted(
 ) -> dict:  # layer's name: the new weight
     """Return the weights that make up best for those that are pruned: w_K + (H_KK)⁻¹ H_KS w_S.
 
-    K stays and S is pruned; for one weight this is the update of Optimal Brain Surgeon (Hassibi & Stork 1993)."""
+    K stays, S is pruned. For one weight it is the update of Optimal Brain Surgeon (Hassibi & Stork 1993)."""
     found = {}
     for blocks in _fisher(layers, calibration):
         weights = blocks.split([layer.weight.detach() for layer in blocks.layers])

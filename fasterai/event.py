@@ -119,7 +119,8 @@ def decide(
     waiting = frozenset(layer.name for layer in everyone) - {layer.name for layer in layers}
     evidence.begin(layers)
     asked = [layer for budget in budgets if budget.fraction for layer in budget.layers]
-    scores = Scores(rules.criterion, evidence, asked, partial(_support, rules, budgets, masks))
+    scores = Scores(rules.criterion, evidence, asked)
+    scores.support = partial(_support, rules, budgets, masks)
     after = {}
     for budget in budgets:
         if budget.tied: after |= _prune(rules, budget, masks, scores, regrow)

@@ -1,293 +1,16 @@
-"Collect what is known of a layer: the table of what a criterion may ask for, and how each kind is collected."
-from collections.abc import Callable, Iterable
+"Keep the evidence about the layers of a model: gather it in training and from data, and save it."
+import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fasterai.calibration import Calibration
-from fasterai.curvature import inverse_diagonals
-from fasterai.inputs import Watching, from_matrix
-from fasterai.peers import ALONE
-from fasterai.synflow import synaptic_flow
-
-PIECE = 1 << 16  # weights of which a step is added up together, on a CPU
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Describe a kind of evidence, as a row of `EVIDENCE`: how it begins, is updated, and is read.
-
-    A kind that keeps a state has an update, which returns the new one, and perhaps a `start`. `on_step` is
-    called by training; the other updates by data that the Sparsifier was given, anew for each event."""
-    read: Callable  # (layer, state) -> the tensor that a criterion gets, or `Computed`, from which it is made chunk by chunk
-    start: Callable | None = None  # (layer) -> state; None: the state is None to begin with
-    on_step: Callable | None = None  # (layer, state) -> state, between backward and step, before gradients are masked
-    on_event: Callable | None = None  # (layer, state) -> state, once at the beginning of each event
-    on_input: Callable | None = None  # (layer, state, read) -> state, for each `inputs.Read` of the layer
-    on_batch: Callable | None = None  # (layer, state, grad) -> state, for the gradient of each batch
-    on_sample: Callable | None = None  # (layer, state, grad) -> state, for the gradient of each single sample
-    of_model: Callable | None = None  # (layers, calibration) -> {layer's name: state}, for what is known of all layers at once
-    needs_loss: bool = False  # `of_model` computes gradients of the loss
-    large: bool = False  # its state is a large matrix: it is gathered for one layer at a time, where it is read, and not kept
-    anew: bool = False  # it is begun anew after each event that succeeded: the state of the event's layers is let go
-    lacking: Callable | None = None  # (layers, states) -> bool for each, True where there is nothing to read; None: where it has no state yet
-    how: str = ''  # how to supply it, for the error where no layer has it
-    weight_shaped: bool = True  # the tensor has the weight's shape, so that it can be read in chunks
-    at_once: bool = False  # it starts when the Sparsifier is made; else where it is first updated or read
-
-
-    @property
-    def of_data(self) -> bool:
-        "Tell whether only data can supply it, not the steps of a training."
-        return any((self.on_input, self.on_sample, self.of_model))
-
-    @property
-    def of_loss(self) -> bool:
-        "Tell whether it takes a loss to gather it from data."
-        return any((self.on_batch, self.on_sample, self.needs_loss))
-
-
-class Computed(NamedTuple):
-    "Hold what a kind of evidence is computed from, entry by entry, so that it can be made of chunks."
-    make: Callable  # (*parts) -> values; parts are all tensors or all arrays, and are not written into
-    parts: dict  # name, for errors: tensor of the weight's shape
-
-
-# The gradient of one batch
-
-def _grad(layer, state=None):
-    if state is not None: return state.total / state.steps  # of data
-    grad = layer.weight.grad
-    if grad is None:
-        raise ValueError(f'criteria: layer {layer.name!r} has no gradient: call after loss.backward()')
-    return grad.to_dense() if grad.is_sparse else grad
-
-
-def _no_grad(layers, states):
-    "Tell which layers have no gradient, or one that is all zero: they took no part in the step."
-    grads = [layer.weight.grad for layer in layers]
-    found = iter(ALONE.fetched([_any(_values(grad))[None] for grad in grads if grad is not None]))
-    return [grad is None or not next(found)[0] for grad in grads]
-
-
-def _any(values):
-    "Tell whether there is an entry that is not zero. On the host mostly one row is looked at, not all."
-    if ALONE.on_host(values) and values.ndim:
-        first = values[:1].any()
-        if first: return first
-    return values.any()
-
-
-def _values(grad): return grad.coalesce().values() if grad.is_sparse else grad
-
-
-# What is gathered from several steps
-
-class Gathered(NamedTuple):
-    "Hold a sum over training steps. Steps in which a layer took no part are not counted."
-    steps: torch.Tensor  # how many, int64 (), on the weight's device, so that a GPU need not be waited for
-    total: torch.Tensor  # of the weight's shape, float32, or float64 where the weight is
-
-
-def _add_step(value, layer, state): return _add(value, layer, state, _grad(layer))
-
-
-def _add(value, layer, state, grad):
-    "Return a sum with the value of a gradient added, and one step more where that is not all zero."
-    steps, total = _none(layer.weight) if state is None else _here(layer, state)
-    weight = layer.weight.detach()
-    for piece in _pieces(weight): total[piece].add_(value(weight[piece], grad[piece]))
-    return Gathered(steps + _any(grad), total)
-
-
-def _none(weight):
-    "Return the sum over no steps."
-    steps = torch.zeros((), dtype=torch.int64, device=weight.device)
-    return Gathered(steps, torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
-
-
-def _pieces(weight):
-    "Return slices of a weight that fit a processor's cache; on a GPU all of it is one."
-    if not ALONE.on_host(weight) or not weight.ndim or weight.numel() <= PIECE: return [...]
-    rows = max(1, PIECE * len(weight) // weight.numel())
-    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
-
-
-def _here(layer, state):
-    "Return a sum on the device of the weight: the model may have been moved."
-    device = layer.weight.device
-    return Gathered(state.steps.to(device), state.total.to(device))
-
-
-def _no_steps(layers, states):
-    "Tell which layers took part in no step that was told."
-    told = [state for state in states if state is not None]
-    found = iter(ALONE.fetched([state.steps[None] for state in told]))
-    return [state is None or not next(found)[0] for state in states]
-
-
-def _took_no_part(layers, states):
-    "Tell which layers took part in no step, or, where none was told, have no gradient."
-    untold = [layer for layer, state in zip(layers, states) if state is None]
-    no_grad = iter(_no_grad(untold, None))
-    no_steps = _no_steps(layers, states)
-    return [next(no_grad) if state is None else none for state, none in zip(states, no_steps)]
-
-
-def _mean(name, value):
-    """Make a row of the mean of a value over the steps since the last event, or over batches of data.
-
-    Where there was neither, it is the value of the gradient that is there."""
-    def read(layer, state):
-        if state is None: return Computed(value, {'weight': layer.weight, 'grad': _grad(layer)})
-        steps, total = _here(layer, state)
-        number = steps.item() if ALONE.on_host(steps) else steps
-        return Computed(partial(_divided, number), {name: total})
-    return Kind(read, on_step=partial(_add_step, value), on_batch=partial(_add, value), anew=True,
-                lacking=_took_no_part, how='call after loss.backward() and before optimizer.zero_grad(), '
-                    'or attach the optimizer, whose steps collect it')
-
-
-def _divided(number, total): return total / number
-
-
-def _gradient(weight, grad): return grad
-
-
-def _weight_times_grad(weight, grad): return widened(weight) * widened(grad)
-
-
-def _saliency(weight, grad): return abs(_weight_times_grad(weight, grad))
-
-
-def _square(weight, grad):
-    """Return the square of a batch gradient.
-
-    The mean of these is not the diagonal of the Fisher information, which needs gradients of single
-    samples."""
-    return widened(grad) ** 2
-
-
-def _movement(layer, state):
-    "Return the sum of -w·g over all steps (Sanh et al. 2020)."
-    return Computed(_negative, {'movement': _here(layer, state).total})
-
-
-def _negative(total): return -total
-
-
-def widened(
-    values: torch.Tensor | np.ndarray,
-) -> torch.Tensor | np.ndarray:
-    "Return half-precision values as float32, and others as they are."
-    half = isinstance(values, torch.Tensor) and values.dtype in (torch.float16, torch.bfloat16)
-    return values.float() if half else values
-
-
-# What layers read
-
-class Inputs(NamedTuple):
-    "Hold a sum over what a layer reads, for the matrices of its weight."
-    form: tuple  # (groups, transposed), as `inputs.as_matrix` takes them
-    total: torch.Tensor  # float64
-
-
-def _add_squares(layer, state, read):
-    "Return the sum of the squares of each input: the diagonal of the Gram matrix."
-    squares = torch.linalg.vector_norm(read.rows(), dim=1, dtype=torch.float64).square()  # (groups, inputs)
-    return _added(state, read, squares)
-
-
-def _add_products(layer, state, read):
-    "Return the sum of the products of all pairs of inputs: the Gram matrix."
-    rows = read.rows()
-    return _added(state, read, (rows.transpose(1, 2) @ rows).double())
-
-
-def _added(state, read, new):
-    total = new if state is None else state.total.to(new.device) + new
-    return Inputs((read.groups, read.transposed), total)
-
-
-def _input_norm(layer, state):
-    "Return ‖x‖ of the input that each weight is multiplied by."
-    weight, (groups, transposed) = layer.weight, state.form
-    norms = state.total.sqrt().to(torch.promote_types(weight.dtype, torch.float32))
-    outputs = weight.numel() // norms.numel()
-    matrix = norms[:, None, :].expand(groups, outputs, -1)
-    return from_matrix(matrix.to(weight.device), weight.shape, groups, transposed)
-
-
-def _gram(layer, state):
-    "Return the Gram matrix, with an axis for the groups where there are several."
-    gram = state.total.to(layer.weight.device, torch.promote_types(layer.weight.dtype, torch.float32))
-    return gram[0] if len(gram) == 1 else gram
-
-
-# The Fisher information
-
-def _add_sample(layer, state, grad):
-    "Return the sum of the squares of the gradients of single samples, of those too whose gradient is zero."
-    n, total = (0, torch.zeros_like(widened(grad))) if state is None else state
-    return Gathered(n + 1, total.add_(_square(None, grad)))
-
-
-def _add_rows(layer, state, grad):
-    "Return the sum of the products of the gradients of all pairs of weights of an output."
-    rows = widened(grad).flatten(1)
-    products = rows[:, :, None] * rows[:, None, :]
-    steps, total = (0, torch.zeros_like(products)) if state is None else state
-    return Gathered(steps + 1, total.add_(products))
-
-
-def _sample_mean(layer, state):
-    return Computed(partial(_divided, state.steps), {'grad_squares': state.total})
-
-
-def _mean_of_rows(layer, state): return state.total / state.steps
-
-
-# Others
-
-def _initial(layer, state): return state.to(layer.weight.device)
-
-
-def _of_model(layer, state): return state.to(layer.weight.device)
-
-
-def _copy(layer): return layer.weight.detach().clone()
-
-
-def _noise(layer, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(layer.weight.shape, generator=generator).to(layer.weight.device)
-
-
-def _draw_seed(layer, state): return int(torch.randint(2 ** 62, ()))  # by torch's own seed
-
-
-# To add a kind of evidence, write a row. A criterion asks for it by naming an argument so.
-EVIDENCE = {
-    'weight': Kind(read=lambda layer, state: layer.weight),
-    'grad': Kind(read=_grad, on_batch=partial(_add, _gradient), lacking=_took_no_part,
-                 how='call after loss.backward() and before optimizer.zero_grad()'),
-    'noise': Kind(read=_noise, on_event=_draw_seed),
-    'initial': Kind(read=_initial, start=_copy, at_once=True),
-    'grad_mean': _mean('grad_mean', _gradient),
-    'saliency': _mean('saliency', _saliency),
-    'batch_squares': _mean('batch_squares', _square),
-    'movement': Kind(read=_movement, on_step=partial(_add_step, _weight_times_grad), lacking=_no_steps),
-    'input_norm': Kind(read=_input_norm, on_input=_add_squares),
-    'gram': Kind(read=_gram, on_input=_add_products, large=True, weight_shaped=False),
-    'grad_squares': Kind(read=_sample_mean, on_sample=_add_sample),
-    'fisher_rows': Kind(read=_mean_of_rows, on_sample=_add_rows, large=True, weight_shaped=False),
-    'inverse_diagonal': Kind(read=_of_model, of_model=inverse_diagonals, needs_loss=True),
-    'flow': Kind(read=_of_model, of_model=synaptic_flow),
-}
+from fasterai.inputs import Watching
+from fasterai.kinds import EVIDENCE, Computed, Gathered
 
 
 class Evidence:
@@ -355,7 +78,8 @@ class Evidence:
         before = dict(self.states)
         with self.calibration.reading():
             small = [name for name in self.names if not EVIDENCE[name].large]
-            found = {(name, of): state for name in small for of, state in self._from_data(name, layers).items()}
+            tells = {name: self._from_data(name, layers) for name in small}
+            found = {(name, of): state for name, told in tells.items() for of, state in told.items()}
             self.states |= found
             try: yield
             finally: self._take_back(found, before)
@@ -379,7 +103,9 @@ class Evidence:
         def of_all(function, grads):
             for layer, grad in zip(layers, grads): update(function, layer, grad)
 
-        if kind.on_input: calibration.reads(weights, lambda read: update(kind.on_input, owners[id(read.weight)], read))
+        def of_one(read): update(kind.on_input, owners[id(read.weight)], read)
+
+        if kind.on_input: calibration.reads(weights, of_one)
         elif kind.on_sample: calibration.sample_gradients(weights, partial(of_all, kind.on_sample))
         elif kind.on_batch: calibration.batch_gradients(weights, partial(of_all, kind.on_batch))
         return found
@@ -460,6 +186,48 @@ class Evidence:
             update = EVIDENCE[name].on_input
             if update is not None: self._update(name, layer, update, read)
 
+    # Saving
+
+    @property
+    def _of_training(self):
+        "Return the kinds that training gathers, and that a later one needs."
+        return [name for name in self.names if EVIDENCE[name].on_step or EVIDENCE[name].at_once]
+
+    def add_to(self,
+        state: dict,  # layer's name: dict, as `Masks.state_dict` returns it
+    ):
+        "Add what training has gathered about each layer: 'evidence', {kind: tensor, or sum and steps}."
+        kinds = self._of_training
+        for layer, saved in state.items() if kinds else ():
+            known = {kind: self.states.get((kind, layer)) for kind in kinds}
+            saved['evidence'] = {kind: _plain(of) for kind, of in known.items() if of is not None}
+
+    def read_from(self,
+        state: dict,  # layer's name: dict, as `add_to` has left it
+    ) -> dict:  # {(kind, layer's name): state}, as `states`
+        """Return what training had gathered, and warn where a state has nothing of it.
+
+        `ValueError` where it does not fit a layer."""
+        found = {}
+        for layer, saved in state.items():
+            for kind, of in saved.get('evidence', {}).items():
+                if kind not in self._of_training: continue
+                found[kind, layer] = self._read(kind, layer, of)
+        anew = bool(self._of_training) and not any('evidence' in saved for saved in state.values())
+        if anew:
+            kinds = ', '.join(map(repr, self._of_training))
+            warnings.warn(f'state: got none of what earlier steps have gathered, {kinds}: it begins anew',
+                          stacklevel=4)
+        return found
+
+    def _read(self, kind, layer, saved):
+        state = Gathered(**saved) if isinstance(saved, dict) and {*saved} == {*Gathered._fields} else saved
+        tensor = state.total if isinstance(state, Gathered) else state
+        expected = tuple(self.selected.candidates[layer].weight.shape)
+        if getattr(tensor, 'shape', expected) == expected: return _plain(state, Gathered)
+        came = f'{kind!r} of shape {tuple(tensor.shape)} for {layer!r}'
+        raise ValueError(f'state: got {came}, expected {expected}')
+
     def _state(self, name, layer):
         kind, key = EVIDENCE[name], (name, layer.name)
         if kind.start is not None and key not in self.states: self.states[key] = kind.start(layer)
@@ -469,6 +237,12 @@ class Evidence:
     @torch.no_grad()
     def _update(self, name, layer, update, *x):
         self.states[name, layer.name] = update(layer, self._state(name, layer), *x)
+
+
+def _plain(state, kind=dict):
+    "Return a copy of a state that shares no memory; a sum as a dict, which torch loads with weights only."
+    if isinstance(state, Gathered): return kind(**{name: t.clone() for name, t in state._asdict().items()})
+    return state.clone() if isinstance(state, torch.Tensor) else deepcopy(state)
 
 
 def made(

@@ -236,12 +236,10 @@ class Masks(Mapping):
         self.selected.refresh()
         return {name: packed(mask.keep) for name, mask in self.of.items()}
 
-    def load_state_dict(self,
+    def read_state(self,
         state: dict,  # of `state_dict`
-    ):
-        """Take over packed masks and apply them.
-
-        `TypeError` or `ValueError`, and nothing changed, where they do not fit."""
+    ) -> dict:  # name of a layer: `event.Mask`
+        "Return the masks of a state; `TypeError` or `ValueError` where they do not fit."
         self.selected.refresh()
         layers = self.selected.candidates
         if not isinstance(state, Mapping):
@@ -249,10 +247,13 @@ class Masks(Mapping):
         if set(state) != set(layers):
             came = ', '.join(map(str, state)) or 'nothing'
             raise ValueError(f'state: got masks for {came}, expected those for {", ".join(layers)}')
-        masks = {}
-        for name, layer in layers.items():
-            keep = unpacked(name, state[name], layer.weight)
-            masks[name] = Mask.counted(keep, layer.grouping)
+        keeps = {name: unpacked(name, state[name], layer.weight) for name, layer in layers.items()}
+        return {name: Mask.counted(keep, layers[name].grouping) for name, keep in keeps.items()}
+
+    def load(self,
+        masks: dict,  # name of a layer: `event.Mask`
+    ):
+        "Take over masks and apply them."
         self._set(masks, {})
 
 

@@ -9,6 +9,8 @@ def in_rounds(
     keeps: Fraction | None = None,  # the share of what is left that a round keeps at least; None: one round is enough
 ) -> list:  # of lists of budgets, the last one as given
     "Return the budgets of each round. A round keeps the same share of what is left as the others."
+    in_one = rounds == 1 or rounds is None and keeps is None
+    if in_one: return [budgets]
     now = [_sparsity(budget) for budget in budgets]
     if rounds is None: rounds = max([1, *(_rounds(budget, has, keeps) for budget, has in zip(budgets, now))])
     steps = [[_part(budget, has, Fraction(i, rounds)) for budget, has in zip(budgets, now)]

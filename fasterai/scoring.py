@@ -1,5 +1,4 @@
 "Compute the scores of groups within one event, as they are asked for."
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -24,9 +23,9 @@ class Scores:
         criterion: CriterionInfo,
         evidence: Evidence,
         layers: list,  # those of the event; each has a name, a weight and a grouping
-        support: Callable | None = None,  # (layer, scores of the weight's shape) -> the mask that it would have by them alone
     ):
-        self.criterion, self.evidence, self.support = criterion, evidence, support
+        self.criterion, self.evidence = criterion, evidence
+        self.support = None  # (layer, scores of the weight's shape) -> the mask that it would have by them, if it were alone
         self.unchecked = [layer for layer in layers if not ALONE.on_host(layer.weight)]
         self.latest, self.rows, self.on_host = None, {}, True  # the layer that is held; {part of its evidence: rows of its groups}
         self.makes = {}  # how its evidence is made of these

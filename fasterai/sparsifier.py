@@ -13,7 +13,8 @@ from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest, percent, whole
 from fasterai.calibration import Calibration
 from fasterai.event import Budget, Change, decide
-from fasterai.evidence import EVIDENCE, Evidence
+from fasterai.evidence import Evidence
+from fasterai.kinds import EVIDENCE
 from fasterai.masks import Masks
 from fasterai.names import Named
 from fasterai.optimizers import parameters_of, real_optimizers
@@ -295,16 +296,22 @@ class Sparsifier:
         return measure(self.model, rows, self.skipped)
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
-        "Return the masks, packed to bits."
-        return self.masks.state_dict()
+        "Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion."
+        state = self.masks.state_dict()
+        self.evidence.add_to(state)
+        return state
 
     def load_state_dict(self,
         state: dict,  # of `state_dict`
     ):
-        """Take over masks and apply them.
+        """Take over masks and apply them, and what training had gathered for the criterion.
 
-        `TypeError` or `ValueError`, and nothing changed, where they do not fit."""
-        self.masks.load_state_dict(state)
+        Where that is missing it begins anew, which a warning says. `TypeError` or `ValueError`, and nothing
+        changed, where a state does not fit."""
+        masks = self.masks.read_state(state)
+        states = self.evidence.read_from(state)
+        self.masks.load(masks)
+        self.evidence.states |= states
 
 
 def _repairs(rules, repair):

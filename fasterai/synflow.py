@@ -1,4 +1,4 @@
-"Compute the synaptic flow of a network, without data: how much of a constant input passes through each weight."
+"Compute the synaptic flow of a network: how much of a constant input passes through each weight."
 import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -10,7 +10,7 @@ def synaptic_flow(
     layers: list,  # with a name and a weight
     calibration,  # `Calibration`, with an example or data: only the shapes of the inputs matter
 ) -> dict:  # layer's name: ∂R/∂|w|, of the weight's shape, float64
-    """Return the gradient of R, the sum of the outputs for inputs of ones and weights |w| (Tanaka et al. 2020).
+    """Return the gradient of R, the sum of outputs for inputs of ones and weights |w| (Tanaka et al. 2020).
 
     It is computed in float64, for R is a sum over all paths through the network, and in eval mode. A
     BatchNorm has a mean of 0."""
@@ -22,7 +22,7 @@ def synaptic_flow(
     with undisturbed(model), torch.enable_grad():
         args, kwargs = tree_map_only(torch.Tensor, _ones, tuple(inputs))
         outputs = tree_leaves(functional_call(model, tensors, args, kwargs))
-        passed = sum(out.sum() for out in outputs if isinstance(out, torch.Tensor) and out.is_floating_point())
+        passed = sum(out.sum() for out in outputs if _is_float(out))
         found = torch.autograd.grad(passed, wanted, allow_unused=True)
     return {layer.name: flow for layer, flow in zip(known, found) if flow is not None}
 
@@ -41,3 +41,6 @@ def _positive(name, tensor):
 def _ones(tensor):
     "Return inputs of ones; indices stay as they are."
     return torch.ones_like(tensor, dtype=torch.float64) if tensor.is_floating_point() else tensor
+
+
+def _is_float(thing): return isinstance(thing, torch.Tensor) and thing.is_floating_point()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai.evidence import EVIDENCE, Kind
+from fasterai.kinds import EVIDENCE, Kind
 from fasterai.sparsifier import Sparsifier
 
 X, Y = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 4

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,9 @@ from torch import nn
 
 from fasterai import criteria, selection
 from fasterai.criteria import CRITERIA, elementwise, evidence_of, gradient, magnitude, read_criterion
-from fasterai.evidence import EVIDENCE, Evidence, made
+from fasterai.evidence import Evidence, made
+from fasterai.kinds import EVIDENCE
+from fasterai.scoring import Scores
 from fasterai.sparsifier import Sparsifier
 
 
@@ -59,7 +62,139 @@ def test_what_was_gathered_by_eye(name):
     assert (~sparsifier.masks['0']).flatten().nonzero().flatten().tolist() == sorted(expected)
 
 
-def test_every_criterion_is_in_the_table_but_random(): assert {*AFTER_TWO_STEPS, 'random'} == {*CRITERIA}
+# Of evidence that data give
+
+WEIGHT, NORM = [[1., -2], [0, 4]], [[3., 5], [3, 5]]
+OF_DATA = {  # the evidence beside the weight, and the scores
+    'obd': ({'grad_squares': [[2., 1], [8, .5]]}, [[1, 2], [0, 4]]),
+    'obs': ({'inverse_diagonal': [[.5, 1], [1, 2]]}, [[1, 2], [0, 4]]),
+    'synflow': ({'flow': [[2., 1], [8, .5]]}, [[2, 2], [0, 2]]),
+    'wanda': ({'input_norm': NORM}, [[3, 10], [0, 20]]),
+    'ria': ({'input_norm': [[1., 4], [1, 4]]}, [[1 / 3 + 1, 2 * (2 / 3 + 2 / 6)], [0, 2 * (1 + 4 / 6)]]),
+    'sparsegpt': ({'gram': [[1., 0], [0, 4]]}, [[1.025, 4 * 4.025], [0, 16 * 4.025]]),  # damped by .01 · 2.5
+    'fpgm': ({}, [[37 ** .5] * 2] * 2),
+}
+
+
+@pytest.mark.parametrize('name', OF_DATA)
+def test_what_data_give_by_eye(name):
+    evidence, expected = OF_DATA[name]
+    evidence = {'weight': WEIGHT} | evidence
+    criterion, given = CRITERIA[name], {n: torch.tensor(value) for n, value in evidence.items()}
+    scores = criteria.score(criterion, {n: given[n] for n in criterion.evidence}, 'a', (2, 2))
+    assert torch.allclose(scores.double(), torch.tensor(expected).double())
+
+
+def test_every_criterion_is_in_a_table_but_random_and_alps(): assert {*AFTER_TWO_STEPS, *OF_DATA, 'random', 'alps'} == {*CRITERIA}
+
+
+def gram_of(n=200, size=12):
+    x = torch.randn(n, size) @ (torch.eye(size) + .7 * torch.randn(size, size))
+    return x.T @ x
+
+
+def best_half(scores):
+    "The mask that keeps the larger half of the scores of each output."
+    keep = torch.zeros(scores.shape, dtype=torch.bool)
+    return keep.scatter(-1, scores.topk(scores.shape[-1] // 2, -1).indices, True)
+
+
+def error(weight, gram, keep):
+    "The squared error of the outputs when the weights that stay are solved by least squares, written out."
+    found = 0
+    for row, stay in zip(weight.double(), keep):
+        change = -row.clone()
+        inside, out = gram[stay][:, stay].double(), gram[stay][:, ~stay].double()
+        change[stay] = torch.linalg.solve(inside, out @ row[~stay])
+        found += float(change @ gram.double() @ change)
+    return found
+
+
+def test_masks_by_alternating_directions_leave_less_error():
+    errors = {'magnitude': 0, 'wanda': 0, 'sparsegpt': 0, 'alps': 0}
+    for _ in range(20):
+        weight, gram = torch.randn(6, 12), gram_of()
+        given = {'weight': weight, 'gram': gram, 'input_norm': gram.diagonal().sqrt().expand(6, 12)}
+        for name in errors:
+            scores = criteria.score(CRITERIA[name], {n: given[n] for n in CRITERIA[name].evidence}, 'a', (6, 12),
+                                    support=best_half)
+            errors[name] += error(weight, gram, best_half(scores))
+    assert all(errors['alps'] < .85 * errors[name] for name in ('magnitude', 'wanda', 'sparsegpt'))
+
+
+def test_where_inputs_do_not_correlate_the_support_is_about_that_of_wanda():  # which is the best there is
+    weight, gram = torch.randn(20, 12), torch.diag(torch.rand(12) * 5)
+    scores = criteria.score(CRITERIA['alps'], {'weight': weight, 'gram': gram}, 'a', (20, 12), support=best_half)
+    best = error(weight, gram, best_half(weight.abs() * gram.diagonal().sqrt()))
+    assert best <= error(weight, gram, best_half(scores)) < 1.05 * best
+
+
+@pytest.mark.parametrize('name', ['sparsegpt', 'alps'])
+def test_the_weights_of_a_dead_input_go_first(name):
+    weight, gram = torch.rand(3, 6) + 1, torch.eye(6)
+    gram[2, 2] = 0
+    scores = criteria.score(CRITERIA[name], {'weight': weight, 'gram': gram}, 'a', (3, 6), support=best_half)
+    assert not scores[:, 2].any() and scores[:, [0, 1, 3, 4, 5]].all()
+
+
+@pytest.mark.parametrize('name', ['wanda', 'sparsegpt'])
+@pytest.mark.parametrize('whole', [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2)], ids=['conv', 'transposed'])
+def test_the_groups_of_a_convolution_are_scored_by_themselves(name, whole):
+    whole, x = deepcopy(whole), torch.randn(8, 4, 6, 6)
+    parts = [type(whole)(2, 3, 3) for _ in range(2)]
+    length = len(whole.weight) // 2
+    for i, part in enumerate(parts): part.weight.data = whole.weight.data[i * length:(i + 1) * length]
+    expected = [scores_of(part, name, x[:, i * 2:i * 2 + 2]) for i, part in enumerate(parts)]
+    assert torch.allclose(scores_of(whole, name, x), torch.cat(expected), rtol=1e-3, atol=1e-4)
+
+
+def scores_of(layer, name, x):
+    "The scores of a layer on data."
+    sparsifier = Sparsifier(nn.Sequential(layer), context='local', criteria=name, layers='0', data=[x])
+    with sparsifier.evidence.gathered([*sparsifier.layers.values()]):
+        scores = Scores(sparsifier.rules.criterion, sparsifier.evidence, [*sparsifier.layers.values()])
+        return torch.as_tensor(scores(sparsifier.layers['0'], slice(None))).view(layer.weight.shape)
+
+
+def test_like_filters_go_first_by_their_geometric_median():
+    weight = torch.stack([torch.ones(4), torch.ones(4) + 1e-3, torch.tensor([5., 0, 0, 0]), torch.tensor([0., -6, 0, 0])])
+    scores = criteria.score(CRITERIA['fpgm'], {'weight': weight}, 'a', (4, 4))
+    assert {*scores[:, 0].argsort()[:2].tolist()} == {0, 1}
+
+
+# SynFlow
+
+def deep(widths=(16, 16, 16, 2, 16, 16)):
+    layers = [nn.Linear(8, widths[0], bias=False)]
+    for a, b in zip(widths, widths[1:]): layers += [nn.BatchNorm1d(a), nn.ReLU(), nn.Linear(a, b, bias=False)]
+    return nn.Sequential(*layers)
+
+
+def test_the_synaptic_flow_through_every_layer_is_the_same():  # a law of conservation, Tanaka et al. 2020
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
+    seen = {}
+    def score_flow(weight, flow, name):
+        seen[name] = float((abs(weight) * flow).sum())
+        return abs(weight) * flow
+    Sparsifier(model, criteria=score_flow, layers=nn.Linear, example=torch.randn(1, 8)).sparsify_model(50)
+    assert len(seen) == 3 and max(seen.values()) == pytest.approx(min(seen.values()))
+
+
+def test_synflow_empties_no_layer_where_magnitude_does():
+    model = deep()
+    with torch.no_grad(): model[9].weight.mul_(1e-2)
+    copy, kwargs = deepcopy(model), dict(layers=nn.Linear, min_keep=0)
+    Sparsifier(model, criteria='synflow', example=torch.randn(1, 8), **kwargs).sparsify_model(97)
+    Sparsifier(copy, **kwargs).sparsify_model(97)
+    assert all(m.weight.any() for m in model if isinstance(m, nn.Linear))
+    assert not all(m.weight.any() for m in copy if isinstance(m, nn.Linear))
+
+
+def test_synflow_needs_no_data_and_sees_no_values(net):
+    x, copy = torch.randn(2, 1, 8, 8), deepcopy(net)
+    Sparsifier(net, criteria='synflow', example=x).sparsify_model(90)
+    Sparsifier(copy, criteria='synflow', data=[torch.full((3, 1, 8, 8), 7.)]).sparsify_model(90)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), copy.parameters()))
 
 
 @pytest.mark.parametrize('name', AFTER_TWO_STEPS)
@@ -127,7 +262,7 @@ def test_scores_are_float32_or_as_wide_as_the_weights_and_small_products_survive
 def test_what_is_asked_for():
     assert evidence_of(magnitude) == ('weight',)
     assert evidence_of(gradient) == ('saliency',)
-    assert evidence_of(lambda weight, initial, grad_mean, saliency, batch_squares, movement: weight)[1:] == tuple([*EVIDENCE][3:])
+    assert evidence_of(lambda weight, initial, grad_mean, saliency, batch_squares, movement: weight)[1:] == tuple([*EVIDENCE][3:8])
     assert evidence_of(lambda weight, power=2: weight.abs() ** power) == ('weight',)
     assert read_criterion('gradient').score is gradient
     with pytest.raises(ValueError, match="criteria: .*lambda.* asks for 'nothing'"): read_criterion(lambda: 1)
@@ -178,7 +313,7 @@ def test_a_criterion_may_ask_for_the_name_alone(granularity):
         for name, of in scores.items(): assert of[sparsifier.masks[name]].min() >= of[~sparsifier.masks[name]].max()
     with pytest.raises(ValueError, match=r"gave a tensor of shape \(3,\) for layer '0', expected .* \(20, 20\)"):
         Sparsifier(two_layers(), criteria=lambda name: torch.ones(3)).sparsify_model(50)
-    with pytest.raises(ValueError, match='expected arguments named weight, grad, noise, initial, .*, movement, name'): read_criterion(lambda nam: 1)
+    with pytest.raises(ValueError, match='expected arguments named weight, grad, noise, initial, .*, movement, .*, name, support'): read_criterion(lambda nam: 1)
 
 
 def test_bad_scores_are_named():

@@ -11,9 +11,10 @@ from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai import evidence
+from fasterai import kinds as table
 from fasterai.callback import SparsifyCallback
-from fasterai.evidence import EVIDENCE, Evidence, Kind
+from fasterai.evidence import Evidence
+from fasterai.kinds import EVIDENCE, Kind
 from fasterai.peers import ALONE
 from fasterai.schedule import linear
 from fasterai.sparsifier import Sparsifier
@@ -21,7 +22,7 @@ from fasterai.sparsifier import Sparsifier
 summed_grads = Kind(read=lambda layer, state: state, start=lambda layer: torch.zeros_like(layer.weight),
                     on_step=lambda layer, state: state + layer.weight.grad)
 input_sums = Kind(read=lambda layer, state: state.expand_as(layer.weight), start=lambda layer: torch.zeros(()),
-                  on_input=lambda layer, state, x: state + x.sum())
+                  on_input=lambda layer, state, read: state + read.input.sum())
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_frozen_layer_has_nothing_to_tell(kinds):
 def test_evidence_that_was_never_collected_says_how_to_collect_it(kinds):
     with pytest.raises(ValueError, match="summed_grads is needed and no layer has any: a training step collects it"):
         Sparsifier(convnet(), criteria=by_grads).sparsify_model(50)
-    with pytest.raises(ValueError, match="input_sums is needed and no layer has any: batches collect it"):
+    with pytest.raises(ValueError, match="input_sums is needed and no layer has any: give batches with data=, or run them inside"):
         Sparsifier(convnet(), criteria=by_inputs).sparsify_model(50)
 
 
@@ -359,7 +360,7 @@ def test_accumulated_gradients_are_one_step_in_a_fit(make_learner):
 
 
 def test_a_large_layer_is_added_up_in_pieces(monkeypatch):
-    monkeypatch.setattr(evidence, 'PIECE', 8)
+    monkeypatch.setattr(table, 'PIECE', 8)
     model = nn.Sequential(nn.Conv2d(3, 7, 2).to(memory_format=torch.channels_last))
     sparsifier, weight = Sparsifier(model, criteria='gradient', layers='0'), model[0].weight
     weight.grad = torch.randn_like(weight)
@@ -390,3 +391,54 @@ def test_a_frozen_layer_has_a_beginning_too():
 def test_of_what_nobody_asks_for_nothing_is_kept():
     assert not Sparsifier(three(), criteria='gradient', layers='0').evidence.states
     assert [*gathering('initial', 'movement').evidence.states] == [('initial', '0')]
+
+
+# What was gathered is saved
+
+def trained(steps, model=None, criterion='movement', state=None, path=None):
+    "A Sparsifier after some steps, which may go on from a state; the steps are the same each time."
+    torch.manual_seed(1)
+    model = model or nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    sparsifier = Sparsifier(model, criteria=criterion, layers=['0', '2'])
+    if state is not None: sparsifier.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), .1)
+    sparsifier.attach(optimizer)
+    for i in steps:
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(i))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    sparsifier.detach()
+    return sparsifier
+
+
+@pytest.mark.parametrize('criterion', ['movement', 'gradient', 'taylor', 'magnitude_increase'])
+def test_what_was_gathered_survives_a_resume(criterion, tmp_path):
+    whole = trained(range(6), criterion=criterion)
+    first = trained(range(3), criterion=criterion)
+    torch.save(first.state_dict(), tmp_path / 'state.pt')
+    state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    second = trained(range(3, 6), deepcopy(first.model), criterion, state)
+    whole.sparsify_model(50)
+    second.sparsify_model(50)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters()))
+
+
+def test_a_state_of_masks_alone_says_that_evidence_begins_anew():
+    first = trained(range(3))
+    state = {name: {'shape': saved['shape'], 'bits': saved['bits']} for name, saved in first.state_dict().items()}
+    with pytest.warns(UserWarning, match="state: got none of what earlier steps have gathered, 'movement': it begins anew"):
+        first.load_state_dict(state)
+    Sparsifier(first.model, layers=['0', '2']).load_state_dict(state)  # needs none
+
+
+def test_a_saved_state_is_a_copy_and_a_wrong_one_changes_nothing():
+    first = trained(range(3))
+    state = first.state_dict()
+    before = state['0']['evidence']['movement']['total'].clone()
+    other = trained(range(3), state=deepcopy(state))
+    assert torch.equal(state['0']['evidence']['movement']['total'], before) and other.evidence.states
+    state['0']['evidence']['movement']['total'] = torch.zeros(2, 2)
+    states = dict(first.evidence.states)
+    with pytest.raises(ValueError, match=r"state: got 'movement' of shape \(2, 2\) for '0', expected \(8, 6\)"): first.load_state_dict(state)
+    assert first.evidence.states == states

@@ -20,9 +20,9 @@ def test_the_star_import_shadows_nothing():
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
     'synonyms arguments data tables snapshot peers operations optimizers plot',  # leaves
-    'ranking selection dataflow inputs',
-    'granularity evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
-    'zeros scoring rounding event',
+    'ranking selection dataflow inputs calibration curvature synflow',
+    'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
+    'zeros scoring rounding rounds event',
     'norms selected masks held',  # state
     'repair report sparsifier sensitivity timetable summary',
     'epochs keep callback demo all',  # with fastai
