@@ -19,7 +19,7 @@ def test_the_star_import_shadows_nothing():
 
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
-    'synonyms arguments data tables snapshot peers operations optimizers plot',  # leaves
+    'synonyms arguments data batches tables snapshot peers operations optimizers plot progress least_squares',  # leaves
     'ranking selection dataflow inputs calibration curvature synflow',
     'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding rounds event',
