@@ -1,5 +1,6 @@
 "Show what a layer reads as a matrix, and its weight as one, so that their product is the output."
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import signature
 from math import prod
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fasterai.operations import argument, layer_call, plain
+
+PIECE = 2 ** 26  # bytes of the rows of a convolution that are made at once
 
 
 def as_matrix(
@@ -43,6 +46,7 @@ class Read(NamedTuple):
     settings: dict  # of a convolution: stride, padding, dilation, groups, output_padding
     transposed: bool = False
     real: torch.Tensor | None = None  # bool (batch, length): False where a token is padding; None where all are real
+    part: tuple | None = None  # (start, stop): the rows of the weight that meet this input; None for all
 
     @property
     def groups(self) -> int:
@@ -63,17 +67,32 @@ class Read(NamedTuple):
         rows = x.reshape(prod(x.shape[:1 + n]), self.groups, -1)
         return rows.transpose(0, 1)
 
+    def pieces(self) -> Iterator:  # of `Read`
+        "Return a call in parts of the batch, so that the rows of each part take little memory."
+        kernel = self.weight.shape[2:]
+        is_batch = self.input.ndim == len(kernel) + 2
+        if not self.settings or not is_batch: return iter([self])  # the rows are the input
+        size = self.input.numel() * prod(kernel) * self.input.element_size()
+        n = max(1, len(self.input) * PIECE // max(1, size))
+        return (self._replace(input=part) for part in self.input.split(n))
+
     def matrix(self,
         weight: torch.Tensor,  # of this layer's weight's shape: the weight, or its mask
     ) -> torch.Tensor:  # (groups, outputs of a group, inputs of an output)
-        "Return a weight as a matrix for each group."
-        return as_matrix(weight, self.groups, self.transposed)
+        "Return a weight, or the part that meets this input, as a matrix for each group."
+        return as_matrix(self.part_of(weight), self.groups, self.transposed)
 
     def from_matrix(self,
         matrix: torch.Tensor,  # of `matrix`
-    ) -> torch.Tensor:  # of the weight's shape
+    ) -> torch.Tensor:  # of the shape of the weight, or of the part that meets this input
         "Return a weight from its matrices."
-        return from_matrix(matrix, self.weight.shape, self.groups, self.transposed)
+        return from_matrix(matrix, self.part_of(self.weight).shape, self.groups, self.transposed)
+
+    def part_of(self,
+        weight: torch.Tensor,  # of this layer's weight's shape
+    ) -> torch.Tensor:  # a view
+        "Return the rows of a weight that meet this input, where a weight packs those of several."
+        return weight if self.part is None else weight[slice(*self.part)]
 
 
 def only_real(
@@ -123,8 +142,9 @@ DEFAULTS = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1, 'output_paddi
 class Watching(TorchFunctionMode):
     """Report what layers read, inside a `with` block. No hook is left on the model.
 
-    Seen are linear layers and convolutions, as modules and as functions; not embeddings, attention and
-    recurrent layers, nor what is compiled."""
+    Seen are linear layers, convolutions and the attention of torch, as modules and as functions; not
+    embeddings and recurrent layers, nor what is compiled. A weight of attention that packs those of query,
+    key and value is seen once where all read one tensor, else in parts."""
 
     def __init__(self,
         weights: set,  # ids of the weights to watch
@@ -136,18 +156,75 @@ class Watching(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        for read in reads(function, args, kwargs):
-            if id(read.weight) in self.weights: self.report(read._replace(real=self.real))
+        for read in reads(function, args, kwargs, self.weights):
+            real = self.real if read.real is None else read.real
+            self.report(read._replace(real=real))
         return function(*args, **kwargs)
 
 
-def reads(function, args, kwargs) -> list:  # of `Read`
-    "Return what the layers read that a function of torch is."
+def reads(
+    function: Callable,  # of torch
+    args: tuple,  # of its call
+    kwargs: dict,
+    weights: set,  # ids of the weights that are meant
+) -> Iterator:  # of `Read`
+    "Yield what the layers read that a function of torch is."
     name = plain(function.__name__)
-    call = layer_call(function.__name__, args, kwargs)
+    found = _attention(args, kwargs, weights) if name == ATTENTION else _layer(name, args, kwargs)
+    yield from (read for read in found if id(read.weight) in weights)
+
+
+def _layer(name, args, kwargs):
+    "Return what a linear layer or a convolution reads."
+    call = layer_call(name, args, kwargs)
     if call is None or not isinstance(call.input, torch.Tensor): return []
     if name == 'linear': return [Read(call.weight, call.input.detach(), {})]
     transposed = 'transpose' in name
     names = TRANSPOSED if transposed else CONVOLUTION
     settings = {key: argument(args, kwargs, 3 + i, key, DEFAULTS[key]) for i, key in enumerate(names)}
     return [Read(call.weight, call.input.detach(), settings, transposed)]
+
+
+# Attention
+
+ATTENTION = 'multiheadattentionforward'
+ARGUMENTS = signature(F.multi_head_attention_forward)
+
+
+def _attention(args, kwargs, weights):
+    "Yield what the projections of attention read, with the batch first."
+    call = ARGUMENTS.bind(*args, **kwargs).arguments
+    query, key, value = (call[name] for name in ('query', 'key', 'value'))
+    mask = call.get('key_padding_mask')
+    keys = None if mask is None else mask == 0  # True or −inf is padding
+    queries = keys if query is key else None
+    read = [(query, queries), (key, keys), (value, keys)]
+    for weight, i, part in _projections(call, query is key, key is value):
+        x, real = read[i]
+        if isinstance(weight, nn.Parameter): yield Read(weight, _batch_first(x), {}, real=real, part=part)
+    weight = call['out_proj_weight']
+    if isinstance(weight, nn.Parameter) and id(weight) in weights:
+        yield Read(weight, _batch_first(_attended(call, weight)), {}, real=queries)
+
+
+def _projections(call, same_query, same_value):
+    "Return the weights of query, key and value: (weight, which of the three it reads, its part)."
+    if call.get('use_separate_proj_weight'):
+        return [(call[f'{name}_proj_weight'], i, None) for i, name in enumerate('qkv')]
+    weight = call['in_proj_weight']
+    n = len(weight) // 3
+    if same_query and same_value: return [(weight, 0, None)]
+    if same_value: return [(weight, 0, (0, n)), (weight, 1, (n, 3 * n))]
+    return [(weight, i, (i * n, i * n + n)) for i in range(3)]
+
+
+def _attended(call, weight):
+    "Return what attention gives to its last projection: its result with the identity for that."
+    identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    changed = {'out_proj_weight': identity, 'out_proj_bias': None, 'training': False}
+    with torch.no_grad(): return F.multi_head_attention_forward(**(call | changed))[0]
+
+
+def _batch_first(x):
+    "Return an input of attention, (length, batch, features), with the batch first, if it has one."
+    return x.detach().transpose(0, 1) if x.ndim == 3 else x.detach()

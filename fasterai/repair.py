@@ -2,6 +2,7 @@
 
 `refit` solves the weights of each layer anew, `recalibrate` adapts the statistics of BatchNorm. Each is kept
 only where the outputs come nearer to those of the dense network, on data that it was not fitted to."""
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,12 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from fasterai.arguments import one_of
 from fasterai.data import held_out, read_data, real_positions
-from fasterai.inputs import Watching, only_real
-from fasterai.names import named_modules
+from fasterai.inputs import Read, Watching, only_real
+from fasterai.layers import LOOKUPS
+from fasterai.least_squares import solve_kept
+from fasterai.names import bare, named_modules
 from fasterai.operations import argument
+from fasterai.progress import progress
 from fasterai.snapshot import Snapshot, evaluation_mode
 
-DAMPING = .01  # of the mean of the diagonal of a Gram matrix
 NEARER = .95  # a repair is kept where it leaves at most so much of the error: less may be chance
 
 
@@ -74,6 +77,7 @@ def read_repairs(
 
 def _kept_if_nearer(model, dense, data, change: Callable):
     "Make a change, and undo it where the outputs do not come nearer to those of the dense network."
+    model, dense = bare(model), bare(dense)
     solve, judge = held_out(read_data(data, model))
     snapshot = Snapshot(model)
     with _undisturbed(model, dense):
@@ -127,95 +131,146 @@ class _Stop(Exception):
     "All that was to be seen of a forward pass was seen."
 
 
+class _Layer(NamedTuple):
+    "Name a layer that can be solved: a weight, or the rows of it that meet one input."
+    name: str
+    weight: nn.Parameter
+    part: tuple | None  # as in `Read`
+    uses: int  # number of calls in a forward pass
+
+
 def _refit(model, dense, batches):
-    names = _names_in_order(model, batches[0])
     twins = dict(dense.named_parameters(remove_duplicate=False))
-    for name, (weight, uses) in names.items():
-        if name not in twins or not weight.any(): continue
-        grams = _Grams(weight, twins[name])
+    few = {}  # name of a layer: number of rows, number of inputs
+    for layers in progress(_in_order(model, batches[0])):
+        layers = [layer for layer in layers if _can_be_solved(layer, twins)]
+        if not layers: continue
+        grams = _Grams()
+        twin = layers[0]._replace(weight=twins[layers[0].name])
         for batch in batches:
-            grams.add(_reads(model, weight, uses, batch), _reads(dense, twins[name], uses, batch))
-        if grams.affected: weight.copy_(grams.solved())
+            grams.add(_reads(model, layers[0], batch), _reads(dense, twin, batch))
+        for layer in layers: _solve(layer, twins[layer.name], grams, few)
+    if few: _warn_of_few(few)
 
 
-def _names_in_order(model, batch):
-    "Return the weights in the order in which they are read: {name: (weight, how many times)}."
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-
-    def count(read):
-        name = names[id(read.weight)]
-        found[name] = read.weight, found.get(name, (None, 0))[1] + 1
-    with Watching({*names}, count): batch.call(model)
-    return found
+def _can_be_solved(layer, twins):
+    "Tell whether a layer has weights that stay, and the dense network has it too."
+    twin = twins.get(layer.name)
+    return twin is not None and twin.shape == layer.weight.shape and bool(layer.weight.any())
 
 
-def _reads(model, weight, uses, batch):
+def _solve(layer, dense, grams, few):
+    "Solve a layer anew, if it is affected; note it in `few` where the rows are fewer than its inputs."
+    if grams.read is None: return
+    read = grams.read._replace(weight=layer.weight, part=layer.part)
+    old = read.matrix(layer.weight).double()
+    if not grams.lost and not (old == 0).any(): return
+    outputs, new = read.matrix(dense).double(), old.clone()
+    for group, gram in enumerate(grams.gram):
+        wanted = grams.cross[group] @ outputs[group].T
+        new[group] = solve_kept(old[group], gram, wanted)
+        living = int((gram.diagonal() * (old[group] != 0).any(0)).count_nonzero())
+        if grams.n < living: few[layer.name] = grams.n, living
+    found, weight = read.from_matrix(new).to(layer.weight.dtype), read.part_of(layer.weight)
+    stays = (found == 0) | ~found.isfinite()  # too small or too large for the type of the weight
+    weight.copy_(torch.where(stays, weight, found))
+
+
+def _warn_of_few(few):
+    "Say where a layer was solved with fewer rows than it has inputs."
+    found = [f'{n} rows for {name!r} with {inputs} inputs' for name, (n, inputs) in few.items()]
+    more = f' and {len(found) - 3} other layers' if len(found) > 3 else ''
+    warnings.warn(f'data: got {", ".join(found[:3])}{more}, expected at least as many rows as inputs: '
+                  'the weights may fit these data alone', stacklevel=5)
+
+
+class _Order:
+    "Note in which order layers are read, and which of them read the very same tensors."
+
+    def __init__(self, names):
+        self.names, self.last, self.version, self.n = names, None, None, 0
+        self.found = {}  # (name, part): the weight, and the number of the input of each call
+
+    def note(self, read):
+        known = not read.input.is_inference()  # whether torch counts the changes in place
+        version = read.input._version if known else None
+        again = known and version == self.version and _alike(read, self.last)
+        self.n += not again
+        self.last, self.version = read, version  # held, so that its memory is not another tensor's
+        key = self.names[id(read.weight)], read.part
+        self.found.setdefault(key, (read.weight, []))[1].append(self.n)
+
+    def layers(self):
+        "Return lists of `_Layer`: those of a list read the same."
+        together = {}
+        for (name, part), (weight, inputs) in self.found.items():
+            together.setdefault(tuple(inputs), []).append(_Layer(name, weight, part, len(inputs)))
+        return list(together.values())
+
+
+def _alike(a: Read, b: Read):
+    "Tell whether two calls read the same rows, the inputs not having been changed in between."
+    layout = [(r.settings, r.transposed, r.weight.shape[1:], r.input.shape, r.input.stride()) for r in (a, b)]
+    same_input = layout[0] == layout[1] and a.input.dtype == b.input.dtype
+    return same_input and a.input.data_ptr() == b.input.data_ptr() and a.real is b.real
+
+
+def _in_order(model, batch):
+    """Return the layers in the order in which they are read, in one list those that read the same tensors.
+
+    The weights of lookup tables are not among them: a layer that shares one is one of several readers."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, LOOKUPS)}
+    names = {id(p): name for name, p in model.named_parameters() if id(p) not in tables}
+    order = _Order(names)
+    with Watching({*names}, order.note, real_positions(batch, model)): batch.call(model)
+    return order.layers()
+
+
+def _reads(model, layer, batch):
     "Return what a layer reads in one batch; the rest of the network does not run."
     found = []
 
     def take(read):
-        found.append(read)
-        if len(found) == uses: raise _Stop
+        if read.part != layer.part: return
+        several = layer.uses > 1  # the network runs on, and may change the input in place
+        found.append(read._replace(input=read.input.clone()) if several else read)
+        if len(found) == layer.uses: raise _Stop
     try:
-        with Watching({id(weight)}, take, real_positions(batch, model)): batch.call(model)
+        with Watching({id(layer.weight)}, take, real_positions(batch, model)): batch.call(model)
     except _Stop: pass
     return found
 
 
 class _Grams:
-    "Gather the Gram matrix of one layer's inputs, XᵀX, and that with its inputs in the dense network, XᵀX'."
+    "Gather the Gram matrix of inputs, XᵀX, and that with the inputs in the dense network, XᵀX'."
 
-    def __init__(self, weight, dense):
-        self.weight, self.dense, self.gram, self.cross, self.read = weight, dense, 0., 0., None
+    def __init__(self):
+        self.gram, self.cross, self.n, self.read = 0., 0., 0, None  # `n` counts rows
         self.alive = False  # (groups, inputs of an output): which inputs are not zero in the dense network
 
     def add(self, reads, dense_reads):
         for read, twin in zip(reads, dense_reads):
-            rows, dense_rows = read.rows(), twin.rows()
-            if dense_rows.shape != rows.shape: continue
-            self.gram = self.gram + (rows.transpose(1, 2) @ rows).double()
-            self.cross = self.cross + (rows.transpose(1, 2) @ dense_rows).double()
-            self.alive = self.alive | dense_rows.any(1)
-            self.read = read
+            for piece, dense_piece in zip(read.pieces(), twin.pieces()): self._add(piece, dense_piece)
+
+    def _add(self, read, twin):
+        rows, dense_rows = _float(read.rows()), _float(twin.rows())
+        if dense_rows.shape != rows.shape: return
+        self.gram = self.gram + (rows.transpose(1, 2) @ rows).double()
+        self.cross = self.cross + (rows.transpose(1, 2) @ dense_rows).double()
+        self.alive = self.alive | dense_rows.any(1)
+        self.n += rows.shape[1]
+        self.read = read
 
     @property
-    def affected(self) -> bool:
-        "Tell whether the layer has zeros, or reads channels that are zero and were not."
-        if self.read is None: return False
+    def lost(self) -> bool:
+        "Tell whether inputs are zero that were not in the dense network."
         dead = self.gram.diagonal(dim1=1, dim2=2) == 0
-        return bool((self.weight == 0).any() or (dead & self.alive).any())
-
-    def solved(self):
-        "Return the weight, solved anew where it is not zero."
-        old, dense = self.read.matrix(self.weight).double(), self.read.matrix(self.dense).double()
-        new = old.clone()
-        for group, gram in enumerate(self.gram):
-            ridge = DAMPING * float(gram.diagonal().mean())
-            if not ridge: continue
-            wanted = self.cross[group] @ dense[group].T  # (inputs, outputs)
-            for outputs, inputs in _alike(old[group] != 0):
-                matrix = gram[inputs][:, inputs]
-                start = old[group][outputs][:, inputs].T
-                found = _solve(matrix, wanted[inputs][:, outputs], start, ridge)
-                new[group, outputs[:, None], inputs] = torch.where(found == 0, start, found).T
-        return self.read.from_matrix(new).to(self.weight.dtype)
+        return bool((dead & self.alive).any())
 
 
-def _alike(masks):
-    "Yield (positions of outputs that keep the same inputs, positions of these inputs)."
-    kinds, of = masks.unique(dim=0, return_inverse=True)
-    for i, kind in enumerate(kinds):
-        if kind.any(): yield (of == i).nonzero()[:, 0], kind.nonzero()[:, 0]
-
-
-def _solve(gram, wanted, start, ridge):
-    "Solve (G + λ) w = b + λ w₀, with more damping where the matrix is singular."
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * unit)
-        if not failed: return torch.cholesky_solve(wanted + ridge * start, factor)
-        ridge *= 10
+def _float(rows):
+    "Return rows in float32 at least, for sums of their products."
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 # BatchNorm

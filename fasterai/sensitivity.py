@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fasterai.arguments import callable_with, finite_number, flag, name_of, nearest, percent
+from fasterai.progress import progress
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.tables import as_html, as_text
@@ -241,7 +242,7 @@ def _measure(sparsifier, levels, metric):
     given = f' from {name_of(metric)}'
     dense, values = finite_number('metric', metric(model), given), {}
     try:
-        for name, level in _progress([(name, level) for name in names for level in levels]):
+        for name, level in progress([(name, level) for name in names for level in levels]):
             try:
                 sparsifier.sparsify_layer(name, level)
                 found = finite_number('metric', metric(model), f'{given} with {name!r} at {level:g} %')
@@ -261,12 +262,3 @@ def _without_output(learner):
         for name in ('no_bar', 'no_logging'):
             if hasattr(learner, name): stack.enter_context(getattr(learner, name)())
         yield
-
-
-def _progress(steps):
-    "Show fastprogress's bar where that is installed."
-    try:
-        from fastprogress.fastprogress import progress_bar
-    except ImportError:
-        return steps
-    return progress_bar(steps, leave=False)

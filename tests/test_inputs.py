@@ -74,3 +74,48 @@ def test_rows_are_those_of_real_tokens():
     convolution = nn.Conv1d(4, 3, 1)
     with Watching({id(convolution.weight)}, seen.append, ~PADDED): convolution(torch.randn(2, 4, 5))
     assert seen[2].rows().shape == (1, 10, 4)
+
+
+def attention(kind):
+    "A layer of attention, what it is called with, and for each input of its projections: which of three it is, which weight and which rows."
+    query, memory, other, padded = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.rand(2, 5) < .3
+    packed, separate = 'in_proj_weight', [(i, f'{name}_proj_weight', None) for i, name in enumerate('qkv')]
+    return {
+        'self': lambda: (nn.MultiheadAttention(8, 2, batch_first=True), (query,) * 3, {'key_padding_mask': PADDED}, [(0, packed, None)]),
+        'cross': lambda: (nn.MultiheadAttention(8, 2, batch_first=True), (query, memory, memory), {'need_weights': False}, [(0, packed, (0, 8)), (1, packed, (8, 24))]),
+        'three': lambda: (nn.MultiheadAttention(8, 2, bias=False, batch_first=True), (query, memory, other), {'key_padding_mask': padded},
+                          [(i, packed, (8 * i, 8 * i + 8)) for i in range(3)]),
+        'batch second': lambda: (nn.MultiheadAttention(8, 2), (query.transpose(0, 1),) * 3, {'key_padding_mask': PADDED}, [(0, packed, None)]),
+        'no batch': lambda: (nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True), (query[0],) * 3, {'key_padding_mask': PADDED[0]}, [(0, packed, None)]),
+        'other sizes': lambda: (nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True), (query, memory[..., :6], memory[..., :4]), {'key_padding_mask': padded}, separate),
+    }[kind]()
+
+
+@pytest.mark.parametrize('kind', ['self', 'cross', 'three', 'batch second', 'no batch', 'other sizes'])
+def test_rows_of_attention_are_the_inputs_of_its_projections(kind):
+    layer, inputs, more, expected = attention(kind)
+    if layer.out_proj.bias is not None: nn.init.normal_(layer.out_proj.bias)
+    layer.eval()
+    seen, batch_second = [], kind == 'batch second'
+    with torch.no_grad(), Watching({id(p) for p in layer.parameters()}, seen.append): out = layer(*inputs, **more)[0]
+    *first, last = seen
+    for read, (i, name, part) in zip(first, expected, strict=True):
+        is_padded = more.get('key_padding_mask') if i or inputs[0] is inputs[1] else None
+        x = inputs[i].transpose(0, 1) if batch_second else inputs[i]
+        rows = x.reshape(-1, x.shape[-1]) if is_padded is None else x[~is_padded]
+        assert read.weight is getattr(layer, name) and read.part == part and torch.equal(read.rows()[0], rows)
+        assert torch.equal(read.from_matrix(read.matrix(read.weight)), read.part_of(read.weight))
+    product = last.rows()[0] @ last.matrix(layer.out_proj.weight)[0].T
+    if layer.out_proj.bias is not None: product = product + layer.out_proj.bias
+    out = out.transpose(0, 1) if batch_second else out
+    if inputs[0] is inputs[1]: out = out[~more['key_padding_mask']]
+    torch.testing.assert_close(product, out.reshape(-1, 8))
+
+
+def test_a_transformer_is_seen_in_eval_mode_though_torch_has_a_faster_path():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    names, seen = {id(p): name for name, p in model.named_parameters()}, []
+    with torch.no_grad(), Watching({*names}, seen.append, ~PADDED): model(torch.randn(2, 5, 8), src_key_padding_mask=PADDED)
+    layers = ['self_attn.in_proj_weight', 'self_attn.out_proj.weight', 'linear1.weight', 'linear2.weight']
+    assert [names[id(read.weight)] for read in seen] == [f'layers.{i}.{name}' for i in range(2) for name in layers]
+    assert {read.rows().shape[1] for read in seen} == {int((~PADDED).sum())}
