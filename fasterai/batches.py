@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Subset
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 ITEMS = 512  # enough for statistics and Gram matrices of most layers, and read in seconds
 

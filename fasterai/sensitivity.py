@@ -1,4 +1,5 @@
 "Measure how much each layer alone can be pruned, and what that costs: sensitivity analysis."
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,11 +8,16 @@ from html import escape
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.arguments import callable_with, finite_number, flag, name_of, nearest, percent
+from fasterai.batches import TrainingBatches, random_numbers_kept
+from fasterai.data import read_data
 from fasterai.progress import progress
+from fasterai.repair import read_repairs, recalibrate
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
+from fasterai.summary import names_of_repairs
 from fasterai.tables import as_html, as_text
 
 LEVELS = (10, 25, 50, 75, 90, 95)  # percent of a layer's weights
@@ -29,6 +35,7 @@ class Sensitivity:
     dense: float  # the metric of the network before any layer is pruned
     metric: str  # the metric's name
     higher_is_better: bool  # False for a loss
+    repaired: tuple = ()  # names of the repairs that came between pruning and the metric
 
     @property
     def levels(self) -> list:  # of float
@@ -115,7 +122,13 @@ class Sensitivity:
             measured = [f'{row[level]:.4g}' if level in row else '' for level in self.levels]
             yield name or '(the model)', f'{self.weights[name]:,}', *measured
 
-    def _title(self): return f'{self.metric}, dense: {self.dense:.4g}; with one layer alone at'
+    def _title(self):
+        words = [*self._words(), 'with one layer alone at']
+        return f'{self.metric}, dense: {self.dense:.4g}; {", ".join(words)}'
+
+    def _axis(self): return ', '.join(['sparsity of one layer alone (%)', *self._words()])
+
+    def _words(self): return [f'repaired with {" and ".join(self.repaired)}'] if self.repaired else []
 
     def __str__(self): return f'{self._title()}\n{as_text(self._cells())}'
 
@@ -135,7 +148,7 @@ class Sensitivity:
             levels = sorted(row)
             metrics = [self.dense, *(row[level] for level in levels)]
             ax.plot([0, *levels], metrics, marker='.', color=colour, label=name or '(the model)')
-        ax.set(xlabel='sparsity of one layer alone (%)', ylabel=self.metric)
+        ax.set(xlabel=self._axis(), ylabel=self.metric)
         columns = 1 + len(self.values) // 24
         ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=columns)
         return ax
@@ -149,7 +162,7 @@ class Sensitivity:
         image = ax.imshow(cells, aspect='auto', cmap='cividis' if self.higher_is_better else 'cividis_r')
         ax.set_xticks(range(len(self.levels)), [f'{level:g}' for level in self.levels])
         ax.set_yticks(range(len(self.values)), [name or '(the model)' for name in self.values])
-        ax.set(xlabel='sparsity of one layer alone (%)')
+        ax.set(xlabel=self._axis())
         ax.figure.colorbar(image, ax=ax, label=self.metric)
         return ax
 
@@ -183,12 +196,15 @@ def sensitivity(
     levels: tuple = LEVELS,  # sparsities to measure, percent of a layer's weights
     higher_is_better: bool | None = None,  # of the metric; None is True, but False for the loss of a Learner
     example=None,  # as in `Sparsifier`
+    data=None,  # batches for `repair`, as in `Sparsifier`; None: up to 512 training items of a Learner
+    repair='batchnorm',  # what is repaired before each measurement, as in `Sparsifier`; None: nothing
 ) -> Sensitivity:
-    """Measure how much each layer alone can be pruned: prune it to each level, and evaluate the network.
+    """Measure how much each layer alone can be pruned: prune it to each level, repair, and evaluate.
 
-    The weights are restored to the bit. Ctrl-C ends the analysis and returns the part that was measured.
-    `TypeError` if `model` is neither a network nor a Learner, `ValueError` if a network has no `metric` or a
-    level is not a percentage."""
+    Without a repair a layer in front of a BatchNorm looks more sensitive than it is; a network without
+    BatchNorm has nothing to recalibrate. Weights and buffers are restored to the bit. Ctrl-C ends the
+    analysis and returns the part that was measured. `TypeError` if `model` is neither a network nor a
+    Learner, `ValueError` if a network has no `metric` or no data to refit, or a level is no percentage."""
     learner = None if isinstance(model, nn.Module) else model
     if learner is not None: model = _network_of(learner)
     better = True
@@ -199,10 +215,12 @@ def sensitivity(
     levels = _read_levels(levels)
     sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
     sparsifier.selected.include(sparsifier.selected.candidates)  # a frozen layer can be measured, too
-    with _without_output(learner):
+    repairs, batches = _read_repairs(repair, data, model, learner)
+    with _without_output(learner), sparsifier.repairing(repairs, batches):
         dense, values = _measure(sparsifier, levels, metric)
     weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}
-    return Sensitivity(values, weights, dense, getattr(metric, '__name__', 'metric'), higher_is_better)
+    name, repaired = getattr(metric, '__name__', 'metric'), tuple(names_of_repairs(repairs))
+    return Sensitivity(values, weights, dense, name, higher_is_better, repaired)
 
 
 def _network_of(learner):
@@ -233,6 +251,30 @@ def _read_levels(levels):
     levels = sorted(map(float, set(given)))
     if not levels or not levels[0]: raise ValueError(f'levels: got {levels}, {expected}')
     return levels
+
+
+def _read_repairs(repair, data, model, learner):
+    "Return the repairs that can change this network, and the batches for them, which are read only once."
+    repairs = read_repairs(repair)
+    if not _has_statistics(model): repairs = [one for one in repairs if one is not recalibrate]
+    if not repairs: return [], None
+    if data is None and learner is not None: data = list(TrainingBatches(learner)) or None
+    if data is not None: return repairs, _read_once(data, model)
+    if any(one is not recalibrate for one in repairs):
+        raise ValueError(f'data: got None, expected batches with repair={repair!r}')
+    warnings.warn('data: got None, so BatchNorm is not recalibrated, and layers in front of one look more '
+                  'sensitive than they are; expected a few batches, or repair=None', stacklevel=3)
+    return [], None
+
+
+def _has_statistics(model):
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return any(norm.running_mean is not None for norm in norms)
+
+
+def _read_once(data, model):
+    with random_numbers_kept(): found = read_data(data, model)
+    return [inputs.kwargs or (inputs.args,) for inputs in found]
 
 
 def _measure(sparsifier, levels, metric):

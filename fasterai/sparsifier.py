@@ -1,6 +1,7 @@
 "Prune any PyTorch model: zero its least important weights, and keep them zero."
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +13,7 @@ from torch import nn
 from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest, percent, whole
 from fasterai.calibration import Calibration
+from fasterai.data import read_data
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.kinds import EVIDENCE
@@ -24,7 +26,7 @@ from fasterai.rounds import in_rounds
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import check_initial, read_share
 from fasterai.selected import Selected
-from fasterai.snapshot import Snapshot
+from fasterai.snapshot import Snapshot, evaluation_mode
 
 
 class Sparsifier:
@@ -198,6 +200,17 @@ class Sparsifier:
         self.masks.mask_weights()  # a repair may have moved what is masked along
         return replace(change, repaired=tuple(repaired))
 
+    @contextmanager
+    def repairing(self,
+        repairs: list,  # functions of model, dense and data, as `repair.read_repairs` returns them; [] does nothing
+        data,  # as in `Sparsifier`; read more than once
+    ):
+        "Have each event of a `with` block repaired, so that the outputs come near to those of now."
+        before = self.repairs, self.data, self._dense
+        if repairs: self.repairs, self.data, self._dense = repairs, data, _copied(self.model, data)
+        try: yield
+        finally: self.repairs, self.data, self._dense = before
+
     # Keeping
 
     def apply_masks(self):
@@ -334,6 +347,13 @@ def _check_data(rules, repair, data, loss_func):
     if needs_loss and loss_func is None:
         raise ValueError(f'loss_func: got None, expected a function of output and label with {given}, '
                          'which needs gradients')
+
+
+def _copied(model, data):
+    "Copy a model. What it keeps of a pass with gradients cannot be copied, so a pass without comes first."
+    batch = read_data(data, model)[0]
+    with evaluation_mode(model), torch.random.fork_rng([]), torch.no_grad(): batch.call(model)
+    return deepcopy(model)
 
 
 def _warn_waiting(change):

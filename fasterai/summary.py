@@ -2,6 +2,7 @@
 from fractions import Fraction
 
 from fasterai.arguments import name_of
+from fasterai.repair import REPAIRS, Repaired
 from fasterai.report import Report
 from fasterai.zeros import count_zeros
 
@@ -37,6 +38,30 @@ def zeros_line(
     where = sorted([name for name in zeros if zeros[name]], key=zeros.get, reverse=True)
     return (f'{n:,} of {total:,} weights come in as zeros, in {_some(where)}, and may learn until they are '
             'pruned; keep_zeros=True holds them')
+
+
+def names_of_repairs(
+    repairs: list,  # functions, as `repair.read_repairs` returns them
+) -> list:  # of str
+    "Return how repairs are called: by their names in `REPAIRS`, or as functions."
+    named = [(function, name) for name, function in REPAIRS.items()]
+    return [next((name for known, name in named if known is repair), name_of(repair)) for repair in repairs]
+
+
+def repaired_line(
+    names: list,  # of the repairs
+    found: tuple,  # what each returned: `Repaired`, or anything of a function of one's own
+) -> str:  # '' where there was nothing to repair
+    "Say what was repaired at the last event, how far the outputs are off, and which repair was not kept."
+    measured = [one for one in found if isinstance(one, Repaired)]
+    if measured and not any(one.before for one in measured): return ''
+    undone = [name for name, one in zip(names, found) if isinstance(one, Repaired) and not one.kept]
+    kept = [name for name in names if name not in undone]
+    refused = f'{" and ".join(undone)} brought the outputs no nearer, so not kept'
+    if not kept: return f'not repaired: {refused}, divergence {measured[0].before:.2g}'
+    text = f'repaired with {" and ".join(kept)}'
+    if measured: text += f', divergence {measured[0].before:.2g} -> {measured[-1].after:.2g}'
+    return f'{text}; {refused}' if undone else text
 
 
 def reached_line(

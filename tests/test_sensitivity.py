@@ -6,8 +6,11 @@ from conftest import convnet
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
+from fasterai.repair import recalibrate
 from fasterai.sensitivity import Sensitivity, sensitivity
 from fasterai.sparsifier import Sparsifier
+
+pytestmark = pytest.mark.filterwarnings('ignore:data. got None')  # of networks with BatchNorm, where another fact is tested
 
 
 def kept(model):
@@ -214,3 +217,117 @@ def test_the_damage_of_no_layer():
 def test_frozen_layers_are_measured_too(net):
     net[:6].requires_grad_(False)
     assert list(sensitivity(net, lambda model: 1., levels=(50,)).values) == list(sensitivity(net.requires_grad_(False), lambda model: 1., levels=(50,)).values) == ['0', '3', '8']
+
+
+# Repairing
+
+def trained():
+    "A network of which the statistics of BatchNorm are those of its data; inputs; and how far outputs are from its own."
+    torch.manual_seed(0)
+    net, x = convnet(), torch.randn(96, 1, 8, 8) + .5
+    for _ in range(30): net(x)
+    wanted = net.eval()(x).detach()
+    def error(model):
+        with torch.no_grad(): return float((model(x) - wanted).square().mean())
+    return net, x, error
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+@pytest.mark.parametrize('repair', ['batchnorm', 'refit', ('refit', 'batchnorm')], ids=str)
+def test_what_is_repaired_is_damaged_less(granularity, repair):
+    net, x, error = trained()
+    net[3].train()
+    before, modes, rng = bits(net), [m.training for m in net.modules()], torch.get_rng_state()
+    given = dict(metric=error, granularity=granularity, levels=(30, 60), higher_is_better=False, example=x[:2])
+    repaired, cut = sensitivity(net, **given, data=x.split(16), repair=repair), sensitivity(net, **given, repair=None)
+    damages = [(repaired.damage(layer)[level], cut.damage(layer)[level]) for layer in cut.values for level in cut.levels]
+    assert all(a <= b for a, b in damages) and any(a < .9 * b for a, b in damages)
+    assert same(before, bits(net)) and modes == [m.training for m in net.modules()] and torch.equal(rng, torch.get_rng_state())
+
+
+def test_batchnorm_is_repaired_by_default_with_training_items_of_a_learner(make_learner):
+    learn = make_learner(metrics=[])
+    learn.fit(8, 1e-2)
+    before, seen = bits(learn.model), []
+    def watched(model, dense, data):
+        seen.extend(len(args[0]) for args, in data)
+        return recalibrate(model, dense, data)
+    found = sensitivity(learn, levels=(60,))
+    assert found.repaired == ('batchnorm',) and 'repaired with batchnorm, with one layer alone at' in str(found)
+    assert found.plot().get_xlabel() == 'sparsity of one layer alone (%), repaired with batchnorm'
+    again = sensitivity(learn, levels=(60,), repair=[watched])
+    assert again.values == found.values and again.repaired == ('watched',) and seen == [8] * 4 * 3
+    drawn = []
+    for repair in ('batchnorm', None):  # `validate` draws random numbers, too
+        torch.manual_seed(0)
+        assert (sensitivity(learn, levels=(60,), repair=repair).values == found.values) == bool(repair)
+        drawn.append(torch.rand(1))
+    assert same(before, bits(learn.model)) and drawn[0] == drawn[1]
+
+
+def test_without_batchnorm_no_data_are_read(make_learner, recwarn):
+    def unread():
+        raise AssertionError
+        yield
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10, track_running_stats=False))
+    found = sensitivity(net, lambda m: 1., levels=(50,), data=unread())
+    learn = make_learner(net)
+    learn.dls.train.create_batches = lambda samples: unread()
+    assert found.repaired == sensitivity(learn, levels=(50,)).repaired == ()
+    assert not [w for w in recwarn if 'data: got' in str(w.message)]
+
+
+@pytest.mark.filterwarnings('always:data. got None')
+def test_without_data_it_says_what_is_not_repaired(make_learner):
+    with pytest.warns(UserWarning, match='data: got None, so BatchNorm is not recalibrated.*expected a few batches, or repair=None') as told:
+        assert sensitivity(convnet(), lambda m: 1., levels=(50,)).repaired == ()
+    assert len(told) == 1 and told[0].filename == __file__
+    with pytest.raises(ValueError, match="data: got None, expected batches with repair='refit'"): sensitivity(convnet(), lambda m: 1., repair='refit')
+    with pytest.raises(ValueError, match="repair: got 'refitt'.*did you mean 'refit'"): sensitivity(convnet(), lambda m: 1., repair='refitt')
+    learn = make_learner()
+    empty = torch.utils.data.TensorDataset(*(t[:0] for t in learn.dls.train.dataset.tensors))
+    learn.dls.loaders[0] = learn.dls.train.new(empty)  # as in a Learner that was loaded
+    with pytest.warns(UserWarning, match='data: got None'): sensitivity(learn, lambda m: 1., levels=(50,))
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+def test_a_repair_that_breaks_leaves_all_as_it_was(error):
+    net, x, _ = trained()
+    before, calls = bits(net), []
+    def broken(model, dense, data):
+        calls.append(0)
+        for tensor in (*model.parameters(), *model.buffers()): tensor.data.add_(1)
+        if len(calls) == 3: raise error
+    given = dict(metric=lambda m: 1., levels=(50, 90), data=x, repair=['refit', broken])
+    if error is KeyboardInterrupt: assert sensitivity(net, **given).values == {'0': {50: 1., 90: 1.}}
+    else:
+        with pytest.raises(RuntimeError): sensitivity(net, **given)
+    assert same(before, bits(net)) and len(calls) == 3
+
+
+class Stores(nn.Module):
+    "Keeps its last output, with the graph, as the U-Net and the AWD-LSTM of fastai do."
+    def __init__(self):
+        super().__init__()
+        self.net = convnet()
+
+    def forward(self, x):
+        self.out = self.net(x)
+        return self.out
+
+
+def test_a_network_that_keeps_what_it_has_computed():
+    net, x = Stores(), torch.randn(8, 1, 8, 8)
+    net(x)
+    assert sensitivity(net, lambda m: 1., levels=(50,), data=x).repaired == ('batchnorm',)
+
+
+@pytest.mark.parametrize('data', ['tensor', 'loader', 'dls', 'generator'])
+def test_forms_of_data_are_read_once(make_learner, data):
+    net, x, error = trained()
+    dls = make_learner().dls
+    given = {'tensor': x, 'loader': torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x), 16, shuffle=True), 'dls': dls,
+             'generator': (part for part in x.split(16))}[data]
+    rng = torch.get_rng_state()
+    assert len(sensitivity(net, error, levels=(50,), data=given).values) == 3
+    assert torch.equal(rng, torch.get_rng_state())
