@@ -1,17 +1,26 @@
 "Prune in fastai's training loop: the callback says when, a `Sparsifier` does it."
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from fastai.learner import noop
 
 from fasterai.allocation import fractions
+from fasterai.batches import TrainingBatches, check_batches
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
+from fasterai.repair import read_repairs
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
-from fasterai.summary import frozen_line, not_run_line, reached_line, zeros_line
+from fasterai.summary import (
+    frozen_line,
+    names_of_repairs,
+    not_run_line,
+    reached_line,
+    repaired_line,
+    zeros_line,
+)
 from fasterai.timetable import Timetable
 
 
@@ -30,6 +39,8 @@ class SparsifyCallback(Keeper):
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         schedule: str | Callable = 'gradual',  # how much, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
+        data=None,  # batches for `repair`, as in `Sparsifier`; None: up to 512 of the items that are trained on
+        repair=None,  # what the last event repairs, when the schedule is at its end, as in `Sparsifier`: 'refit', 'batchnorm', or both in a list
         **kwargs,  # the other rules, as in `Rules`
     ):
         if isinstance(sparsity, Mapping) and sparsity: check_kinds(list(sparsity), 'sparsity')
@@ -38,6 +49,9 @@ class SparsifyCallback(Keeper):
         self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self._check_initial()
+        self.repair, self.repairs = repair, read_repairs(repair)
+        check_batches(data)
+        self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
         self.column, self.trackers = Column(self), Trackers()
 
@@ -106,6 +120,7 @@ class SparsifyCallback(Keeper):
         super().end()
         if not self.active or not self.sparsifier.selected.candidates: return
         if not self.begun: self.trouble = 'there was no batch to train on'
+        self._say(repaired_line(names_of_repairs(self.repairs), self.repaired))
         self._say(reached_line(self.sparsifier.report(), self.asked, self._masked(), self.masked_before,
                                self._frozen_by_learner(), self.waiting, self.timetable, self.trouble,
                                self.rules.round_to))
@@ -117,6 +132,7 @@ class SparsifyCallback(Keeper):
         self.timetable, self.trouble = Timetable(self.schedule), ''  # the trouble: why the last event failed
         n_steps = len(self.learn.dls.train)
         if n_steps and self.n_epoch and self._can_place(): self.timetable.place(self.n_epoch, n_steps)
+        self.repaired = ()  # what the repairs of the last event returned
         self.compared, self.history = False, []  # whether there was an epoch at the final sparsity; sparsity of each layer by epoch
         self.masked_before = self._masked()  # name of a layer: number of weights
         self.pruned, self.waiting = set(), frozenset()  # names of the layers of the last event, and of those that waited in it
@@ -140,10 +156,19 @@ class SparsifyCallback(Keeper):
         if due == timetable.done and not self._more_to_prune(): return
         share, initial = due
         regrow = timetable.falls_to(due)
-        change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=regrow, initial=initial)
+        repairs = self._repairs_at(due)
+        batches = TrainingBatches(self.learn) if self.data is None else self.data
+        with self.sparsifier.repairing(repairs, batches):
+            change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=regrow, initial=initial)
+        if repairs: self.repaired = change.repaired
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
         self._find_asked()
         self._mask_optimizer_state()
+
+    def _repairs_at(self, due):
+        "Return the repairs of an event: all at the end of the schedule, where weights do not come back."
+        at_end = due == self.timetable.due(1.)
+        return self.repairs if at_end and not self.timetable.falls_to(due) else []
 
     def _more_to_prune(self):
         "Tell whether a layer learns now that did not at the last event, or is known of and was not."
@@ -212,6 +237,7 @@ class SparsifyCallback(Keeper):
 
     def __repr__(self):
         given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}
+        if self.repairs: given['repair'] = self.repair
         return f'{type(self).__name__}({as_arguments(given)})'
 
     def plot_sparsity(self,

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.arguments import callable_with, finite_number, flag, name_of, nearest, percent
-from fasterai.batches import TrainingBatches, random_numbers_kept
-from fasterai.data import read_data
+from fasterai.batches import TrainingBatches
 from fasterai.progress import progress
 from fasterai.repair import read_repairs, recalibrate
 from fasterai.snapshot import Snapshot
@@ -254,12 +253,12 @@ def _read_levels(levels):
 
 
 def _read_repairs(repair, data, model, learner):
-    "Return the repairs that can change this network, and the batches for them, which are read only once."
+    "Return the repairs that can change this network, and the batches for them."
     repairs = read_repairs(repair)
     if not _has_statistics(model): repairs = [one for one in repairs if one is not recalibrate]
     if not repairs: return [], None
     if data is None and learner is not None: data = list(TrainingBatches(learner)) or None
-    if data is not None: return repairs, _read_once(data, model)
+    if data is not None: return repairs, data
     if any(one is not recalibrate for one in repairs):
         raise ValueError(f'data: got None, expected batches with repair={repair!r}')
     warnings.warn('data: got None, so BatchNorm is not recalibrated, and layers in front of one look more '
@@ -270,11 +269,6 @@ def _read_repairs(repair, data, model, learner):
 def _has_statistics(model):
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return any(norm.running_mean is not None for norm in norms)
-
-
-def _read_once(data, model):
-    with random_numbers_kept(): found = read_data(data, model)
-    return [inputs.kwargs or (inputs.args,) for inputs in found]
 
 
 def _measure(sparsifier, levels, metric):

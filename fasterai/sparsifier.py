@@ -12,6 +12,7 @@ from torch import nn
 
 from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest, percent, whole
+from fasterai.batches import random_numbers_kept
 from fasterai.calibration import Calibration
 from fasterai.data import read_data
 from fasterai.event import Budget, Change, decide
@@ -203,11 +204,13 @@ class Sparsifier:
     @contextmanager
     def repairing(self,
         repairs: list,  # functions of model, dense and data, as `repair.read_repairs` returns them; [] does nothing
-        data,  # as in `Sparsifier`; read more than once
+        data,  # as in `Sparsifier`; read once
     ):
         "Have each event of a `with` block repaired, so that the outputs come near to those of now."
         before = self.repairs, self.data, self._dense
-        if repairs: self.repairs, self.data, self._dense = repairs, data, _copied(self.model, data)
+        if repairs:
+            batches = _read_once(data, self.model)
+            self.repairs, self.data, self._dense = repairs, batches, _copied(self.model, batches)
         try: yield
         finally: self.repairs, self.data, self._dense = before
 
@@ -349,10 +352,16 @@ def _check_data(rules, repair, data, loss_func):
                          'which needs gradients')
 
 
+def _read_once(data, model):
+    "Return batches of inputs that can be read again, and are the same then."
+    with random_numbers_kept(): found = read_data(data, model)
+    return [inputs.kwargs or (inputs.args,) for inputs in found]
+
+
 def _copied(model, data):
     "Copy a model. What it keeps of a pass with gradients cannot be copied, so a pass without comes first."
-    batch = read_data(data, model)[0]
-    with evaluation_mode(model), torch.random.fork_rng([]), torch.no_grad(): batch.call(model)
+    batch, gpus = read_data(data, model)[0], {p.device for p in model.parameters() if p.is_cuda}
+    with evaluation_mode(model), random_numbers_kept(*gpus), torch.no_grad(): batch.call(model)
     return deepcopy(model)
 
 

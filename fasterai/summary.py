@@ -50,11 +50,12 @@ def names_of_repairs(
 
 def repaired_line(
     names: list,  # of the repairs
-    found: tuple,  # what each returned: `Repaired`, or anything of a function of one's own
+    found: tuple,  # what each returned: `Repaired`, or anything of a function of one's own; () where there was no event
 ) -> str:  # '' where there was nothing to repair
     "Say what was repaired at the last event, how far the outputs are off, and which repair was not kept."
     measured = [one for one in found if isinstance(one, Repaired)]
-    if measured and not any(one.before for one in measured): return ''
+    nothing_to_do = measured and not any(one.before for one in measured)
+    if not found or nothing_to_do: return ''
     undone = [name for name, one in zip(names, found) if isinstance(one, Repaired) and not one.kept]
     kept = [name for name in names if name not in undone]
     refused = f'{" and ".join(undone)} brought the outputs no nearer, so not kept'

@@ -10,7 +10,11 @@ from fastai.data.core import DataLoaders
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
+from fasterai.data import read_data
+from fasterai.repair import Repaired, divergence, refit
 from fasterai.schedule import Ramp, dense_sparse_dense, epochs, gradual, iterative, linear, one_shot, steps
+from fasterai.sparsifier import Sparsifier
+from fasterai.summary import repaired_line
 
 
 class Watch(Callback):
@@ -376,3 +380,123 @@ def test_a_fit_without_a_batch_to_train_on_passes(make_learner, capsys, schedule
     assert 'reached 0.00 %' in end and end.endswith('there was no batch to train on')
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
     assert [m.name for m in learn.metrics] == ['accuracy'] and len(learn.validate()) == 2
+
+
+# Repairing
+
+class States(Callback):
+    "Notes what the network and the optimizer hold right before and after each event, and the random numbers."
+    def __init__(self, order): self.order, self.seen = order, []
+
+    def before_step(self):
+        state = [v.detach().clone() for v in self.learn.model.state_dict().values()]
+        moments = [v.clone() for p in self.learn.opt.all_params() for v in p[3].values() if isinstance(v, torch.Tensor)]
+        self.seen.append((state, moments, torch.get_rng_state(), [m.training for m in self.learn.model.modules()]))
+
+
+def around(): return States(SparsifyCallback.order - .01), States(SparsifyCallback.order + .01)
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def fitted(learn, epochs=8):
+    "A Learner whose BatchNorm has seen something."
+    learn.fit(epochs, 1e-2)
+    return learn
+
+
+@pytest.mark.parametrize('repair', ['refit', 'batchnorm', ['refit', 'batchnorm']], ids=str)
+@pytest.mark.parametrize('granularity, context', [('weight', 'global'), ('filter', 'local')])
+def test_the_last_event_is_repaired_and_only_that(make_learner, repair, granularity, context):
+    found = []
+    for given in (None, repair):
+        learn, (before, after) = fitted(make_learner()), around()
+        callback = SparsifyCallback(60, granularity, context, schedule=iterative(0, 1, n_steps=2), repair=given)
+        learn.fit(2, 1e-3, cbs=[callback, before, after])
+        assert all(torch.equal(b[2], a[2]) and b[3] == a[3] for b, a in zip(before.seen, after.seen))
+        found.append((learn, callback, after.seen))
+    (_, cut, plain), (learn, callback, seen) = found
+    equal = [same(a[0], b[0]) for a, b in zip(plain, seen)]
+    assert equal == [True] * 4 + [False] * 4  # the second of two events is made before the fifth step
+    assert same(plain[4][1], seen[4][1])  # the optimizer's state of weights that a repair moves is left alone
+    for name, keep in callback.sparsifier.masks.items(): assert torch.equal(keep, cut.sparsifier.masks[name])
+    assert callback.sparsifier.report().zeros == cut.sparsifier.report().zeros > 0
+    assert any(one.kept for one in callback.repaired) and cut.repaired == ()
+
+
+def test_a_repaired_network_comes_nearer_to_the_one_before_the_event(make_learner, capsys):
+    learn = fitted(make_learner())
+    learn.logger = print
+    before, after = around()
+    callback = SparsifyCallback(60, schedule=one_shot(at=1), repair=('refit', 'batchnorm'))
+    learn.fit(1, 1e-3, cbs=[callback, before, after])
+    dense, model = convnet(), convnet()
+    dense.load_state_dict(dict(zip(dense.state_dict(), before.seen[-1][0])))
+    model.load_state_dict(dict(zip(model.state_dict(), after.seen[-1][0])))
+    cut = deepcopy(dense)
+    Sparsifier(cut).sparsify_model(60)
+    x = read_data(learn.dls.valid, cut)
+    assert divergence(model.eval(), dense.eval(), x) < .7 * divergence(cut.eval(), dense, x)
+    first, last = callback.repaired
+    repaired, reached = capsys.readouterr().out.splitlines()[-2:]
+    assert repaired.startswith('sparsity: repaired with refit') and f', divergence {first.before:.2g} -> {last.after:.2g}' in repaired
+    assert reached.startswith('sparsity: asked 60 %, reached')
+
+
+@pytest.mark.parametrize('names, found, says', [
+    (['refit'], (), ''), ([], (), ''),
+    (['refit', 'batchnorm'], (Repaired(.41, .1, True), Repaired(.1, .08, True)), 'repaired with refit and batchnorm, divergence 0.41 -> 0.08'),
+    (['refit', 'batchnorm'], (Repaired(.41, .08, True), Repaired(.08, .08, False)),
+     'repaired with refit, divergence 0.41 -> 0.08; batchnorm brought the outputs no nearer, so not kept'),
+    (['refit'], (Repaired(.41, .41, False),), 'not repaired: refit brought the outputs no nearer, so not kept, divergence 0.41'),
+    (['refit'], (Repaired(0., 0., False),), ''), (['mine'], (None,), 'repaired with mine')])
+def test_what_is_said_of_a_repair(names, found, says): assert repaired_line(names, found) == says
+
+
+def test_nothing_is_said_where_no_event_was_repaired(make_learner, capsys):
+    learn = make_learner()
+    learn.logger = print
+    learn.fit(1, cbs=SparsifyCallback(50, schedule='dense_sparse_dense', repair='refit'))
+    learn.fit(1, cbs=SparsifyCallback(50, schedule=lambda p: .5 * p, repair='refit', layers='3'))
+    out = capsys.readouterr().out
+    assert out.count('repaired') == 1 and 'reached' in out
+
+
+def test_an_event_in_which_weights_come_back_is_not_repaired(make_learner):
+    calls = []
+    for schedule in ('dense_sparse_dense', 'one_shot'):
+        make_learner().fit(1, cbs=SparsifyCallback(50, schedule=schedule, repair=lambda *_: calls.append(0)))
+        assert len(calls) == (schedule == 'one_shot')
+
+
+def test_a_repair_that_fails_leaves_all_as_before_the_event(make_learner):
+    def broken(model, dense, data):
+        for tensor in (*model.parameters(), *model.buffers()): tensor.data.add_(1)
+        raise RuntimeError('broken')
+    learn, (before, _) = fitted(make_learner()), around()
+    callback = SparsifyCallback(60, 'filter', 'local', schedule=one_shot(at=.5), repair=['refit', broken])
+    with pytest.raises(RuntimeError, match='broken'): learn.fit(1, cbs=[callback, before])
+    assert len(before.seen) == 3 and same(before.seen[-1][0], learn.model.state_dict().values())
+    assert not any((~keep).any() for keep in callback.sparsifier.masks.values())
+    assert callback.sparsifier.repairs == [] and callback.sparsifier._dense is None
+
+
+@pytest.mark.parametrize('arguments, error, says', [
+    (dict(repair='refitt'), ValueError, "repair: got 'refitt'.*did you mean 'refit'"), (dict(repair=7), TypeError, 'repair: got 7'),
+    (dict(repair='refit', data=7), TypeError, 'data: got int, expected batches: a DataLoader'),
+    (dict(repair='refit', data='train'), TypeError, 'data: got str, expected batches')])
+def test_repairs_that_are_none_are_refused_when_built(arguments, error, says):
+    with pytest.raises(error, match=says): SparsifyCallback(50, **arguments)
+
+
+def test_data_of_ones_own(make_learner):
+    learn, seen = fitted(make_learner()), []
+    def noting(model, dense, data): seen.append([tuple(args[0].shape) for args, in data])
+    x = torch.randn(12, 1, 8, 8)
+    callback = SparsifyCallback(50, schedule='one_shot', repair=noting, data=(part for part in x.split(4)))
+    for _ in range(2): learn.fit(1, cbs=callback)
+    learn.fit(1, cbs=SparsifyCallback(60, schedule='one_shot', repair=noting, data=learn.dls))
+    learn.fit(1, cbs=SparsifyCallback(70, schedule='one_shot', repair=noting))
+    assert seen == [[(4, 1, 8, 8)] * 3] * 2 + [[(8, 1, 8, 8)] * 4] * 2
+    assert 'repair=' in repr(callback) and pickle.loads(pickle.dumps(SparsifyCallback(50, repair='refit'))).repairs == [refit]

@@ -306,20 +306,22 @@ def test_a_repair_that_breaks_leaves_all_as_it_was(error):
 
 
 class Stores(nn.Module):
-    "Keeps its last output, with the graph, as the U-Net and the AWD-LSTM of fastai do."
+    "Keeps its last output, with the graph, as the U-Net and the AWD-LSTM of fastai do, and draws random numbers."
     def __init__(self):
         super().__init__()
         self.net = convnet()
 
     def forward(self, x):
-        self.out = self.net(x)
+        self.out = nn.functional.dropout(self.net(x), .1)  # in eval mode, too
         return self.out
 
 
 def test_a_network_that_keeps_what_it_has_computed():
     net, x = Stores(), torch.randn(8, 1, 8, 8)
     net(x)
+    rng = torch.get_rng_state()
     assert sensitivity(net, lambda m: 1., levels=(50,), data=x).repaired == ('batchnorm',)
+    assert torch.equal(rng, torch.get_rng_state())
 
 
 @pytest.mark.parametrize('data', ['tensor', 'loader', 'dls', 'generator'])

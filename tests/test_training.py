@@ -12,7 +12,7 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import *  # noqa: F403, the fit_… methods of Learner
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.data.core import Datasets
+from fastai.data.core import DataLoaders, Datasets
 from fastai.learner import load_learner
 from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, QHAdam, RAdam, RMSProp, ranger
 from torch import nn
@@ -698,3 +698,87 @@ def test_only_optimisers_with_hooks_can_be_attached():
     for wrong in ({}, torch.optim.Adam):
         with pytest.raises(TypeError, match='optimizer: got .*, expected a torch.optim.Optimizer'): sparsifier.attach(wrong)
     with pytest.raises(ValueError, match='steps none of the selected weights'): sparsifier.attach(torch.optim.SGD(convnet().parameters(), .1))
+
+
+# Repairing at the end of the schedule
+
+BOTH = ('refit', 'batchnorm')
+
+
+@pytest.mark.parametrize('how, cbs', [
+    (lambda learn, cbs: learn.fit(2, cbs=cbs), list), (lambda learn, cbs: learn.fit_one_cycle(2, cbs=cbs), lambda: [GradientAccumulation(16)]),
+    (lambda learn, cbs: learn.fit(1, cbs=cbs), lambda: [HalfOnCPU(overflows=(3,))]), (lambda learn, cbs: learn.fit(2, cbs=cbs), lambda: [HalfOnCPU(), MixUp()]),
+    (lambda learn, cbs: learn.fine_tune(2, freeze_epochs=2, cbs=cbs), lambda: [GradientClip(), SaveModelCallback()])],
+    ids=['fit', 'accumulation', 'overflow', 'half', 'fine_tune'])
+@pytest.mark.parametrize('schedule', ['one_shot', linear(0, 1)], ids=['one_shot', 'linear'])
+def test_the_last_event_is_repaired_in_every_fit(make_learner, how, cbs, schedule):
+    learn, calls = make_learner(splitter=parts), []
+
+    def note(model, dense, data): calls.append((zeros(model), zeros(dense)))
+    learn.fit(4, 1e-2)
+    callback = SparsifyCallback(80, schedule=schedule, repair=[*BOTH, note])
+    how(learn, [callback, *cbs()])
+    (after, before), = calls  # once
+    assert before < after == zeros(learn.model) == wanted(80)
+    assert any(one.kept for one in callback.repaired[:2])
+
+
+def test_layers_that_thaw_later_are_repaired_too(make_learner):
+    learn = make_learner()
+    learn.model[0].requires_grad_(False)
+    class Thaw(Callback):
+        order = -5
+
+        def before_batch(self):
+            if self.iter == 2: self.learn.model[0].requires_grad_(True)
+    calls = []
+    callback = SparsifyCallback(80, schedule=one_shot(at=0), repair=lambda *_: calls.append(0))
+    learn.fit(1, cbs=[callback, Thaw()])
+    assert len(calls) == 2 and zeros(learn.model) == wanted(80)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = convnet()
+
+    def forward(self, x, shift): return self.net(x + shift[:, None, None, None])
+
+
+def test_inputs_and_targets_of_several_tensors(make_learner):
+    learn, x = make_learner(TwoInputs(), metrics=[]), torch.randn(32, 1, 8, 8)
+    parts = Datasets(range(32), [[lambda i: x[i]], [lambda i: torch.tensor(i / 32)], [lambda i: i % 10], [lambda i: i % 3]], n_inp=2)
+    learn.dls = parts.dataloaders(bs=8, num_workers=0, device='cpu')
+    learn.loss_func = lambda out, one, other: nn.functional.cross_entropy(out, one) + nn.functional.cross_entropy(out, other)
+    learn.fit(4, 1e-2)
+    callback = SparsifyCallback(60, schedule='one_shot', repair=BOTH)
+    learn.fit(1, cbs=callback)
+    assert zeros(learn.model) == wanted(60) and any(one.kept for one in callback.repaired)
+
+
+def test_a_batch_that_is_a_dict(make_learner):
+    class TakesDict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = convnet()
+
+        def forward(self, batch): return self.net(batch['pictures'])
+    x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
+    batches = [({'pictures': x[i:i + 8]}, y[i:i + 8]) for i in range(0, 32, 8)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+    learn = make_learner(TakesDict())
+    learn.dls = DataLoaders(loader, loader)
+    learn.fit(4, 1e-2)
+    callback = SparsifyCallback(60, schedule='one_shot', repair=BOTH)
+    learn.fit(1, cbs=callback)
+    assert zeros(learn.model) == wanted(60) and any(one.kept for one in callback.repaired)
+
+
+def test_a_callback_that_repairs_goes_along_with_a_copy(make_learner):
+    learn = make_learner()
+    callback = SparsifyCallback(60, schedule='one_shot', repair=BOTH)
+    learn.fit(1, cbs=callback)
+    learn.add_cb(callback)
+    fresh = deepcopy(learn)
+    fresh.fit(1)
+    assert zeros(fresh.model) == wanted(60)
