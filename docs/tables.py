@@ -10,10 +10,12 @@ from fasterai.context import CONTEXTS
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import AXES, GRANULARITIES, read_axes
 from fasterai.regrowth import REGROWTHS
+from fasterai.repair import REPAIRS
 from fasterai.schedule import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
-NAMES = {'granularity': [*GRANULARITIES], 'context': [*CONTEXTS, '2:4'], 'criteria': [*CRITERIA], 'schedule': [*SCHEDULES], 'regrow': [*REGROWTHS]}
+NAMES = {'granularity': [*GRANULARITIES], 'context': [*CONTEXTS, '2:4'], 'criteria': [*CRITERIA], 'schedule': [*SCHEDULES],
+         'regrow': [*REGROWTHS], 'repair': [*REPAIRS]}
 
 
 def options() -> str:
