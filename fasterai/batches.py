@@ -1,12 +1,11 @@
 "Read the training batches of a fastai Learner beside its fit, which goes on undisturbed."
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from fasterai.snapshot import random_numbers_kept
 
 ITEMS = 512  # enough for statistics and Gram matrices of most layers, and read in seconds
 
@@ -91,16 +90,3 @@ def _items(batch):
     "Count the items of a batch: the first tensor of a batch has one row for each."
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
     return len(tensors[0]) if tensors else 1
-
-
-@contextmanager
-def random_numbers_kept(
-    *devices: torch.device,  # GPUs that may draw, too
-):
-    "Put the random numbers of Python, numpy and torch back after a `with` block."
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try: yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)

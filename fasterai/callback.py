@@ -10,9 +10,9 @@ from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
-from fasterai.repair import read_repairs
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
+from fasterai.sparsifier import repairs_of
 from fasterai.summary import (
     frozen_line,
     names_of_repairs,
@@ -49,7 +49,7 @@ class SparsifyCallback(Keeper):
         self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self._check_initial()
-        self.repair, self.repairs = repair, read_repairs(repair)
+        self.repair, self.repairs = repair, repairs_of(self.rules, repair)
         check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
@@ -64,7 +64,7 @@ class SparsifyCallback(Keeper):
         if not self.active: return
         self._check_names()
         self._check_initial()
-        self._build(self.rules)
+        self._build(self.rules, **self._calibration())
         self.sparsifier.selected.include(self._frozen_for_a_while())
         self._find_asked()
         self._begin()
@@ -157,18 +157,29 @@ class SparsifyCallback(Keeper):
         share, initial = due
         regrow = timetable.falls_to(due)
         repairs = self._repairs_at(due)
-        batches = TrainingBatches(self.learn) if self.data is None else self.data
-        with self.sparsifier.repairing(repairs, batches):
-            change = self.sparsifier.sparsify_model(self.sparsity, share, regrow=regrow, initial=initial)
-        if repairs: self.repaired = change.repaired
+        with self.sparsifier.repairing(repairs, self._batches()):
+            change = self.sparsifier.sparsify_model(self.sparsity, share, regrow, initial)
+        if change.repaired: self.repaired = change.repaired
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
         self._find_asked()
         self._mask_optimizer_state()
 
     def _repairs_at(self, due):
-        "Return the repairs of an event: all at the end of the schedule, where weights do not come back."
-        at_end = due == self.timetable.due(1.)
-        return self.repairs if at_end and not self.timetable.falls_to(due) else []
+        "Return the repairs of an event: the criterion's own, and at the end of the schedule the user's."
+        at_end = due == self.timetable.due(1.) and not self.timetable.falls_to(due)
+        return repairs_of(self.rules, self.repair if at_end else None)
+
+    def _batches(self): return TrainingBatches(self.learn) if self.data is None else self.data
+
+    def _calibration(self):
+        "Return the data, and the loss, that a criterion needs beside the steps of a training."
+        if not self.rules.criterion.needs_data: return {}
+        return {'data': self._batches(), 'loss_func': self._loss}
+
+    def _loss(self, output, *target):
+        "Compute the loss of the Learner; several targets come as one tuple."
+        if len(target) == 1 and isinstance(target[0], tuple): target, = target
+        return self.learn.loss_func(output, *target)
 
     def _more_to_prune(self):
         "Tell whether a layer learns now that did not at the last event, or is known of and was not."
@@ -237,7 +248,7 @@ class SparsifyCallback(Keeper):
 
     def __repr__(self):
         given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}
-        if self.repairs: given['repair'] = self.repair
+        if self.repair: given['repair'] = self.repair
         return f'{type(self).__name__}({as_arguments(given)})'
 
     def plot_sparsity(self,

@@ -248,6 +248,12 @@ class CriterionInfo:
     round_keeps: Fraction | None = None  # an event is made in rounds, of which each keeps so much of what is left; None: in one
 
 
+    @property
+    def needs_data(self) -> bool:
+        "Tell whether it needs more than the weights and the steps of a training."
+        return bool(self.repairs) or any(EVIDENCE[name].of_data for name in self.evidence)
+
+
 def evidence_of(
     criterion: Criterion,
 ) -> tuple:  # names in `EVIDENCE`

@@ -78,14 +78,14 @@ class Keeper(Callback):
 
     def _model(self): return bare(self.learn.model)
 
-    def _build(self, rules):
+    def _build(self, rules, **more):
         "Make the Sparsifier, with the masks that others hold at the start of this fit."
         held = {}
         for keeper in self._others(KeepSparse):
             if not keeper.left: held = both(held, keeper.masks_for(self._model()))
         held = both(held, self._left_masks())
         if self._resumes(): rules = replace(rules, keep_zeros=True)
-        self._sparsifier = Sparsifier(self._model(), **rules.given, example=self._batch)
+        self._sparsifier = Sparsifier(self._model(), **rules.given, **more, example=self._batch)
         self.sparsifier.masks.begin_with(held)
         self.state_masked, self.begun = False, False
         self._call_end_last()

@@ -196,19 +196,33 @@ class Inputs(NamedTuple):
 
 def _add_squares(layer, state, read):
     "Return the sum of the squares of each input: the diagonal of the Gram matrix."
-    squares = torch.linalg.vector_norm(read.rows(), dim=1, dtype=torch.float64).square()  # (groups, inputs)
-    return _added(state, read, squares)
+    def squares(rows): return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    return _added(state, read, squares)  # (groups, inputs)
 
 
 def _add_products(layer, state, read):
     "Return the sum of the products of all pairs of inputs: the Gram matrix."
-    rows = read.rows()
-    return _added(state, read, (rows.transpose(1, 2) @ rows).double())
+    def products(rows): return (rows.transpose(1, 2) @ rows).double()
+    return _added(state, read, products)  # (groups, inputs, inputs)
 
 
-def _added(state, read, new):
-    total = new if state is None else state.total.to(new.device) + new
-    return Inputs((read.groups, read.transposed), total)
+def _added(state, read, value):
+    "Return a sum with what one call reads; several groups where a weight packs those of several inputs."
+    for piece in read.pieces():
+        new = _by_part(read, value(widened(piece.rows())))
+        total = new if state is None else state.total.to(new.device) + new
+        state = Inputs((len(total), read.transposed), total)
+    return state
+
+
+def _by_part(read, new):
+    "Return what one call reads as that of the query, key or value, where attention packs their weights."
+    if read.part is None: return new
+    third = len(read.weight) // 3
+    first, last = (row // third for row in read.part)
+    found = new.new_zeros(3, *new.shape[1:])
+    found[first:last] = new
+    return found
 
 
 def _input_norm(layer, state):

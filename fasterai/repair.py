@@ -21,7 +21,7 @@ from fasterai.least_squares import solve_kept
 from fasterai.names import bare, named_modules
 from fasterai.operations import argument
 from fasterai.progress import progress
-from fasterai.snapshot import Snapshot, evaluation_mode
+from fasterai.snapshot import Snapshot, evaluation_mode, random_numbers_kept
 
 NEARER = .95  # a repair is kept where it leaves at most so much of the error: less may be chance
 
@@ -96,8 +96,8 @@ def _kept_if_nearer(model, dense, data, change: Callable):
 @contextmanager
 def _undisturbed(*models):
     "Run models without gradients, in eval mode, and put modes and random numbers back."
-    devices = [p.device for model in models for p in list(model.parameters())[:1] if p.is_cuda]
-    with evaluation_mode(*models), torch.random.fork_rng(devices), torch.no_grad(): yield
+    gpus = {p.device for model in models for p in model.parameters() if p.is_cuda}
+    with evaluation_mode(*models), random_numbers_kept(*gpus), torch.no_grad(): yield
 
 
 @torch.no_grad()

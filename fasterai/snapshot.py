@@ -53,7 +53,7 @@ def undisturbed(
     "Run models in eval mode for a `with` block; put modes, buffers and random numbers back afterwards."
     buffers = {buffer: buffer.clone() for model in models for buffer in model.buffers()}
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
-    with evaluation_mode(*models), _random_numbers(list(devices)):
+    with evaluation_mode(*models), random_numbers_kept(*devices):
         try: yield
         finally: _put_back(buffers)
 
@@ -66,8 +66,10 @@ def _put_back(buffers):
 
 
 @contextmanager
-def _random_numbers(devices):
-    "Put the random numbers of torch, numpy and Python back after a `with` block."
+def random_numbers_kept(
+    *devices: torch.device,  # GPUs that may draw, too
+):
+    "Put the random numbers of Python, numpy and torch back after a `with` block."
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         try: yield

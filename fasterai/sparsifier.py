@@ -12,14 +12,13 @@ from torch import nn
 
 from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest, percent, whole
-from fasterai.batches import random_numbers_kept
 from fasterai.calibration import Calibration
 from fasterai.data import read_data
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.kinds import EVIDENCE
 from fasterai.masks import Masks
-from fasterai.names import Named
+from fasterai.names import Named, bare
 from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.repair import read_repairs
 from fasterai.report import Report, measure
@@ -27,7 +26,7 @@ from fasterai.rounds import in_rounds
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import check_initial, read_share
 from fasterai.selected import Selected
-from fasterai.snapshot import Snapshot, evaluation_mode
+from fasterai.snapshot import Snapshot, random_numbers_kept, undisturbed
 
 
 class Sparsifier:
@@ -53,14 +52,14 @@ class Sparsifier:
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
         self.model, self.rules = model, Rules(granularity, context, criteria, layers, **kwargs)
-        self.repairs = _repairs(self.rules, repair)
+        self.repairs = repairs_of(self.rules, repair)
         self.data = list(data) if isinstance(data, Iterator) else data  # each repair reads it anew
         _check_data(self.rules, repair, data, loss_func)
         self.selected = Selected(model, self.rules, example)
         self.masks = Masks(self.selected, self.rules.keep_zeros)
-        calibration = Calibration(model, self.data, loss_func, example)
+        calibration = Calibration(bare(model), self.data, loss_func, example)
         self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
-        self._dense = deepcopy(model) if self.repairs else None  # what a repair comes near to
+        self._dense = None  # what a repair comes near to: the network before the first event since it was last trained
         self._hooks, self._in_event = [], False  # the hooks are in optimizers
 
     def __repr__(self):
@@ -190,11 +189,13 @@ class Sparsifier:
 
     def _apply_and_repair(self, change):
         "Change the masks and repair the network: both, or, where a repair fails, nothing."
-        snapshot, masks = Snapshot(self.model), self.masks.of
+        snapshot, masks, dense = Snapshot(self.model), self.masks.of, self._dense
         try:
+            if dense is None: self._dense = _copied(self.model, self.data)
             self.masks.apply(change)
             repaired = [repair(self.model, self._dense, self.data) for repair in self.repairs]
         except BaseException:
+            self._dense = dense
             self.masks.put_back(masks)
             snapshot.restore()
             raise
@@ -203,21 +204,21 @@ class Sparsifier:
 
     @contextmanager
     def repairing(self,
-        repairs: list,  # functions of model, dense and data, as `repair.read_repairs` returns them; [] does nothing
+        repairs: list,  # functions of model, dense and data, as `repair.read_repairs` returns them; [] for none
         data,  # as in `Sparsifier`; read once
     ):
-        "Have each event of a `with` block repaired, so that the outputs come near to those of now."
-        before = self.repairs, self.data, self._dense
-        if repairs:
-            batches = _read_once(data, self.model)
-            self.repairs, self.data, self._dense = repairs, batches, _copied(self.model, batches)
+        "Have each event of a `with` block repaired."
+        before = self.repairs, self.data
+        self.repairs = repairs
+        if repairs: self.data = _read_once(data, self.model)
         try: yield
-        finally: self.repairs, self.data, self._dense = before
+        finally: self.repairs, self.data = before
 
     # Keeping
 
     def apply_masks(self):
         "Zero the masked weights again, after something has moved them."
+        self._dense = None
         self.masks.mask_weights()
 
     def mask_gradients(self):
@@ -256,6 +257,7 @@ class Sparsifier:
         self.masks.mask_gradients(parameters_of(optimizer))
 
     def _after_step(self, optimizer):
+        self._dense = None
         self.masks.mask_weights(parameters_of(optimizer))
         self.mask_optimizer_state(optimizer.state)
 
@@ -279,7 +281,7 @@ class Sparsifier:
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
         self.masks.move_to(model, example)
-        self.model = model
+        self.model, self.evidence.calibration.model = model, bare(model)
 
     def detach(self):
         "Let go of all attached optimizers. Their next step may move the zeros."
@@ -330,7 +332,10 @@ class Sparsifier:
         self.evidence.states |= states
 
 
-def _repairs(rules, repair):
+def repairs_of(
+    rules: Rules,
+    repair,  # what the user has named, as in `Sparsifier`
+) -> list:  # functions of model, dense and data
     "Return the repairs that belong to the criterion, and those that the user has named, each once."
     own = read_repairs(rules.criterion.repairs)
     return own + [one for one in read_repairs(repair) if one not in own]
@@ -360,8 +365,9 @@ def _read_once(data, model):
 
 def _copied(model, data):
     "Copy a model. What it keeps of a pass with gradients cannot be copied, so a pass without comes first."
-    batch, gpus = read_data(data, model)[0], {p.device for p in model.parameters() if p.is_cuda}
-    with evaluation_mode(model), random_numbers_kept(*gpus), torch.no_grad(): batch.call(model)
+    try: return deepcopy(model)
+    except RuntimeError: batch = read_data(data, model)[0]
+    with undisturbed(model), torch.no_grad(): batch.call(model)
     return deepcopy(model)
 
 

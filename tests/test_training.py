@@ -782,3 +782,28 @@ def test_a_callback_that_repairs_goes_along_with_a_copy(make_learner):
     fresh = deepcopy(learn)
     fresh.fit(1)
     assert zeros(fresh.model) == wanted(60)
+
+
+# ---- Criteria that read the training data
+
+@pytest.mark.parametrize('criterion', ['wanda', 'ria', 'sparsegpt', 'alps', 'obd', 'obs', 'synflow', 'fpgm'])
+@pytest.mark.parametrize('schedule', ['one_shot', 'gradual'])
+def test_criteria_of_data_prune_in_a_fit(make_learner, criterion, schedule):
+    learn = make_learner()
+    cb = SparsifyCallback(60, criteria=criterion, schedule=schedule)
+    learn.fit(2, cbs=cb)
+    size = sum(layer.weight.numel() for layer in cb.sparsifier.layers.values())
+    assert round(cb.sparsifier.sparsity * size / 100) == round(.6 * size)
+    assert bool(cb.repaired) == (criterion in ('sparsegpt', 'alps'))
+
+
+def test_a_fit_goes_on_undisturbed_beside_its_evidence(make_learner):
+    "Where evidence leaves no mark, a criterion of data that scores by size alone trains the same network as magnitude."
+    def by_size(weight, input_norm): return weight.abs() + 0 * input_norm
+    fits = []
+    for criterion in ('magnitude', by_size):
+        torch.manual_seed(0)
+        learn = make_learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Dropout(), nn.ReLU(), nn.Linear(20, 10)))
+        learn.fit(2, cbs=SparsifyCallback(60, criteria=criterion))
+        fits.append([p.detach().clone() for p in learn.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*fits))
