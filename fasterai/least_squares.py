@@ -18,13 +18,13 @@ def solve_kept(
     Gram matrix that is zero or not finite all do."""
     ridge = DAMPING * float(gram.diagonal().mean())
     found = start.clone()
-    if not ridge or not torch.isfinite(gram).all() or not torch.isfinite(wanted).all(): return found
+    if not 0 < ridge < torch.inf: return found
     for outputs, inputs, kept in _pieces(start != 0):
         at = outputs[:, None, :], inputs[:, :, None]  # (masks, inputs of a mask, outputs of a mask)
         old = start[at]
         right = wanted[inputs[:, :, None], outputs[:, None, :]] * kept[..., None]
         matrices = gram[inputs[:, :, None], inputs[:, None, :]]
-        if not kept.all(): matrices *= kept[:, :, None] & kept[:, None, :]
+        matrices[~kept] = 0  # what fills up is at the end, and only the lower triangle is read
         new = _solve(matrices, right, old, ridge)
         found[at] = torch.where(new == 0, old, new)  # what stays must not become zero by chance
     return found

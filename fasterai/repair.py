@@ -3,7 +3,6 @@
 `refit` solves the weights of each layer anew, `recalibrate` adapts the statistics of BatchNorm. Each is kept
 only where the outputs come nearer to those of the dense network, on data that it was not fitted to."""
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ class Repaired(NamedTuple):
     before: float  # squared error over the variance of the dense outputs, on data that was not fitted to
     after: float
     kept: bool  # False: it would have done harm, and all is as it was
+    form: str | None = None  # of its forms the one that was kept: 'refit'; of `recalibrate` 'difference' or 'full'
 
 
 def refit(
@@ -44,7 +44,7 @@ def refit(
     network, X' and w' those of the dense one, and w₀ the weights as they are: layer-wise reconstruction (as
     in Frantar & Alistarh 2022), for a mask that is given. Linear layers and convolutions are solved that have
     zeros or read channels of zeros. A weight that is zero stays zero."""
-    return _kept_if_nearer(model, dense, data, _refit)
+    return _kept_if_nearer(model, dense, data, {'refit': _refit})
 
 
 def recalibrate(
@@ -52,12 +52,14 @@ def recalibrate(
     dense: nn.Module,  # the network before, of the same names
     data,  # as in `refit`
 ) -> Repaired:
-    """Move the statistics of BatchNorm by as much as pruning has moved those of the data.
+    """Adapt the statistics of BatchNorm to the pruned network, in the one of two forms that is nearer.
 
-    What reaches a BatchNorm is normalized, on the data, as it was in the dense network: σ² becomes r·σ² and
-    μ becomes m − √r·(m' − μ), with m and m' the means in the pruned and in the dense network, and r the
-    quotient of the variances. Where nothing was pruned nothing moves, to the bit."""
-    return _kept_if_nearer(model, dense, data, _recalibrate)
+    `difference` moves them by as much as pruning has moved those of the data: what reaches a BatchNorm is
+    normalized, on the data, as it was in the dense network. σ² becomes r·σ² and μ becomes m − √r·(m' − μ),
+    with m and m' the means in the pruned and in the dense network, and r the quotient of the variances.
+    `full` takes those of the data, as for a network that is new. Either goes layer by layer, so that a later
+    layer sees earlier ones adapted, and where pruning has changed nothing nothing moves, to the bit."""
+    return _kept_if_nearer(model, dense, data, {'difference': _recalibrate, 'full': _reestimate})
 
 
 # To add a repair, write a function of model, dense and data, and a row.
@@ -75,22 +77,29 @@ def read_repairs(
 
 # The common part
 
-def _kept_if_nearer(model, dense, data, change: Callable):
-    "Make a change, and undo it where the outputs do not come nearer to those of the dense network."
+def _kept_if_nearer(
+    model, dense, data,
+    forms: dict,  # by name, functions of model, dense and batches: the first is kept unless another is clearly nearer
+):
+    "Change a model, and undo it where the outputs do not come nearer to those of the dense network."
     model, dense = bare(model), bare(dense)
     solve, judge = held_out(read_data(data, model))
     snapshot = Snapshot(model)
     with _undisturbed(model, dense):
         before = divergence(model, dense, judge)
+        least, form, best = before, None, snapshot
         try:
-            change(model, dense, solve)
-            after = divergence(model, dense, judge)
+            for name, change in forms.items():
+                if not before: break  # nothing can come nearer
+                snapshot.restore()
+                change(model, dense, solve)
+                after = divergence(model, dense, judge)
+                if after < NEARER * least: least, form, best = after, name, Snapshot(model)
         except BaseException:
             snapshot.restore()
             raise
-    kept = after < NEARER * before
-    if not kept: snapshot.restore()
-    return Repaired(before, after if kept else before, kept)
+    best.restore()
+    return Repaired(before, least, form is not None, form)
 
 
 @contextmanager
@@ -278,10 +287,14 @@ def _float(rows):
 class _Statistics(TorchFunctionMode):
     "Sum up what reaches the BatchNorms of a model, by channel."
 
-    def __init__(self, norms):
+    def __init__(self,
+        norms: dict,  # by name
+        uses: int = 0,  # number of calls of these in a forward pass, after which that ends; 0 if unknown
+    ):
         super().__init__()
-        self.norms = {id(norm.running_mean): name for name, norm in norms.items()}
+        self.norms, self.uses = {id(norm.running_mean): name for name, norm in norms.items()}, uses
         self.real = None  # which positions of the batch are no padding, as `real_positions` finds them
+        self.calls = {}  # name: how often it was called in this forward pass
         self.sums = {}  # name: number of entries, their sum, the sum of their squares, by channel
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -295,21 +308,41 @@ class _Statistics(TorchFunctionMode):
         rows = only_real(x.detach().movedim(1, -1), self.real).flatten(0, -2).double()
         n, total, squares = self.sums.get(name, (0, 0., 0.))
         self.sums[name] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if self.calls[name] == self.uses: raise _Stop
+
+    def read(self, model, batches):
+        "Run a model on batches."
+        for batch in batches:
+            self.real, self.calls = real_positions(batch, model), {}
+            try:
+                with self: batch.call(model)
+            except _Stop: pass
+        return self
 
     def of(self, name):
-        "Return mean and variance of each channel."
+        "Return mean and variance of each channel, and the number of entries."
         n, total, squares = self.sums[name]
-        return total / n, (squares / n - (total / n).square()).clamp(min=0)
+        return total / n, (squares / n - (total / n).square()).clamp(min=0), n
 
 
-def _recalibrate(model, dense, batches):
+def _recalibrate(model, dense, batches): _adapt(model, dense, batches, _move)
+def _reestimate(model, dense, batches): _adapt(model, dense, batches, _replace)
+
+
+def _adapt(model, dense, batches, change):
+    "Change the statistics of each BatchNorm whose input has changed, in the order of the data flow."
     norms, twins = _norms(model), _norms(dense)
-    before = _statistics(dense, twins, batches)
-    for name in before.sums:
-        if name not in norms: continue
-        norm, twin = norms[name], twins[name]
-        now = _statistics(model, {name: norm}, batches)
-        if name in now.sums: _move(norm, twin, now.of(name), before.of(name))
+    before = _Statistics(twins).read(dense, batches)
+    start = _Statistics(norms).read(model, batches)
+    changed = False
+    for name in start.sums:  # in the order of the first calls
+        if name not in before.sums: continue
+        norm, now = norms[name], start
+        if changed: now = _Statistics({name: norm}, start.calls.get(name, 0)).read(model, batches)
+        if _equal(now.of(name), before.of(name)): continue
+        change(norm, twins[name], now.of(name), before.of(name))
+        changed = True
 
 
 def _norms(model):
@@ -317,19 +350,23 @@ def _norms(model):
     return {n: m for n, m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
-def _statistics(model, norms, batches):
-    with _Statistics(norms) as statistics:
-        for batch in batches:
-            statistics.real = real_positions(batch, model)
-            batch.call(model)
-    return statistics
+def _equal(now, before):
+    "Tell whether two statistics are the same to the bit."
+    return now[2] == before[2] and torch.equal(now[0], before[0]) and torch.equal(now[1], before[1])
 
 
 def _move(norm, twin, now, before):
     "Move the statistics of one BatchNorm: from the dense network's, by what the data say."
-    (mean, variance), (dense_mean, dense_variance) = now, before
+    (mean, variance, _), (dense_mean, dense_variance, _) = now, before
     old_mean, old_variance = twin.running_mean.double(), twin.running_var.double()
     ratio = (variance + norm.eps) / (dense_variance + norm.eps)
     moved = old_mean + (mean - dense_mean) + (dense_mean - old_mean) * (1 - ratio.sqrt())
     norm.running_mean.copy_(moved)
     norm.running_var.copy_((old_variance + (old_variance + norm.eps) * (ratio - 1)).clamp(min=0))
+
+
+def _replace(norm, twin, now, before):
+    "Give one BatchNorm the statistics of the data."
+    mean, variance, n = now
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance * n / max(n - 1, 1))

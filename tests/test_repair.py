@@ -1,4 +1,5 @@
 "Repair by data: exact where it can be, never harmful, and the mask is the same before and after."
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -105,6 +106,52 @@ def test_batchnorm_sees_on_the_data_what_it_saw_in_the_dense_network():
     for now, before in zip(normalized(model), normalized(dense)): torch.testing.assert_close(now, before, atol=1e-4, rtol=1e-4)
 
 
+def test_statistics_may_be_those_of_the_data_where_pruning_has_changed_something():
+    dense, x = trained('convolutions')
+    model = deepcopy(dense)
+    with torch.no_grad(): model[3].weight[:, 2] = 0
+    before = state(model)
+    with torch.no_grad(): repairs._reestimate(model, dense, read_data(x.split(16), model))
+    reads = model[:4](x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close([model[4].running_mean, model[4].running_var], [reads.mean(1), reads.var(1)], atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items() if not name.startswith('4.running'))
+
+
+def test_a_later_norm_sees_an_earlier_one_adapted():
+    dense, x = trained('convolutions')
+    model = deepcopy(dense)
+    with torch.no_grad():
+        model[0].weight[:, :, 0] = 0
+        repairs._reestimate(model, dense, read_data(x.split(16), model))
+    for i in (1, 4):
+        reads = model[:i](x).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(model[i].running_mean, reads.mean(1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('errors, form', [((.5, .2), 'second'), ((.5, .49), 'first'), ((.99, .5), 'second'), ((.99, .98), None), ((1.5, 3), None)])
+def test_of_two_forms_the_first_is_kept_unless_the_second_is_clearly_nearer(errors, form):
+    dense, x = linear([1, 2, 4], [3, 1, 5]), torch.randn(64, 3)
+    model = deepcopy(dense)
+    model[0].weight.data *= 2
+
+    def moves(error):
+        def change(model, dense, batches): model[0].weight.copy_(dense[0].weight * (1 + error ** .5))
+        return change
+    found = repairs._kept_if_nearer(model, dense, x, dict(zip(('first', 'second'), map(moves, errors))))
+    left = {'first': errors[0], 'second': errors[1], None: 1}[form]
+    assert found.form == form and found.kept == (form is not None) and found.after == pytest.approx(left * found.before)
+    torch.testing.assert_close(model[0].weight, dense[0].weight * (1 + left ** .5))
+
+
+def test_batchnorm_without_statistics_is_left_alone():
+    dense, x = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.BatchNorm1d(6)).eval(), torch.randn(32, 4)
+    model = deepcopy(dense)
+    Sparsifier(model).sparsify_model(50)
+    for repair in (repairs._recalibrate, repairs._reestimate):
+        with torch.no_grad(): repair(model, dense, read_data(x.split(8), model))
+    assert model[1].running_mean is None and not torch.equal(model[2].running_mean, dense[2].running_mean)
+
+
 def test_what_does_harm_is_undone():
     dense, x = trained('convolutions')
     model = deepcopy(dense)
@@ -113,7 +160,7 @@ def test_what_does_harm_is_undone():
 
     def harm(model, dense, batches):
         for p in model.parameters(): p.mul_(3)
-    found = repairs._kept_if_nearer(model, dense, x.split(16), harm)
+    found = repairs._kept_if_nearer(model, dense, x.split(16), {'harm': harm})
     assert not found.kept and found.before == found.after
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -128,6 +175,136 @@ def test_inputs_that_are_dead_alike_or_too_few():
         zero = [p == 0 for p in model.parameters()]
         refit(model, dense, data)
         assert all(torch.isfinite(p).all() and torch.equal(p == 0, z) for p, z in zip(model.parameters(), zero))
+
+
+def test_too_few_rows_are_told():
+    dense, x = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(9, 12)
+    model = deepcopy(dense)
+    Sparsifier(model).sparsify_model(50)
+    with pytest.warns(UserWarning, match=r"data: got 7 rows for '0.weight' with 12 inputs, expected at least") as told: refit(model, dense, x)
+    assert len(told) == 1
+    model[0].weight.data[:, 4:] = 0  # inputs that nothing reads are not counted
+    x[:, 0] = 0  # nor those that are always zero
+    with pytest.warns(UserWarning) as told: refit(model, dense, x[:5])
+    assert len(told) == 1 and "'0.weight'" not in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        refit(model, dense, torch.randn(32, 12))
+
+
+class Both(nn.Module):
+    "A weight that belongs to two modules, and one that is used twice, beside a table that shares a weight with a layer."
+    def __init__(self):
+        super().__init__()
+        self.table, self.a, self.b, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 9)
+        self.b.weight, self.head.weight = self.a.weight, self.table.weight
+
+    def forward(self, x): return self.head(self.b(self.a(self.table(x)).relu()).relu())
+
+
+def test_a_weight_of_two_modules_is_solved_and_one_of_a_table_is_not():
+    dense, x = Both(), torch.randint(0, 9, (64, 5))
+    model = deepcopy(dense)
+    with torch.no_grad(): model.a.weight[:, 0], model.table.weight[:4] = 0, 0
+    table = model.table.weight.clone()
+    with torch.no_grad(): repairs._refit(model, dense, read_data(x.split(16), model))
+    assert model.b.weight is model.a.weight and not torch.equal(model.a.weight[:, 1:], dense.a.weight[:, 1:])
+    assert (model.a.weight[:, 0] == 0).all() and torch.equal(model.table.weight, table)
+
+
+def test_layers_that_read_the_same_are_solved_in_one_pass_and_those_of_a_changed_input_are_not():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.q, self.k, self.v, self.head = (nn.Linear(4, 4) for _ in range(5))
+
+        def forward(self, x):
+            x = self.stem(x)
+            q, k = self.q(x), self.k(x)
+            x.relu_()  # in place: another input at the same address
+            return self.head(q + k + self.v(x))
+    model = Branches()
+    with torch.no_grad(): groups = repairs._in_order(model, read_data(torch.randn(8, 4), model)[0])
+    assert [[layer.name.split('.')[0] for layer in group] for group in groups] == [['stem'], ['q', 'k'], ['v'], ['head']]
+    dense = deepcopy(model)
+    Sparsifier(model).sparsify_model(40)
+    assert refit(model, dense, torch.randn(256, 4).split(32)).kept
+
+
+def transformer(): return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+
+@pytest.mark.parametrize('prune', ['in_proj_weight', 'out_proj.weight', 'all'])
+def test_attention_is_solved(prune):
+    dense, padded = transformer(), torch.rand(64, 6) < .3
+    padded[:, 0] = False
+    spread = torch.randn(5, 16)  # so that one entry can make up for another
+    data = [{'src': x, 'src_key_padding_mask': p} for x, p in zip((torch.randn(64, 6, 5) @ spread).split(8), padded.split(8))]
+    model = deepcopy(dense)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1 and (prune in name or prune == 'all')}
+    with torch.no_grad():
+        for p in weights.values(): p[torch.rand_like(p) < .3] = 0
+    zero = {name: p == 0 for name, p in model.named_parameters()}
+    found = refit(model, dense, data)
+    assert found.kept and all(torch.equal(p == 0, zero[name]) for name, p in model.named_parameters())
+    others = [{'src': torch.randn(64, 6, 5) @ spread}]
+    cut = deepcopy(dense)
+    for name, p in cut.named_parameters(): p.data[zero[name]] = 0
+    assert divergence(model, dense, read_data(others, model)) < .9 * divergence(cut, dense, read_data(others, model))
+
+
+class Cross(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, query, memory): return self.attention(query, memory, memory)[0]
+
+
+def test_attention_of_two_inputs_is_solved_in_parts():
+    dense, data = Cross(), [(torch.randn(16, 4, 8), torch.randn(16, 5, 8), 0) for _ in range(8)]
+    model = deepcopy(dense)
+    with torch.no_grad(): model.attention.in_proj_weight[torch.rand(24, 8) < .4] = 0
+    zero, old = model.attention.in_proj_weight == 0, model.attention.in_proj_weight.clone()
+    for _, memory, _ in data: memory[..., 1] = memory[..., 0]  # a weight of keys and values can make up for its neighbour
+    for query, _, _ in data: query[..., 3] = query[..., 2]  # and one of the queries for another
+    found, weight = refit(model, dense, data), model.attention.in_proj_weight
+    assert found.kept and torch.equal(weight == 0, zero)
+    assert not any(torch.equal(a, b) for a, b in zip(weight.chunk(3), old.chunk(3)))
+    for part, (a, b) in zip(zip(weight.chunk(3), old.chunk(3), dense.attention.in_proj_weight.chunk(3)), [(2, 3), (0, 1), (0, 1)]):
+        new, cut, whole = part
+        one = (cut[:, a] != 0) & (cut[:, b] == 0)
+        torch.testing.assert_close(new[one, a], whole[one, a] + whole[one, b], atol=.1, rtol=.1)
+
+
+@pytest.mark.parametrize('repair', [refit, recalibrate])
+def test_an_interrupt_leaves_all_as_it_was(repair, monkeypatch):
+    dense, x = trained('convolutions')
+    model = deepcopy(dense).train()
+    Sparsifier(model).sparsify_model(50)
+    before, calls = state(model), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return whole(*args)
+    name = '_solve' if repair is refit else 'divergence'
+    whole = getattr(repairs, name)
+    monkeypatch.setattr(repairs, name, interrupted)
+    with pytest.raises(KeyboardInterrupt): repair(model, dense, x.split(8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(m.training for m in model.modules()) and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize('pattern', ['2:4', 'kernel', 'filter'])
+def test_patterns_stay(pattern):
+    dense, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4)), torch.randn(128, 4, 1, 1) + .3 * torch.randn(128, 4, 8, 8)
+    model = deepcopy(dense)
+    if pattern == '2:4': Sparsifier(model, context='2:4').sparsify_model(50)
+    else: Sparsifier(model, pattern, 'local', example=x[:1]).sparsify_model(50)
+    zero = [p == 0 for p in model.parameters()]
+    found = refit(model, dense, x.split(16))
+    assert found.kept and all(torch.equal(p == 0, z) for p, z in zip(model.parameters(), zero))
 
 
 def test_a_weight_that_is_used_twice():
