@@ -49,7 +49,7 @@ class SparsifyCallback(Keeper):
         self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self._check_initial()
-        self.repair, self.repairs = repair, repairs_of(self.rules, repair)
+        self.repair, _ = repair, repairs_of(self.rules, repair)
         check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
@@ -120,7 +120,7 @@ class SparsifyCallback(Keeper):
         super().end()
         if not self.active or not self.sparsifier.selected.candidates: return
         if not self.begun: self.trouble = 'there was no batch to train on'
-        self._say(repaired_line(names_of_repairs(self.repairs), self.repaired))
+        self._say(repaired_line(self.repaired_by, self.repaired))
         self._say(reached_line(self.sparsifier.report(), self.asked, self._masked(), self.masked_before,
                                self._frozen_by_learner(), self.waiting, self.timetable, self.trouble,
                                self.rules.round_to))
@@ -132,7 +132,7 @@ class SparsifyCallback(Keeper):
         self.timetable, self.trouble = Timetable(self.schedule), ''  # the trouble: why the last event failed
         n_steps = len(self.learn.dls.train)
         if n_steps and self.n_epoch and self._can_place(): self.timetable.place(self.n_epoch, n_steps)
-        self.repaired = ()  # what the repairs of the last event returned
+        self.repaired, self.repaired_by = (), []  # what the repairs of the last event returned, and their names
         self.compared, self.history = False, []  # whether there was an epoch at the final sparsity; sparsity of each layer by epoch
         self.masked_before = self._masked()  # name of a layer: number of weights
         self.pruned, self.waiting = set(), frozenset()  # names of the layers of the last event, and of those that waited in it
@@ -159,7 +159,7 @@ class SparsifyCallback(Keeper):
         repairs = self._repairs_at(due)
         with self.sparsifier.repairing(repairs, self._batches()):
             change = self.sparsifier.sparsify_model(self.sparsity, share, regrow, initial)
-        if change.repaired: self.repaired = change.repaired
+        if change.repaired: self.repaired, self.repaired_by = change.repaired, names_of_repairs(repairs)
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
         self._find_asked()
         self._mask_optimizer_state()
