@@ -149,7 +149,8 @@ def wanda(
 ) -> torch.Tensor:  # of the same shape
     """Score each weight by |w| · ‖x‖ (Sun et al. 2023).
 
-    In the paper weights compete within an output, `context=within('O')`."""
+    It has the scale of a layer's inputs: let weights compete within outputs, `context=within('O')` as in the
+    paper, or within layers, `context='local'`."""
     return abs(weight) * input_norm
 
 
@@ -158,7 +159,9 @@ def ria(
     weight: torch.Tensor,  # (groups, outputs, inputs)
     input_norm: torch.Tensor,  # of the same shape, ‖x‖ of the input that each weight is multiplied by
 ) -> torch.Tensor:  # of the same shape
-    "Score each weight by (|w| / Σ of its row + |w| / Σ of its column) · √‖x‖ (Zhang et al. 2024)."
+    """Score each weight by (|w| / Σ of its row + |w| / Σ of its column) · √‖x‖ (Zhang et al. 2024).
+
+    As with `wanda`, let weights compete within outputs or layers."""
     size = weight.abs()
     rows, columns = size.sum(2, keepdim=True), size.sum(1, keepdim=True)
     tiny = torch.finfo(size.dtype).tiny  # a row of zeros has scores of 0
@@ -172,12 +175,13 @@ def sparsegpt(
 ) -> torch.Tensor:  # of the weight's shape
     """Score each weight by w² / u², u the diagonal of the Cholesky factor of (XᵀX)⁻¹ (Frantar 2023).
 
-    It is the error of the layer's output when the weights behind it make up for it. Those that stay are
-    then solved by least squares in the same event, `repair='refit'`."""
+    It is the error of the layer's output when the weights behind it make up for it, as a share of what the
+    layer passes on, so that layers compare. Those that stay are then solved by least squares in the same
+    event, `repair='refit'`."""
     inverse = torch.linalg.inv(_damped(gram.double()))
     pivots = torch.linalg.cholesky(inverse, upper=True).diagonal(dim1=1, dim2=2)
     alive = gram.diagonal(dim1=1, dim2=2) > 0  # the weights of a dead input matter nothing
-    return (weight.double() / pivots[:, None]).square() * alive[:, None]
+    return (weight.double() / pivots[:, None]).square() * alive[:, None] / _passed_on(weight, gram)
 
 
 @matrixwise
@@ -189,7 +193,8 @@ def alps(
     """Score each weight by its size in the layer's sparse reconstruction, found by ADMM (Meng et al. 2024).
 
     Splits min ‖X W' − X W‖² with W' in the support into a ridge regression and a projection, which come to
-    agree. Those that stay are then solved by least squares in the same event, `repair='refit'`."""
+    agree. A score is a share of what the layer passes on, so that layers compare. Those that stay are then
+    solved by least squares in the same event, `repair='refit'`."""
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     scale = torch.where(norms > 0, norms, 1)
     scaled = _damped(gram / scale[:, :, None] / scale[:, None, :])
@@ -209,7 +214,13 @@ def alps(
         kept = keep
         if not changed and penalty >= 1: break  # by then a weight outside is compared with one inside at its own worth
         penalty *= next(growth for least, growth in PENALTY_GROWTH if changed > least)
-    return scores.abs()
+    return scores.abs() / _passed_on(weight, gram).sqrt()
+
+
+def _passed_on(weight, gram):
+    "Return the sum of (w ‖x‖)² over a layer; 1 where that is 0."
+    passed = (weight.square() * gram.diagonal(dim1=1, dim2=2)[:, None]).sum()
+    return torch.where(passed > 0, passed, 1)
 
 
 def _damped(gram):
