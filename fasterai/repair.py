@@ -22,6 +22,7 @@ from fasterai.operations import argument
 from fasterai.progress import progress
 from fasterai.snapshot import Snapshot, evaluation_mode, random_numbers_kept
 
+HELD = 2 ** 28  # bytes of inputs of the dense network that are held at once: fewer take more passes
 NEARER = .95  # a repair is kept where it leaves at most so much of the error: less may be chance
 
 
@@ -150,16 +151,29 @@ class _Layer(NamedTuple):
 
 def _refit(model, dense, batches):
     twins = dict(dense.named_parameters(remove_duplicate=False))
+    found = _in_order(model, batches[0])
+    solvable = [[layer for layer in group if _can_be_solved(layer, twins)] for group in found]
+    groups = [group for group in solvable if group]
+    firsts = [group[0]._replace(weight=twins[group[0].name]) for group in groups]  # in the dense network
     few = {}  # name of a layer: number of rows, number of inputs
-    for layers in progress(_in_order(model, batches[0])):
-        layers = [layer for layer in layers if _can_be_solved(layer, twins)]
-        if not layers: continue
+    for group, dense_reads in zip(progress(groups), _dense_reads(dense, firsts, batches)):
         grams = _Grams()
-        twin = layers[0]._replace(weight=twins[layers[0].name])
-        for batch in batches:
-            grams.add(_reads(model, layers[0], batch), _reads(dense, twin, batch))
-        for layer in layers: _solve(layer, twins[layer.name], grams, few)
+        for batch, wanted in zip(batches, dense_reads):
+            reads, = _reads(model, group[:1], batch)
+            grams.add(reads, wanted)
+        for layer in group: _solve(layer, twins[layer.name], grams, few)
     if few: _warn_of_few(few)
+
+
+def _dense_reads(dense, layers, batches):
+    """Yield what each layer reads in the dense network, for each batch.
+
+    One pass over the batches serves as many layers as `HELD` allows: the network does not change."""
+    while layers:
+        held = [_reads(dense, layers, batches[0], HELD // len(batches))]
+        now, layers = layers[:len(held[0])], layers[len(held[0]):]
+        held += [_reads(dense, now, batch) for batch in batches[1:]]
+        for i in range(len(now)): yield [reads[i] for reads in held]
 
 
 def _can_be_solved(layer, twins):
@@ -235,19 +249,34 @@ def _in_order(model, batch):
     return order.layers()
 
 
-def _reads(model, layer, batch):
-    "Return what a layer reads in one batch; the rest of the network does not run."
-    found = []
+def _reads(
+    model,
+    layers,  # in the order in which they are read
+    batch,
+    most=torch.inf,  # bytes of inputs, after which the layers that follow are left out
+) -> list:  # for each layer, the first one at least, a list of `Read`: one for each call
+    "Return what layers read in one batch; the rest of the network does not run."
+    keys = [(id(layer.weight), layer.part) for layer in layers]
+    missing = {key: layer.uses for key, layer in zip(keys, layers)}
+    found = {key: [] for key in keys}
+    several = sum(missing.values()) > 1  # the network runs on, and may change an input in place
+    left = most
 
     def take(read):
-        if read.part != layer.part: return
-        several = layer.uses > 1  # the network runs on, and may change the input in place
-        found.append(read._replace(input=read.input.clone()) if several else read)
-        if len(found) == layer.uses: raise _Stop
+        nonlocal left
+        key = id(read.weight), read.part
+        if not missing.get(key): return
+        found[key].append(read._replace(input=read.input.clone()) if several else read)
+        missing[key] -= 1
+        left -= read.input.numel() * read.input.element_size()
+        is_full = left <= 0 and not missing[keys[0]]
+        if is_full or not any(missing.values()): raise _Stop
     try:
-        with Watching({id(layer.weight)}, take, real_positions(batch, model)): batch.call(model)
+        with Watching({key[0] for key in keys}, take, real_positions(batch, model)): batch.call(model)
     except _Stop: pass
-    return found
+    if most == torch.inf: return list(found.values())
+    n_complete = next((i for i, key in enumerate(keys) if missing[key]), len(keys))
+    return [found[key] for key in keys[:max(1, n_complete)]]
 
 
 class _Grams:

@@ -231,6 +231,28 @@ def test_layers_that_read_the_same_are_solved_in_one_pass_and_those_of_a_changed
     assert refit(model, dense, torch.randn(256, 4).split(32)).kept
 
 
+@pytest.mark.parametrize('held, passes', [(0, 6), (2 * 16 * 8 * 4, 3), (2 ** 28, 1)])
+def test_one_pass_of_the_dense_network_serves_as_many_layers_as_fit(held, passes, monkeypatch):
+    "Six layers read 16 rows of 8 numbers in each of four batches; what they have read is overwritten."
+    class Overwriting(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            x.zero_()
+            return out.relu()
+    dense, x = nn.Sequential(nn.Linear(8, 8), *(Overwriting(8, 8) for _ in range(5))), torch.randn(64, 8)
+    monkeypatch.setattr(repairs, 'HELD', 4 * held)
+    model, calls = deepcopy(dense), []
+    Sparsifier(model).sparsify_model(40)
+    once, batches = deepcopy(model), read_data(x.split(16), model)
+    with torch.no_grad():
+        dense[0].register_forward_pre_hook(lambda *_: calls.append(0))
+        repairs._refit(model, dense, batches)
+        assert len(calls) == 4 * passes
+        monkeypatch.setattr(repairs, 'HELD', 0)
+        repairs._refit(once, dense, batches)
+    assert all(torch.equal(value, once.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def transformer(): return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
 
 
