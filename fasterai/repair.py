@@ -22,7 +22,7 @@ from fasterai.operations import argument
 from fasterai.progress import progress
 from fasterai.snapshot import Snapshot, evaluation_mode, random_numbers_kept
 
-HELD = 2 ** 28  # bytes of inputs of the dense network that are held at once: fewer take more passes
+HELD = 2 ** 27  # bytes of inputs of the dense network that are held at once: fewer take more passes
 NEARER = .95  # a repair is kept where it leaves at most so much of the error: less may be chance
 
 
@@ -43,8 +43,9 @@ def refit(
 
     The weights of an output solve min ‖X w − X' w'‖² + λ‖w − w₀‖², with X the layer's inputs in the pruned
     network, X' and w' those of the dense one, and w₀ the weights as they are: layer-wise reconstruction (as
-    in Frantar & Alistarh 2022), for a mask that is given. Linear layers and convolutions are solved that have
-    zeros or read channels of zeros. A weight that is zero stays zero."""
+    in Frantar & Alistarh 2022), for a mask that is given. Linear layers, convolutions and the projections of
+    attention are solved that have zeros or read channels of zeros. A weight that is zero stays zero. Padded
+    tokens do not count. A warning names the layers for which there are fewer rows of data than inputs."""
     return _kept_if_nearer(model, dense, data, {'refit': _refit})
 
 
@@ -88,19 +89,28 @@ def _kept_if_nearer(
     snapshot = Snapshot(model)
     with _undisturbed(model, dense):
         before = divergence(model, dense, judge)
-        least, form, best = before, None, snapshot
         try:
-            for name, change in forms.items():
-                if not before: break  # nothing can come nearer
-                snapshot.restore()
-                change(model, dense, solve)
-                after = divergence(model, dense, judge)
-                if after < NEARER * least: least, form, best = after, name, Snapshot(model)
+            least, form = _nearest(model, dense, solve, judge, forms, before, snapshot)
         except BaseException:
             snapshot.restore()
             raise
-    best.restore()
     return Repaired(before, least, form is not None, form)
+
+
+def _nearest(model, dense, solve, judge, forms, before, snapshot):
+    "Leave a model in its nearest form; return how far that is, and its name, or None where none is kept."
+    least, form, best = before, None, snapshot
+    for name, change in forms.items():
+        if not before: break  # nothing can come nearer
+        snapshot.restore()
+        change(model, dense, solve)
+        after = divergence(model, dense, judge)
+        if not after < NEARER * least: continue
+        is_last = name == list(forms)[-1]
+        least, form = after, name
+        best = None if is_last else Snapshot(model)  # None: it is in place
+    if best is not None: best.restore()
+    return least, form
 
 
 @contextmanager

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from fasterai import inputs
 from fasterai.arguments import Inputs
 from fasterai.data import real_positions
 from fasterai.inputs import Watching, as_matrix, from_matrix
@@ -30,6 +31,18 @@ def test_rows_times_the_weight_are_the_output(name):
     assert torch.equal(read.from_matrix(read.matrix(layer.weight)), layer.weight)
     layout = read.groups, read.transposed
     assert torch.equal(from_matrix(as_matrix(layer.weight, *layout), layer.weight.shape, *layout), layer.weight)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_pieces_have_the_same_rows(name, monkeypatch):
+    make, shape = LAYERS[name]
+    layer, seen = make(), []
+    with torch.no_grad(), Watching({id(layer.weight)}, seen.append): layer(torch.randn(shape))
+    monkeypatch.setattr(inputs, 'PIECE', 1)
+    pieces = list(seen[0].pieces())
+    is_split = bool(seen[0].settings) and len(shape) == layer.weight.ndim
+    assert len(pieces) == (shape[0] if is_split else 1)
+    assert torch.equal(torch.cat([piece.rows() for piece in pieces], 1), seen[0].rows())
 
 
 def test_only_the_layers_that_are_asked_for_are_seen_and_nothing_is_left_on_the_model():

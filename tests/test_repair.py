@@ -342,6 +342,28 @@ def test_a_weight_that_is_used_twice():
     assert refit(model, dense, x).kept and (model.layer.weight == 0).sum() == 14
 
 
+def test_a_network_without_layers_that_can_be_solved():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTM(4, 4)
+
+        def forward(self, x): return self.cell(x)[0]
+    dense = Recurrent()
+    model = deepcopy(dense)
+    Sparsifier(model).sparsify_model(50)
+    assert not refit(model, dense, torch.randn(8, 4, 4)).kept and not recalibrate(model, dense, torch.randn(8, 4, 4)).kept
+
+
+def test_a_wrapped_network_is_repaired():
+    dense, x = trained('convolutions')
+    model = deepcopy(dense)
+    Sparsifier(model).sparsify_model(50)
+    wrapped = nn.DataParallel(deepcopy(model))
+    assert refit(wrapped, dense, x.split(8)) == refit(model, dense, x.split(8))
+    assert all(torch.equal(a, b) for a, b in zip(wrapped.parameters(), model.parameters(), strict=True))
+
+
 def test_a_repair_that_fails_leaves_all_as_it_was():
     dense, x = trained('convolutions')
     model = deepcopy(dense).train()
