@@ -32,6 +32,17 @@ VALUES = {
         "'squared'": 'square squares mean_square',
         "'magnitude_increase'": 'mag_inc mag_increase',
         "'random'": 'rand noise',
+        "'obd'": 'optimal_brain_damage fisher diagonal_fisher hessian',
+        "'obs'": 'optimal_brain_surgeon surgeon woodfisher',
+        "'synflow'": 'synaptic_flow',
+        "'ria'": 'relative_importance',
+        "'sparsegpt'": 'sparse_gpt obc',
+        "'alps'": 'admm',
+        "'fpgm'": 'geometric_median',
+    }),
+    'repair': _rows({
+        "'refit'": 'least_squares reconstruct reconstruction adaprune weights',
+        "'batchnorm'": 'bn batch_norm recalibrate calibrate',
     }),
     'schedule': _rows({
         "'gradual'": 'agp cubic polynomial poly zhu_gupta sched_agp',
@@ -58,6 +69,8 @@ ARGUMENTS = _rows({
     'schedule=gradual(initial=50)': 'initial initial_sparsity start_sparsity',
     'layers=': 'layer layer_type modules parameters targets',
     'example=': 'example_input example_inputs inputs x',
+    'data=': 'dataloader dls dl batches calibration calibration_data',
+    'loss_func=': 'loss loss_fn',
     'min_keep=': 'min_weights floor',
     'exclude=': 'ignored_layers ignore skip ignore_layers skip_layers exclude_layers',
 })

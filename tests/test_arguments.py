@@ -13,6 +13,7 @@ from fasterai.callback import SparsifyCallback
 from fasterai.context import CONTEXTS, within
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import GRANULARITIES, block, head
+from fasterai.repair import REPAIRS
 from fasterai.schedule import SCHEDULES
 from fasterai.sparsifier import Sparsifier
 from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
@@ -117,7 +118,8 @@ def test_what_people_type_is_answered_by_what_to_write(typed, says):
 def test_a_synonym_means_something_that_there_is(argument):
     "What the hint says can be written: it is tried."
     read = {'granularity': lambda v: new(granularity=v, layers='0'), 'context': lambda v: new(context=v, layers='3'),
-            'criteria': lambda v: new(criteria=v), 'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
+            'criteria': lambda v: new(criteria=v, data=[], loss_func=print), 'repair': lambda v: new(repair=v, data=[]),
+            'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
     for meant in VALUES[argument].values():
         if meant.startswith('context='): continue  # it belongs to another argument, and is tried there
         read(eval(meant.split(',')[0] if meant.startswith('head') else meant, {'block': block, 'head': lambda n: head(2), 'within': within}))
@@ -133,7 +135,7 @@ def test_an_argument_that_is_there_is_no_synonym():
     known = {*inspect.signature(Sparsifier).parameters, *inspect.signature(SparsifyCallback).parameters}
     assert not known & set(ARGUMENTS)
     assert not set(METHODS) & set(dir(new()))
-    tables = {'granularity': GRANULARITIES, 'context': CONTEXTS, 'criteria': CRITERIA, 'schedule': SCHEDULES}
+    tables = {'granularity': GRANULARITIES, 'context': CONTEXTS, 'criteria': CRITERIA, 'schedule': SCHEDULES, 'repair': REPAIRS}
     for argument, table in tables.items(): assert not set(table) & set(VALUES[argument])
 
 
