@@ -14,6 +14,7 @@ from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
 from fasterai.sparsifier import repairs_of
 from fasterai.summary import (
+    anew_line,
     frozen_line,
     names_of_repairs,
     not_run_line,
@@ -243,6 +244,7 @@ class SparsifyCallback(Keeper):
     def _announce(self):
         "Say before the first epoch which layers are left alone, and which zeros are not held."
         self._say(frozen_line(self.sparsifier.selected.frozen))
+        if self._resumes(): self._say(anew_line(self.sparsifier.evidence.of_training))
         if self.rules.keep_zeros or self._resumes(): return
         self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
 

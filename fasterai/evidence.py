@@ -189,7 +189,7 @@ class Evidence:
     # Saving
 
     @property
-    def _of_training(self):
+    def of_training(self) -> list:  # of names
         "Return the kinds that training gathers, and that a later one needs."
         return [name for name in self.names if EVIDENCE[name].on_step or EVIDENCE[name].at_once]
 
@@ -197,7 +197,7 @@ class Evidence:
         state: dict,  # layer's name: dict, as `Masks.state_dict` returns it
     ):
         "Add what training has gathered about each layer: 'evidence', {kind: tensor, or sum and steps}."
-        kinds = self._of_training
+        kinds = self.of_training
         for layer, saved in state.items() if kinds else ():
             known = {kind: self.states.get((kind, layer)) for kind in kinds}
             saved['evidence'] = {kind: _plain(of) for kind, of in known.items() if of is not None}
@@ -211,11 +211,11 @@ class Evidence:
         found = {}
         for layer, saved in state.items():
             for kind, of in saved.get('evidence', {}).items():
-                if kind not in self._of_training: continue
+                if kind not in self.of_training: continue
                 found[kind, layer] = self._read(kind, layer, of)
-        anew = bool(self._of_training) and not any('evidence' in saved for saved in state.values())
+        anew = bool(self.of_training) and not any('evidence' in saved for saved in state.values())
         if anew:
-            kinds = ', '.join(map(repr, self._of_training))
+            kinds = ', '.join(map(repr, self.of_training))
             warnings.warn(f'state: got none of what earlier steps have gathered, {kinds}: it begins anew',
                           stacklevel=4)
         return found

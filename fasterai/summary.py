@@ -17,6 +17,14 @@ def frozen_line(
             f'so left alone unless {they} in this fit; the other layers are pruned')
 
 
+def anew_line(
+    kinds: list,  # of evidence that training gathers
+) -> str:  # '' where there are none
+    "Say what a resumed fit does not know of the steps before it."
+    if not kinds: return ''
+    return f'resumed: {" and ".join(kinds)} of earlier steps are not known, and are gathered anew'
+
+
 def not_run_line(
     skipped: dict,  # name of a layer: why it was left out
 ) -> str:  # '' where all ran

@@ -350,3 +350,35 @@ def test_convnets_are_pruned_by_all_of_them_to_the_weight():
         size = sum(layer.weight.numel() for layer in sparsifier.layers.values())
         sparsifier.sparsify_model(70)
         assert round(sparsifier.sparsity * size / 100) == round(.7 * size), criterion
+
+
+def test_a_compiled_network_is_calibrated_by_the_one_inside():
+    plain, data = convnet(), batches()
+    compiled = torch.compile(deepcopy(plain), backend='eager')
+    for model in (plain, compiled): Sparsifier(model, criteria='wanda', data=data, repair='refit').sparsify_model(60)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters()))
+
+
+def attention(query, memory):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x): return self.attention(query(x), memory(x), memory(x))[0]
+    return Attends()
+
+
+@pytest.mark.parametrize('memory', [lambda x: x, lambda x: x[:, :3] * 2 + 1], ids=['self', 'cross'])
+def test_the_projections_of_attention_are_seen(memory):
+    x = torch.randn(4, 5, 8)
+    queries, keys = x.flatten(0, 1), memory(x).flatten(0, 1)
+    norms = [queries.norm(dim=0), keys.norm(dim=0), keys.norm(dim=0)]
+    model = attention(lambda x: x if memory(x) is x else x * 1, memory)
+    norm = evidence_of(model, 'input_norm', 'attention.in_proj_weight', [x], layers='attention.in_proj_weight')
+    assert torch.allclose(norm, torch.stack(norms).repeat_interleave(8, 0), rtol=1e-4)
+    for criterion in ('wanda', 'sparsegpt', 'alps'):
+        sparsifier = Sparsifier(attention(lambda x: x if memory(x) is x else x * 1, memory), criteria=criterion,
+                                layers='attention', data=[x, x + 1])
+        sparsifier.sparsify_model(50)
+        assert sparsifier.sparsity == 50

@@ -119,3 +119,11 @@ def test_resumed_in_a_fresh_process(make_learner, tmp_path):
     out = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout
     steps = EPOCHS * 4
     assert [int(line) for line in out.split()] == [round(WEIGHTS * .9 * i / steps) for i in range(steps - 7, steps + 1)]
+
+
+def test_a_resumed_fit_says_that_evidence_of_training_begins_anew(make_learner, capsys):
+    for criterion, says in ('movement', True), ('gradient', True), ('magnitude', False), ('wanda', False):
+        learn = make_learner()
+        learn.logger = print
+        learn.fit(3, cbs=SparsifyCallback(50, criteria=criterion), start_epoch=1)
+        assert ('of earlier steps are not known, and are gathered anew' in capsys.readouterr().out) == says
