@@ -10,9 +10,9 @@ from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
+from fasterai.repairing import repairs_of
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
-from fasterai.sparsifier import repairs_of
 from fasterai.summary import (
     anew_line,
     frozen_line,
@@ -50,7 +50,8 @@ class SparsifyCallback(Keeper):
         self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self._check_initial()
-        self.repair, _ = repair, repairs_of(self.rules, repair)
+        self.repair = repair
+        repairs_of(self.rules, repair)  # an error comes now
         check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
@@ -158,7 +159,7 @@ class SparsifyCallback(Keeper):
         share, initial = due
         regrow = timetable.falls_to(due)
         repairs = self._repairs_at(due)
-        with self.sparsifier.repairing(repairs, self._batches()):
+        with self.sparsifier.repairs.instead(repairs, self._batches(), self._model()):
             change = self.sparsifier.sparsify_model(self.sparsity, share, regrow, initial)
         if change.repaired: self.repaired, self.repaired_by = change.repaired, names_of_repairs(repairs)
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting

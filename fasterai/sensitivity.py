@@ -215,7 +215,7 @@ def sensitivity(
     sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
     sparsifier.selected.include(sparsifier.selected.candidates)  # a frozen layer can be measured, too
     repairs, batches = _read_repairs(repair, data, model, learner)
-    with _without_output(learner), sparsifier.repairing(repairs, batches):
+    with _without_output(learner), sparsifier.repairs.instead(repairs, batches, model):
         dense, values = _measure(sparsifier, levels, metric)
     weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}
     name, repaired = getattr(metric, '__name__', 'metric'), tuple(names_of_repairs(repairs))

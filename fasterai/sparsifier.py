@@ -1,8 +1,6 @@
 "Prune any PyTorch model: zero its least important weights, and keep them zero."
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -13,7 +11,6 @@ from torch import nn
 from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest, percent, whole
 from fasterai.calibration import Calibration
-from fasterai.data import read_data
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.kinds import EVIDENCE
@@ -21,12 +18,13 @@ from fasterai.masks import Masks
 from fasterai.names import Named, bare
 from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.repair import read_repairs
+from fasterai.repairing import Repairs, repairs_of
 from fasterai.report import Report, measure
 from fasterai.rounds import in_rounds
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import check_initial, read_share
 from fasterai.selected import Selected
-from fasterai.snapshot import Snapshot, random_numbers_kept, undisturbed
+from fasterai.snapshot import Snapshot
 
 
 class Sparsifier:
@@ -52,14 +50,13 @@ class Sparsifier:
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
         self.model, self.rules = model, Rules(granularity, context, criteria, layers, **kwargs)
-        self.repairs = repairs_of(self.rules, repair)
-        self.data = list(data) if isinstance(data, Iterator) else data  # each repair reads it anew
+        if isinstance(data, Iterator): data = list(data)  # it is read several times
         _check_data(self.rules, repair, data, loss_func)
+        self.repairs = Repairs(repairs_of(self.rules, repair), data)
         self.selected = Selected(model, self.rules, example)
         self.masks = Masks(self.selected, self.rules.keep_zeros)
-        calibration = Calibration(bare(model), self.data, loss_func, example)
+        calibration = Calibration(bare(model), data, loss_func, example)
         self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
-        self._dense = None  # what a repair comes near to: the network before the first event since it was last trained
         self._hooks, self._in_event = [], False  # the hooks are in optimizers
 
     def __repr__(self):
@@ -175,8 +172,7 @@ class Sparsifier:
                 change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
                 change = self._adjusted(change, layers)
         finally: self._in_event = False
-        if self.repairs: change = self._apply_and_repair(change)
-        else: self.masks.apply(change)
+        change = self._apply(change)
         self.evidence.end(change.after)
         return change
 
@@ -187,38 +183,28 @@ class Sparsifier:
         layers = [layer for layer in layers if layer.name in change.after]
         return replace(change, weights=adjust(layers, change.masks, self.evidence.calibration))
 
-    def _apply_and_repair(self, change):
+    def _apply(self, change):
         "Change the masks and repair the network: both, or, where a repair fails, nothing."
-        snapshot, masks, dense = Snapshot(self.model), self.masks.of, self._dense
-        try:
-            if dense is None: self._dense = _copied(self.model, self.data)
+        if not self.repairs:
             self.masks.apply(change)
-            repaired = [repair(self.model, self._dense, self.data) for repair in self.repairs]
+            return change
+        snapshot, masks = Snapshot(self.model), self.masks.of
+        try:
+            with self.repairs.of(self.model):
+                self.masks.apply(change)
+                repaired = self.repairs.run(self.model)
         except BaseException:
-            self._dense = dense
             self.masks.put_back(masks)
             snapshot.restore()
             raise
         self.masks.mask_weights()  # a repair may have moved what is masked along
-        return replace(change, repaired=tuple(repaired))
-
-    @contextmanager
-    def repairing(self,
-        repairs: list,  # functions of model, dense and data, as `repair.read_repairs` returns them; [] for none
-        data,  # as in `Sparsifier`; read once
-    ):
-        "Have each event of a `with` block repaired."
-        before = self.repairs, self.data
-        self.repairs = repairs
-        if repairs: self.data = _read_once(data, self.model)
-        try: yield
-        finally: self.repairs, self.data = before
+        return replace(change, repaired=repaired)
 
     # Keeping
 
     def apply_masks(self):
         "Zero the masked weights again, after something has moved them."
-        self._dense = None
+        self.repairs.trained()
         self.masks.mask_weights()
 
     def mask_gradients(self):
@@ -257,7 +243,7 @@ class Sparsifier:
         self.masks.mask_gradients(parameters_of(optimizer))
 
     def _after_step(self, optimizer):
-        self._dense = None
+        self.repairs.trained()
         self.masks.mask_weights(parameters_of(optimizer))
         self.mask_optimizer_state(optimizer.state)
 
@@ -332,15 +318,6 @@ class Sparsifier:
         self.evidence.states |= states
 
 
-def repairs_of(
-    rules: Rules,
-    repair,  # what the user has named, as in `Sparsifier`
-) -> list:  # functions of model, dense and data
-    "Return the repairs that belong to the criterion, and those that the user has named, each once."
-    own = read_repairs(rules.criterion.repairs)
-    return own + [one for one in read_repairs(repair) if one not in own]
-
-
 def _check_data(rules, repair, data, loss_func):
     "Refuse a criterion, or a repair, without the data that it needs."
     given, criterion = f'criteria={rules.criteria!r}', rules.criterion
@@ -355,20 +332,6 @@ def _check_data(rules, repair, data, loss_func):
     if needs_loss and loss_func is None:
         raise ValueError(f'loss_func: got None, expected a function of output and label with {given}, '
                          'which needs gradients')
-
-
-def _read_once(data, model):
-    "Return batches of inputs that can be read again, and are the same then."
-    with random_numbers_kept(): found = read_data(data, model)
-    return [inputs.kwargs or (inputs.args,) for inputs in found]
-
-
-def _copied(model, data):
-    "Copy a model. What it keeps of a pass with gradients cannot be copied, so a pass without comes first."
-    try: return deepcopy(model)
-    except RuntimeError: batch = read_data(data, model)[0]
-    with undisturbed(model), torch.no_grad(): batch.call(model)
-    return deepcopy(model)
 
 
 def _warn_waiting(change):

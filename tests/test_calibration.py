@@ -204,7 +204,7 @@ def test_an_interruption_leaves_all_as_it_was(net, criterion):
     with pytest.raises(KeyboardInterrupt): sparsifier.sparsify_model(50)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before))
     assert sparsifier.sparsity == 0 and not sparsifier.evidence.states and net.training
-    sparsifier.data = sparsifier.evidence.calibration.data = batches()
+    sparsifier.repairs.data = sparsifier.evidence.calibration.data = batches()
     sparsifier.sparsify_model(50)
     assert sparsifier.sparsity == pytest.approx(50, abs=.2)
 

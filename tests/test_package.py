@@ -24,7 +24,7 @@ ROWS = [
     'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding rounds event',
     'norms selected masks held',  # state
-    'repair report sparsifier sensitivity timetable summary',
+    'repair repairing report sparsifier sensitivity timetable summary',
     'epochs keep callback demo all',  # with fastai
 ]
 

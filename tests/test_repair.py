@@ -376,7 +376,7 @@ def test_a_repair_that_fails_leaves_all_as_it_was():
     with pytest.raises(RuntimeError, match='broken'): sparsifier.sparsify_model(50)
     assert same(before, tensors_of(sparsifier)) and all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state()) and all(m.training for m in model.modules())
-    sparsifier.repairs = sparsifier.repairs[:1]
+    sparsifier.repairs.functions = sparsifier.repairs.functions[:1]
     sparsifier.sparsify_model(50)
     assert all(m.training for m in model.modules())
 
