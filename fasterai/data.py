@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map_only
 from fasterai.arguments import Inputs, read_example
 
 HELD_OUT = 4  # every fourth batch is held out
+JOINED = 2 ** 22  # numbers in batches that are joined
 
 
 def read_data(
@@ -116,6 +117,21 @@ def held_out(
     if n < 2 or any(len(tensor) != n for tensor in tensors if tensor.ndim): return batches, batches
     at = n - max(1, n // HELD_OUT)
     return [_items(batch, slice(at))], [_items(batch, slice(at, None))]
+
+
+def joined(
+    batches: list,  # of `Inputs`
+) -> list:  # of `Inputs`: a single one, or the batches as they are
+    """Join batches into one, where they are small and each is one tensor with the batch as its first axis.
+
+    These are pictures and rows of numbers: of three axes the first may be a position."""
+    if not all(len(batch.args) == 1 and not batch.kwargs for batch in batches): return batches
+    inputs = [batch.args[0] for batch in batches]
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs): return batches
+    forms = {(x.dtype, x.device, x.shape[1:]) for x in inputs}
+    if len(forms) > 1 or inputs[0].ndim in (0, 1, 3): return batches
+    if sum(x.numel() for x in inputs) > JOINED: return batches
+    return [Inputs((torch.cat(inputs),))]
 
 
 def _items(batch, where):

@@ -3,6 +3,7 @@
 `refit` solves the weights of each layer anew, `recalibrate` adapts the statistics of BatchNorm. Each is kept
 only where the outputs come nearer to those of the dense network, on data that it was not fitted to."""
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fasterai.arguments import one_of
-from fasterai.data import held_out, read_data, real_positions
+from fasterai.data import held_out, joined, read_data, real_positions
 from fasterai.inputs import Read, Watching, only_real
 from fasterai.layers import LOOKUPS
 from fasterai.least_squares import solve_kept
@@ -183,7 +184,7 @@ def _dense_reads(dense, layers, batches):
         held = [_reads(dense, layers, batches[0], HELD // len(batches))]
         now, layers = layers[:len(held[0])], layers[len(held[0]):]
         held += [_reads(dense, now, batch) for batch in batches[1:]]
-        for i in range(len(now)): yield [reads[i] for reads in held]
+        for _ in now: yield [reads.pop(0) for reads in held]  # not held any longer than they are needed
 
 
 def _can_be_solved(layer, twins):
@@ -329,9 +330,11 @@ class _Statistics(TorchFunctionMode):
     def __init__(self,
         norms: dict,  # by name
         uses: int = 0,  # number of calls of these in a forward pass, after which that ends; 0 if unknown
+        at_once: Callable | None = None,  # called with the name of a BatchNorm when its input was summed up, before it runs
     ):
         super().__init__()
         self.norms, self.uses = {id(norm.running_mean): name for name, norm in norms.items()}, uses
+        self.at_once = at_once
         self.real = None  # which positions of the batch are no padding, as `real_positions` finds them
         self.calls = {}  # name: how often it was called in this forward pass
         self.sums = {}  # name: number of entries, their sum, the sum of their squares, by channel
@@ -348,6 +351,7 @@ class _Statistics(TorchFunctionMode):
         n, total, squares = self.sums.get(name, (0, 0., 0.))
         self.sums[name] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
         self.calls[name] = self.calls.get(name, 0) + 1
+        if self.at_once is not None: self.at_once(name)
         if self.calls[name] == self.uses: raise _Stop
 
     def read(self, model, batches):
@@ -370,18 +374,27 @@ def _reestimate(model, dense, batches): _adapt(model, dense, batches, _replace)
 
 
 def _adapt(model, dense, batches, change):
-    "Change the statistics of each BatchNorm whose input has changed, in the order of the data flow."
-    norms, twins = _norms(model), _norms(dense)
+    """Change the statistics of each BatchNorm whose input has changed, in the order of the data flow.
+
+    A pass over a single batch adapts them one after the other. Of several batches each BatchNorm needs all
+    before the next one runs, and so does one that is used several times: a pass for each."""
+    norms, twins, batches = _norms(model), _norms(dense), joined(batches)
     before = _Statistics(twins).read(dense, batches)
-    start = _Statistics(norms).read(model, batches)
+    once = all(calls == 1 for calls in before.calls.values())
+
+    def adapt(name, now):
+        if name not in before.sums or _equal(now.of(name), before.of(name)): return False
+        change(norms[name], twins[name], now.of(name), before.of(name))
+        return True
+    if len(batches) == 1 and once:
+        now = _Statistics(norms, at_once=lambda name: adapt(name, now))
+        now.read(model, batches)
+        return
+    now = start = _Statistics(norms).read(model, batches)
     changed = False
     for name in start.sums:  # in the order of the first calls
-        if name not in before.sums: continue
-        norm, now = norms[name], start
-        if changed: now = _Statistics({name: norm}, start.calls.get(name, 0)).read(model, batches)
-        if _equal(now.of(name), before.of(name)): continue
-        change(norm, twins[name], now.of(name), before.of(name))
-        changed = True
+        if changed: now = _Statistics({name: norms[name]}, start.calls.get(name, 0)).read(model, batches)
+        changed |= adapt(name, now)
 
 
 def _norms(model):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fasterai import repair as repairs
-from fasterai.data import held_out, read_data
+from fasterai.data import held_out, joined, read_data
 from fasterai.repair import Repaired, divergence, recalibrate, refit
 from fasterai.sparsifier import Sparsifier
 
@@ -117,7 +117,9 @@ def test_statistics_may_be_those_of_the_data_where_pruning_has_changed_something
     assert all(torch.equal(value, before[name]) for name, value in state(model).items() if not name.startswith('4.running'))
 
 
-def test_a_later_norm_sees_an_earlier_one_adapted():
+@pytest.mark.parametrize('most', [0, 2 ** 22])
+def test_a_later_norm_sees_an_earlier_one_adapted(most, monkeypatch):
+    monkeypatch.setattr('fasterai.data.JOINED', most)
     dense, x = trained('convolutions')
     model = deepcopy(dense)
     with torch.no_grad():
@@ -126,6 +128,37 @@ def test_a_later_norm_sees_an_earlier_one_adapted():
     for i in (1, 4):
         reads = model[:i](x).transpose(0, 1).flatten(1)
         torch.testing.assert_close(model[i].running_mean, reads.mean(1), atol=1e-5, rtol=1e-4)
+
+
+class Shared(nn.Module):
+    "A BatchNorm that is used twice, with one behind it."
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x): return self.last(self.norm(self.a(self.norm(self.a(x)).relu())))
+
+
+@pytest.mark.parametrize('net', [lambda: trained('convolutions'), lambda: (Shared().eval(), torch.randn(64, 4))])
+@pytest.mark.parametrize('repair', [repairs._recalibrate, repairs._reestimate])
+def test_one_pass_adapts_all_as_a_pass_for_each_does(net, repair, monkeypatch):
+    dense, x = net()
+    model, found = deepcopy(dense), []
+    Sparsifier(model).sparsify_model(50)
+    for most in (0, 2 ** 22):
+        monkeypatch.setattr('fasterai.data.JOINED', most)
+        other = deepcopy(model)
+        with torch.no_grad(): repair(other, dense, read_data(x.split(16), model))
+        found.append(state(other))
+    for name, value in found[0].items(): torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-4)
+    assert not all(torch.equal(value, model.state_dict()[name]) for name, value in found[0].items())
+
+
+def test_batches_are_joined_where_the_first_axis_is_the_batch():
+    def n(*batches): return len(joined(read_data(list(batches), nn.Identity())))
+    pictures, rows = torch.randn(2, 3, 4, 4), torch.randn(2, 5)
+    assert n(pictures, pictures) == n(rows, rows[:1]) == 1
+    assert n(rows, rows[:, :4]) == n(rows.long(), rows.long()) == n(pictures[0], pictures[0]) == n((rows, rows, 0), (rows, rows, 0)) == 2
 
 
 @pytest.mark.parametrize('errors, form', [((.5, .2), 'second'), ((.5, .49), 'first'), ((.99, .5), 'second'), ((.99, .98), None), ((1.5, 3), None)])
