@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fasterai.arguments import Inputs, read_example
 from fasterai.data import read_labelled, real_positions
 from fasterai.inputs import Watching
+from fasterai.progress import progress
 from fasterai.snapshot import undisturbed
 
 
@@ -60,7 +61,7 @@ class Calibration:
         "Run all batches and report what the layers read."
         wanted = {id(weight) for weight in weights}
         with undisturbed(self.model), torch.no_grad():
-            for inputs, _ in self.batches:
+            for inputs, _ in progress(self.batches):
                 with Watching(wanted, report, real_positions(inputs, self.model)): inputs.call(self.model)
 
     def are_read(self,
@@ -78,35 +79,36 @@ class Calibration:
         report: Callable,  # gets a list of tensors or None, one a weight
     ):
         "Run all batches and report the gradient of the loss of each."
-        self._gradients(weights, self.batches, report)
+        self._gradients(weights, lambda batch: [batch], report)
 
     def sample_gradients(self,
         weights: list,  # parameters of the model
         report: Callable,  # gets a list of tensors or None, one a weight
     ):
         "Run all batches sample by sample and report the gradient of the loss of each sample."
-        self._gradients(weights, _samples(self.batches), report)
+        self._gradients(weights, _samples, report)
 
-    def _gradients(self, weights, batches, report):
+    def _gradients(self, weights, split, report):
         with undisturbed(self.model), learning(weights):
-            for inputs, label in batches:
-                with torch.enable_grad():
-                    output = inputs.call(self.model)
-                    loss = self.loss_func(output) if label is None else self.loss_func(output, label)
-                    found = torch.autograd.grad(loss, weights, allow_unused=True)
-                report(found)
+            for batch in progress(self.batches):
+                for inputs, label in split(batch): report(self._gradient(weights, inputs, label))
+
+    def _gradient(self, weights, inputs, label):
+        with torch.enable_grad():
+            output = inputs.call(self.model)
+            loss = self.loss_func(output) if label is None else self.loss_func(output, label)
+            return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
-def _samples(batches):
-    "Yield each sample of each batch as a batch of its own."
-    for inputs, label in batches:
-        leaves = tree_leaves((inputs, label))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
-        n = min((len(tensor) for tensor in tensors), default=0)
-        if not n or any(len(tensor) != n for tensor in tensors):
-            raise ValueError(f'data: got a batch {inputs} whose tensors differ in length, '
-                             'expected one entry a sample in each')
-        for i in range(n): yield tree_map_only(torch.Tensor, partial(_sample, i), (inputs, label))
+def _samples(batch):
+    "Yield each sample of a batch as a batch of its own."
+    leaves = tree_leaves(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    n = min((len(tensor) for tensor in tensors), default=0)
+    if not n or any(len(tensor) != n for tensor in tensors):
+        raise ValueError(f'data: got a batch {batch[0]} whose tensors differ in length, '
+                         'expected one entry a sample in each')
+    for i in range(n): yield tree_map_only(torch.Tensor, partial(_sample, i), batch)
 
 
 def _sample(i, tensor): return tensor[i:i + 1] if tensor.ndim else tensor

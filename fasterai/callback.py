@@ -10,6 +10,7 @@ from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
+from fasterai.progress import hidden
 from fasterai.repairing import repairs_of
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
@@ -159,7 +160,7 @@ class SparsifyCallback(Keeper):
         share, initial = due
         regrow = timetable.falls_to(due)
         repairs = self._repairs_at(due)
-        with self.sparsifier.repairs.instead(repairs, self._batches(), self._model()):
+        with hidden(), self.sparsifier.repairs.instead(repairs, self._batches(), self._model()):
             change = self.sparsifier.sparsify_model(self.sparsity, share, regrow, initial)
         if change.repaired: self.repaired, self.repaired_by = change.repaired, names_of_repairs(repairs)
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting

@@ -1,13 +1,32 @@
 "Show how far a long task is."
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+SHOWN = ContextVar('shown', default=True)
 
 
 def progress(
     steps: list,
 ) -> Iterable:
-    "Return an iterable of the steps that shows fastprogress's bar, in a notebook or a terminal."
+    "Return an iterable of the steps that shows a bar of fastprogress in a notebook or terminal, one at a time."
     try:
         from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
-    except ImportError: return steps
-    return progress_bar(steps, leave=False) if IN_NOTEBOOK or sys.stdout.isatty() else steps
+    except ImportError:
+        return steps
+    is_seen = SHOWN.get() and (IN_NOTEBOOK or sys.stdout.isatty())
+    return _alone(progress_bar(steps, leave=False)) if is_seen else steps
+
+
+def _alone(steps):
+    "Yield the steps of a bar, inside of which no other bar is shown."
+    with hidden(): yield from steps
+
+
+@contextmanager
+def hidden():
+    "Show no bar inside a `with` block: something else shows one."
+    token = SHOWN.set(False)
+    try: yield
+    finally: SHOWN.reset(token)

@@ -17,6 +17,7 @@ from fasterai.kinds import EVIDENCE
 from fasterai.masks import Masks
 from fasterai.names import Named, bare
 from fasterai.optimizers import parameters_of, real_optimizers
+from fasterai.progress import progress
 from fasterai.repair import read_repairs
 from fasterai.repairing import Repairs, repairs_of
 from fasterai.report import Report, measure
@@ -151,7 +152,7 @@ class Sparsifier:
     def _rounds(self, steps):
         "Make an event for each round; where one fails none has been."
         snapshot, masks, states = Snapshot(self.model), self.masks.of, dict(self.evidence.states)
-        try: changes = [self._event(budgets) for budgets in steps]
+        try: changes = [self._event(budgets) for budgets in progress(steps)]
         except BaseException:
             self.masks.put_back(masks)
             snapshot.restore()
