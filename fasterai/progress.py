@@ -10,7 +10,7 @@ SHOWN = ContextVar('shown', default=True)
 def progress(
     steps: list,
 ) -> Iterable:
-    "Return an iterable of the steps that shows a bar of fastprogress in a notebook or terminal, one at a time."
+    "Return an iterable of the steps that shows a bar, in a notebook or terminal, and no bar inside another."
     try:
         from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
     except ImportError:
