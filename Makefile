@@ -1,9 +1,10 @@
 # `make demo` and `make test` need Python from 3.10 on, and make; the rest they get themselves, into .venv.
 PYTHON ?= python3
 RUN := .venv/bin/python
+DATA ?= ../shared/data
 DESCRIPTION := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench science clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
@@ -23,6 +24,9 @@ bench: .venv/installed
 	$(RUN) benchmarks/speed.py
 	$(RUN) benchmarks/deploy.py
 
+science: .venv/installed-science
+	$(RUN) benchmarks/science.py --data $(DATA) $(PARTS)
+
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; try make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
@@ -33,6 +37,10 @@ bench: .venv/installed
 
 .venv/installed-dev: .venv/bin/python $(DESCRIPTION)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/installed
+
+.venv/installed-science: .venv/bin/python $(DESCRIPTION)
+	$(RUN) -m pip install --quiet --editable '.[deploy,science]'
 	touch $@ .venv/installed
 
 clean:

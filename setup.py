@@ -26,6 +26,7 @@ setup(
     python_requires='>=' + about['min_python'],
     install_requires=about['requirements'].split(),
     extras_require={'deploy': about['deploy_requirements'].split(),
+                    'science': about['science_requirements'].split(),
                     'dev': (about['deploy_requirements'] + ' ' + about['dev_requirements']).split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )

@@ -25,6 +25,7 @@ def write(
     title: str,  # of the part, which is replaced if it is there
     text: str,
     path: Path = RESULTS,
+    heading: str = 'Results',  # of the file
 ):
     "Print a part, and put it into the file."
     print(f'## {title}\n\n{text}')
@@ -33,4 +34,4 @@ def write(
         name, _, body = part.partition('\n')
         parts[name] = body.strip()
     parts[title] = text
-    path.write_text('\n\n'.join(['# Results', *(f'## {name}\n\n{body}' for name, body in parts.items())]) + '\n')
+    path.write_text('\n\n'.join([f'# {heading}', *(f'## {name}\n\n{body}' for name, body in parts.items())]) + '\n')

@@ -50,6 +50,7 @@ docs/guide
 docs/layers
 docs/reference
 benchmarks/RESULTS
+benchmarks/SCIENCE
 CHANGELOG
 CONTRIBUTING
 ```

@@ -1,6 +1,11 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+from fasterai.criteria import CRITERIA
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
 
 def test_speed_is_exact_and_writes_its_table(tmp_path):
@@ -17,3 +22,35 @@ def test_deploy_measures_every_row_and_leaves_other_parts_alone(tmp_path):
     subprocess.run([sys.executable, script, '--small', '--out', tmp_path / 'R.md'], check=True, capture_output=True)
     text = (tmp_path / 'R.md').read_text()
     assert text.startswith('# Results\n\n## Other\n\ntext\n\n## What zeros turn into\n\nBy') and 'old' not in text and text.count('\n|') == 6
+
+
+def science(*arguments):
+    return subprocess.run([sys.executable, BENCHMARKS / 'science.py', *arguments], capture_output=True, text=True)
+
+
+def test_science_replaces_a_part_and_leaves_others_alone(tmp_path):
+    (tmp_path / 'S.md').write_text('# Ours\n\n## Other\n\ntext\n')
+    science('paper', '--out', tmp_path / 'S.md').check_returncode()
+    text = (tmp_path / 'S.md').read_text()
+    assert '## Other\n\ntext\n\n## A model of 7 billion' in text and text.count('\n| down |') == 1
+
+
+def test_science_says_where_data_go(tmp_path):
+    found = science('monks', 'lenet', '--data', tmp_path)
+    assert found.returncode and f'{tmp_path} has no monks, mnist' in found.stderr and 'DATA=' in found.stderr
+    found = science('mnist')
+    assert found.returncode and "got 'mnist', expected one of xor, monks" in found.stderr
+
+
+def test_experiments_know_the_criteria(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ('xor', 'monks', 'resnet20', 'minilm'):
+        assert set(importlib.import_module(f'experiments.{name}').CRITERIA) <= set(CRITERIA)
+
+
+def test_obs_deletes_a_weight_of_xor_that_is_not_needed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    xor = importlib.import_module('experiments.xor')
+    monkeypatch.setattr(xor, 'SEEDS', 8)
+    goals = [found for found in xor.run(None) if hasattr(found, 'goal')]
+    assert goals and all(goal.reached for goal in goals)

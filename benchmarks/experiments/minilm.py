@@ -1,0 +1,87 @@
+"""A sentence encoder (BERT, 6 layers of 384), its 36 Linears pruned in one event, each to the same sparsity,
+without labels or training.
+
+It is compared with the dense network on sentences that it was not calibrated on: the rank correlation of the
+similarities of all pairs, and the mean cosine between pruned and dense vectors."""
+import re
+from copy import deepcopy
+from itertools import product
+
+import numpy as np
+import torch
+from torch import nn
+
+from experiments.bert import batches, encode, load
+from experiments.memory import above, held_together
+from experiments.rows import Goal, Row, timed
+from fasterai.repair import refit
+from fasterai.sparsifier import Sparsifier
+
+CALIBRATE, MEASURE = 800, 350  # sentences
+SPARSITIES = '50 %', '70 %', '2:4'
+CRITERIA = {  # criterion: whether refit is tried with it; the last two solve the weights themselves
+    'magnitude': (False, True), 'wanda': (False, True), 'ria': (False, True), 'sparsegpt': (False,), 'alps': (False,),
+}
+
+ALONE = {'sparsegpt': 'its own refit', 'alps': 'its own refit'}  # what is done without a repair; else nothing
+
+
+def run(data):
+    "Yield how near the pruned networks are to the dense one."
+    dense = load()
+    sentences = _sentences(data / 'shakespeare/input.txt')
+    calibrate = batches(sorted(sentences[:CALIBRATE], key=len))
+    measure = batches(sentences[CALIBRATE:])
+    wanted = encode(dense, measure)
+    found, slowest, peak = {}, 0., 0
+    for sparsity, (criterion, repairs) in product(SPARSITIES, CRITERIA.items()):
+        for repair in repairs:
+            with timed() as clock, above() as memory:
+                net = _pruned(dense, criterion, repair, sparsity, calibrate)
+            slowest = max(slowest, clock.seconds)
+            if repair: peak = max(peak, memory.peak)
+            vectors = encode(net, measure)
+            cosine = float((vectors * wanted).sum(1).mean())
+            found[sparsity, criterion, repair] = correlation = rank_correlation(vectors, wanted)
+            how = 'refit' if repair else ALONE.get(criterion, 'no repair')
+            yield Row('MiniLM', f'{sparsity}, {criterion}, {how}', f'rank correlation {correlation:.4f}, cosine {cosine:.4f}',
+                      seconds=clock.seconds)
+    yield from _goals(found)
+    yield Goal('MiniLM: pruning and repair in less than five minutes', f'{slowest:.0f} s at most', slowest < 300)
+    together = held_together(dense, nn.Linear)
+    setting = f'peak of a refit above networks and batches; all Gram matrices: {together / 1e6:.0f} MB'
+    yield Row('MiniLM', setting, f'{peak / 1e6:.0f} MB')
+
+
+def _goals(found):
+    for sparsity in SPARSITIES:
+        plain, repaired = (found[sparsity, 'magnitude', repair] for repair in (False, True))
+        yield Goal(f'MiniLM, {sparsity}: refit comes nearer to the dense network than magnitude alone',
+                   f'{repaired:.4f} against {plain:.4f}', repaired > plain)
+
+
+def _sentences(path):
+    "Return sentences of 30 to 120 characters, drawn by chance, none of them twice."
+    text = re.sub(r'(?m)^[^\n]*:$', '', path.read_text())  # who speaks
+    parts = re.split(r'(?<=[.!?])\s+', re.sub(r'\s+', ' ', text))
+    sentences = sorted({part for part in parts if 30 <= len(part) <= 120})
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0))
+    return [sentences[i] for i in order[:CALIBRATE + MEASURE].tolist()]
+
+
+def _pruned(dense, criterion, repair, sparsity, calibrate):
+    net = deepcopy(dense)
+    is_pattern = ':' in sparsity
+    context = sparsity if is_pattern else 'local'
+    percent = 50 if is_pattern else float(sparsity.split()[0])
+    known = {} if criterion == 'magnitude' else dict(data=calibrate)
+    Sparsifier(net, 'weight', context, criterion, layers=nn.Linear, **known).sparsify_model(percent)
+    if repair: refit(net, dense, calibrate)
+    return net
+
+
+def rank_correlation(one, other) -> float:
+    "Return Spearman's correlation of the similarities of all pairs of vectors."
+    above = torch.ones(len(one), len(one)).triu(1).bool()
+    ranks = [np.argsort(np.argsort((v @ v.T)[above].numpy())) for v in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -1,0 +1,54 @@
+"""Ours beside the published, on real data; `make science` writes the tables to benchmarks/SCIENCE.md.
+
+Name parts to run these alone: `science.py xor monks`. A part replaces its own section."""
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+from experiments.rows import Row, as_text
+from results import machine, write
+
+SCIENCE = Path(__file__).parent / 'SCIENCE.md'
+PARTS = {  # module in `experiments`: (title, what it needs of the data)
+    'xor': ('XOR, Optimal Brain Surgeon', None),
+    'monks': ("MONK's problems, Optimal Brain Surgeon", 'monks'),
+    'resnet20': ('ResNet-20, pruned in one event and repaired', 'cifar10'),
+    'minilm': ('A sentence encoder, pruned in one event and repaired', 'shakespeare'),
+    'lenet': ('LeNet-300-100, SNIP and iterative magnitude', 'mnist'),
+    'synflow': ('SynFlow on VGG-16', None),
+    'memory': ('Memory of a repair', None),
+    'paper': ('A model of 7 billion parameters, on paper', None),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('parts', nargs='*', metavar='part', help=f'{", ".join(PARTS)}; none: all')
+    parser.add_argument('--data', type=Path, default=Path('../shared/data'), help='the folder with the data')
+    parser.add_argument('--out', type=Path, default=SCIENCE, help='the file with the tables')
+    given = parser.parse_args()
+    for part in given.parts:
+        if part not in PARTS: parser.error(f'part: got {part!r}, expected one of {", ".join(PARTS)}')
+    parts = given.parts or list(PARTS)
+    missing = [needed for _, needed in map(PARTS.get, parts) if needed and not (given.data / needed).is_dir()]
+    if missing: parser.error(_how_to_get(given.data, missing))
+    for part in parts: _run(part, given.data, given.out)
+
+
+def _how_to_get(folder, missing):
+    return (f'data: {folder.resolve()} has no {", ".join(missing)}; put them there, or name another folder by '
+            '--data (make science DATA=…); benchmarks/experiments/__init__.py says what each holds')
+
+
+def _run(part, data, out):
+    title, _ = PARTS[part]
+    start, found = time.perf_counter(), []
+    for one in importlib.import_module(f'experiments.{part}').run(data):
+        found.append(one)
+        if isinstance(one, Row): print(f'{one.experiment}: {one.setting}: {one.ours}', flush=True)
+    took = f'By `make science`, in {time.perf_counter() - start:.0f} s; {machine()}.'
+    write(title, f'{took}\n\n{as_text(found)}', out, 'Ours beside the published')
+
+
+if __name__ == '__main__': main()
