@@ -22,7 +22,6 @@ SPARSITIES = '50 %', '70 %', '2:4'
 CRITERIA = {  # criterion: whether refit is tried with it; the last two solve the weights themselves
     'magnitude': (False, True), 'wanda': (False, True), 'ria': (False, True), 'sparsegpt': (False,), 'alps': (False,),
 }
-
 ALONE = {'sparsegpt': 'its own refit', 'alps': 'its own refit'}  # what is done without a repair; else nothing
 
 
