@@ -4,7 +4,6 @@
 only where the outputs come nearer to those of the dense network, on data that it was not fitted to."""
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from fasterai.least_squares import solve_kept
 from fasterai.names import bare, named_modules
 from fasterai.operations import argument
 from fasterai.progress import progress
-from fasterai.snapshot import Snapshot, evaluation_mode, random_numbers_kept
+from fasterai.snapshot import Snapshot, undisturbed
 
 HELD = 2 ** 27  # bytes of inputs of the dense network that are held at once: fewer take more passes
 NEARER = .95  # a repair is kept where it leaves at most so much of the error: less may be chance
@@ -86,9 +85,10 @@ def _kept_if_nearer(
 ):
     "Change a model, and undo it where the outputs do not come nearer to those of the dense network."
     model, dense = bare(model), bare(dense)
-    solve, judge = held_out(read_data(data, model))
     snapshot = Snapshot(model)
-    with _undisturbed(model, dense):
+    statistics = [s for norm in _norms(model).values() for s in (norm.running_mean, norm.running_var)]
+    with undisturbed(model, dense, but=frozenset(map(id, statistics))), torch.no_grad():
+        solve, judge = held_out(read_data(data, model))
         before = divergence(model, dense, judge)
         try:
             least, form = _nearest(model, dense, solve, judge, forms, before, snapshot)
@@ -112,13 +112,6 @@ def _nearest(model, dense, solve, judge, forms, before, snapshot):
         best = None if is_last else Snapshot(model)  # None: it is in place
     if best is not None: best.restore()
     return least, form
-
-
-@contextmanager
-def _undisturbed(*models):
-    "Run models without gradients, in eval mode, and put modes and random numbers back."
-    gpus = {p.device for model in models for p in model.parameters() if p.is_cuda}
-    with evaluation_mode(*models), random_numbers_kept(*gpus), torch.no_grad(): yield
 
 
 @torch.no_grad()

@@ -16,9 +16,11 @@ class Snapshot:
         # `parameters` and `buffers` give a tensor that several modules share only once
         tensors = [*model.parameters(), *model.buffers()]
         self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._buffers = _buffers_of(model)
 
     def restore(self):
         "Write the values back bit for bit, in place: the model keeps its tensors. Can be called again."
+        _give_back(self._buffers)
         for tensor, value in self._saved:
             # what was made in inference mode can be changed only there
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
@@ -49,13 +51,30 @@ def evaluation_mode(
 @contextmanager
 def undisturbed(
     *models: nn.Module,
+    but: frozenset = frozenset(),  # ids of buffers whose values may change
 ):
-    "Run models in eval mode for a `with` block; put modes, buffers and random numbers back afterwards."
-    buffers = {buffer: buffer.clone() for model in models for buffer in model.buffers()}
+    """Run models in eval mode for a `with` block; put modes, buffers and random numbers back afterwards.
+
+    Modules get back the very buffers that they had, too: a forward pass may put others in their place."""
+    inside = [buffer for model in models for buffer in model.buffers() if id(buffer) not in but]
+    buffers = {buffer: buffer.clone() for buffer in inside}
+    places = [place for model in models for place in _buffers_of(model)]
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
     with evaluation_mode(*models), random_numbers_kept(*devices):
         try: yield
-        finally: _put_back(buffers)
+        finally:
+            _give_back(places)
+            _put_back(buffers)
+
+
+def _buffers_of(model): return [(module, dict(module._buffers)) for module in model.modules()]
+
+
+def _give_back(places):
+    "Let modules have the buffers that they had, as `_buffers_of` returned them."
+    for module, buffers in places:
+        module._buffers.clear()
+        module._buffers.update(buffers)
 
 
 def _put_back(buffers):

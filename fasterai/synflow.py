@@ -15,19 +15,28 @@ def synaptic_flow(
     It is computed in float64, for R is a sum over all paths through the network, and in eval mode. A
     BatchNorm has a mean of 0."""
     model, inputs = calibration.model, calibration.an_example()
-    tensors = {name: _positive(name, tensor) for name, tensor in _named(model).items()}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    known = [layer for layer in layers if id(layer.weight) in names]
-    wanted = [tensors[names[id(layer.weight)]].requires_grad_() for layer in known]
+    named = _named(model)
+    positive = {id(tensor): _positive(name, tensor) for name, tensor in named.items()}
+    tensors = {name: positive[id(tensor)] for name, tensor in named.items()}
+    known = [layer for layer in layers if id(layer.weight) in positive]
+    wanted = [positive[id(layer.weight)].requires_grad_() for layer in known]
     with undisturbed(model), torch.enable_grad():
         args, kwargs = tree_map_only(torch.Tensor, _ones, tuple(inputs))
-        outputs = tree_leaves(functional_call(model, tensors, args, kwargs))
+        outputs = tree_leaves(functional_call(model, tensors, args, kwargs, tie_weights=False))
         passed = sum(out.sum() for out in outputs if _is_float(out))
         found = torch.autograd.grad(passed, wanted, allow_unused=True)
     return {layer.name: flow for layer, flow in zip(known, found) if flow is not None}
 
 
-def _named(model): return dict(model.named_parameters()) | dict(model.named_buffers())
+def _named(model):
+    """Return the parameters and buffers of each module, under one name of the module.
+
+    `functional_call` would not put back what it replaces twice, in a module that is used under two names."""
+    found = {}
+    for name, module in model.named_modules():
+        own = [*module.named_parameters(name, False, False), *module.named_buffers(name, False, False)]
+        found |= dict(own)
+    return found
 
 
 def _positive(name, tensor):

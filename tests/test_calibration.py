@@ -190,6 +190,41 @@ def test_the_model_is_left_as_it_was(net, criterion):
     assert model[0].weight.grad is None
 
 
+def test_a_module_of_two_names_keeps_its_parameters():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    before, shared.bias.requires_grad = dict(model.named_parameters()), False
+    Sparsifier(model, criteria='synflow', example=torch.ones(1, 4)).sparsify_model(50)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert not shared.bias.requires_grad and int((shared.weight == 0).sum()) == 8
+
+
+class Counting(nn.Module):
+    "A module whose calls put another tensor in the place of a buffer, and change one."
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('calls', torch.zeros(()))
+        self.register_buffer('seen', torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.seen += len(x)
+        return x
+
+
+@pytest.mark.parametrize('repair', [None, 'refit', 'batchnorm'])
+@pytest.mark.parametrize('criterion', ['wanda', 'obd', 'synflow'])
+def test_buffers_that_a_pass_replaces_are_put_back(criterion, repair):
+    model = nn.Sequential(convnet(), Counting())
+    counting, before = model[1], dict(model.named_buffers())
+    sparsifier = Sparsifier(model, criteria=criterion, data=batches(), loss_func=LOSS, repair=repair)
+    sparsifier.sparsify_model(50)
+    assert all(before[name] is buffer for name, buffer in model.named_buffers())
+    assert counting.calls == counting.seen == 0
+
+
 class Failing(list):
     "Batches of which the last one is an interruption."
     def __iter__(self):

@@ -432,6 +432,15 @@ class Keywords(nn.Module):
     def forward(self, x, scale=1.): return scale * self.layer(x)
 
 
+@pytest.mark.parametrize('repair', ['refit', 'batchnorm'])
+def test_a_loader_that_shuffles_takes_no_random_numbers(repair):
+    data = torch.utils.data.DataLoader(torch.randn(32, 1, 8, 8), batch_size=8, shuffle=True)
+    sparsifier = Sparsifier(convnet(), data=data, repair=repair)
+    before = torch.get_rng_state()
+    sparsifier.sparsify_model(50)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_forms_of_data(make_learner):
     x, y = torch.randn(12, 4), torch.zeros(12)
     loader = DataLoader(TensorDataset(x, y), batch_size=4)
