@@ -414,9 +414,21 @@ def check_finite(
 ):
     "Raise `ValueError` if there is a NaN or an infinity, and say where it comes from."
     if finite(scores): return
-    bad = [f'{n} of' for n, e in evidence.items() if not finite(abs(e))]
-    blame = bad[0] if bad else f'scores by {name_of(criterion.score)} for'
-    raise ValueError(f'criteria: the {blame} layer {name!r} has NaN or infinite entries; nothing was changed')
+    check_evidence(evidence, name)
+    raise _not_finite(f'scores by {name_of(criterion.score)} for layer {name!r}')
+
+
+def check_evidence(
+    evidence: dict,  # name: tensor or array
+    name: str,  # the layer's name
+):
+    "Raise `ValueError` if there is a NaN or an infinity in evidence about a layer."
+    for kind, values in evidence.items():
+        if not finite(abs(values)): raise _not_finite(f'{kind} of layer {name!r}')
+
+
+def _not_finite(what):
+    return ValueError(f'criteria: the {what} has NaN or infinite entries; nothing was changed')
 
 
 def finite(

@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fasterai.criteria import CriterionInfo, check_finite, finite, score
+from fasterai.criteria import CriterionInfo, check_evidence, check_finite, finite, score
 from fasterai.evidence import Evidence, made
 from fasterai.peers import ALONE, as_array
 from fasterai.selection import CHUNK
@@ -79,6 +79,7 @@ class Scores:
         self.latest, self.rows = layer, {}
         held, self.makes = self.evidence.parts(layer)
         self.on_host = ALONE.on_host(next(iter(held.values())))
+        if self.evidence.large: check_evidence(held, layer.name)  # a matrix with a NaN has no inverse
         if not in_chunks:
             scores = self._score(layer, made(self.makes, held), layer.weight.shape)
             if self.on_host: self._check(scores, held, layer)

@@ -225,6 +225,15 @@ def test_buffers_that_a_pass_replaces_are_put_back(criterion, repair):
     assert counting.calls == counting.seen == 0
 
 
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@pytest.mark.parametrize('criterion', ['sparsegpt', 'alps', lambda gram, weight: weight / torch.linalg.inv(gram).sum()])
+def test_a_matrix_that_is_not_finite_is_named(criterion, bad):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match="criteria: the gram of layer '0' has NaN or infinite entries; nothing was changed"):
+        Sparsifier(model, criteria=criterion, data=x).sparsify_model(50)
+
+
 class Failing(list):
     "Batches of which the last one is an interruption."
     def __iter__(self):
