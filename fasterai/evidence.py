@@ -1,6 +1,6 @@
 "Keep the evidence about the layers of a model: gather it in training and from data, and save it."
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -62,7 +62,8 @@ class Evidence:
     def known(self,
         layer,  # one of the selected
     ) -> bool:
-        "Tell whether there is evidence about a layer."
+        "Tell whether there is evidence about a layer. That of data is known within an event only."
+        if any(self._can_gather(EVIDENCE[name]) for name in self.names): return False
         return not any(self._lacks(name, [layer])[0] for name in self.names)
 
     @contextmanager
@@ -210,18 +211,34 @@ class Evidence:
         `ValueError` where it does not fit a layer."""
         found = {}
         for layer, saved in state.items():
-            for kind, of in saved.get('evidence', {}).items():
+            told = saved.get('evidence', {})
+            if not isinstance(told, Mapping):
+                raise ValueError(f'state: got {told!r} as evidence about {layer!r}, expected a dict')
+            for kind, of in told.items():
                 if kind not in self.of_training: continue
                 found[kind, layer] = self._read(kind, layer, of)
-        anew = bool(self.of_training) and not any('evidence' in saved for saved in state.values())
-        if anew:
+        if self.of_training and not self._has_any(state):
             kinds = ', '.join(map(repr, self.of_training))
             warnings.warn(f'state: got none of what earlier steps have gathered, {kinds}: it begins anew',
                           stacklevel=4)
         return found
 
+    def _has_any(self, state):
+        "Tell whether a state has evidence for this criterion. One from right after an event has none yet."
+        told = [saved['evidence'] for saved in state.values() if 'evidence' in saved]
+        return any(not of or {*of} & {*self.of_training} for of in told)
+
+    def load(self,
+        states: dict,  # of `read_from`
+    ):
+        "Take over what training had gathered. Of other layers it begins anew."
+        kept = {key: of for key, of in self.states.items() if EVIDENCE[key[0]].on_step is None}
+        self.states = kept | states
+
     def _read(self, kind, layer, saved):
         state = Gathered(**saved) if isinstance(saved, dict) and {*saved} == {*Gathered._fields} else saved
+        if isinstance(state, Gathered) and not all(isinstance(part, torch.Tensor) for part in state):
+            raise ValueError(f'state: got {saved!r} as {kind!r} of {layer!r}, expected two tensors')
         tensor = state.total if isinstance(state, Gathered) else state
         expected = tuple(self.selected.candidates[layer].weight.shape)
         if getattr(tensor, 'shape', expected) == expected: return _plain(state, Gathered)

@@ -432,6 +432,40 @@ def test_a_state_of_masks_alone_says_that_evidence_begins_anew():
     Sparsifier(first.model, layers=['0', '2']).load_state_dict(state)  # needs none
 
 
+def test_between_events_no_data_are_read():  # a fit asks at each step whether a layer that waits is known now
+    class Unread:
+        def __iter__(self): raise AssertionError
+    model = nn.Linear(4, 4)
+    sparsifier = Sparsifier(model, criteria='sparsegpt', data=Unread())
+    assert not sparsifier.evidence.known(sparsifier.layers['weight'])
+
+
+def test_a_state_of_another_criterion_says_that_evidence_begins_anew():
+    state = trained(range(3), criterion='gradient').state_dict()
+    other = trained(range(3))
+    with pytest.warns(UserWarning, match="of what earlier steps have gathered, 'movement': it begins anew"):
+        other.load_state_dict(state)
+    assert not other.evidence.states  # its own is of another network
+
+
+def test_a_state_from_right_after_an_event_has_nothing_to_warn_of(recwarn):
+    first = trained(range(3), criterion='gradient')
+    first.sparsify_model(50)
+    other = trained(range(3), criterion='gradient')
+    other.load_state_dict(first.state_dict())
+    assert not recwarn.list and not other.evidence.states
+
+
+@pytest.mark.parametrize('wrong, says', [(5, "5 as evidence about '0', expected a dict"),
+    ({'movement': {'steps': 3, 'total': 4}}, "as 'movement' of '0', expected two tensors")])
+def test_a_state_that_is_none_is_refused(wrong, says):
+    first = trained(range(3))
+    state, before = first.state_dict(), dict(first.evidence.states)
+    state['0']['evidence'] = wrong
+    with pytest.raises(ValueError, match=f'state: got .*{says}'): first.load_state_dict(state)
+    assert first.evidence.states == before
+
+
 def test_a_saved_state_is_a_copy_and_a_wrong_one_changes_nothing():
     first = trained(range(3))
     state = first.state_dict()
