@@ -1,5 +1,5 @@
 "Read the training batches of a fastai Learner beside its fit, which goes on undisturbed."
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -64,17 +64,6 @@ def _of_torch(loader, items):
     has_items = loader.batch_size is not None and hasattr(data, '__len__')
     if has_items and not isinstance(data, IterableDataset): data = Subset(data, spread(len(data), items))
     return DataLoader(data, loader.batch_size, **collate)
-
-
-def check_batches(
-    data,  # None, or batches as `data.read_data` takes them
-):
-    "Refuse what are no batches, with `TypeError`, without reading any."
-    is_fastai = hasattr(data, 'train') and hasattr(data, 'valid')
-    is_iterable = isinstance(data, Iterable) and not isinstance(data, (str, Mapping))
-    if data is None or is_fastai or is_iterable: return
-    raise TypeError(f'data: got {type(data).__name__}, expected batches: a DataLoader, DataLoaders of '
-                    'fastai, an iterable of batches, or a tensor')
 
 
 def spread(

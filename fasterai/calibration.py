@@ -1,17 +1,32 @@
 "Run a model on batches of data, so that evidence about its layers is gathered. The model is left as it was."
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fasterai.arguments import Inputs, read_example
+from fasterai.arguments import Inputs, name_of, read_example
 from fasterai.data import read_labelled, real_positions
 from fasterai.inputs import Watching
 from fasterai.progress import progress
 from fasterai.snapshot import undisturbed
+
+
+class _Stop(Exception):
+    "All that was to be seen of a batch was seen."
+
+
+class _Counted:
+    "Count the calls of layers in a batch while they are reported, and stop the batch after so many."
+
+    def __init__(self, report, calls): self.report, self.calls, self.n = report, calls, 0
+
+    def __call__(self, read):
+        self.report(read)
+        self.n += 1
+        if self.n == self.calls: raise _Stop
 
 
 class Calibration:
@@ -58,11 +73,16 @@ class Calibration:
         weights: list,  # parameters of the model
         report: Callable,  # gets an `inputs.Read` for each call of a layer with one of them
     ):
-        "Run all batches and report what the layers read."
-        wanted = {id(weight) for weight in weights}
+        """Run all batches and report what the layers read.
+
+        A batch is run no further than the last of them, as the first batch has shown it."""
+        wanted, calls = {id(weight) for weight in weights}, None
         with undisturbed(self.model), torch.no_grad():
             for inputs, _ in progress(self.batches):
-                with Watching(wanted, report, real_positions(inputs, self.model)): inputs.call(self.model)
+                counted = _Counted(report, calls)
+                watching = Watching(wanted, counted, real_positions(inputs, self.model))
+                with suppress(_Stop), watching: inputs.call(self.model)
+                calls = calls or counted.n
 
     def are_read(self,
         weights: list,  # parameters of the model
@@ -95,9 +115,18 @@ class Calibration:
 
     def _gradient(self, weights, inputs, label):
         with torch.enable_grad():
-            output = inputs.call(self.model)
-            loss = self.loss_func(output) if label is None else self.loss_func(output, label)
+            loss = self._loss(inputs.call(self.model), label)
             return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    def _loss(self, output, label):
+        "Return the loss of a batch."
+        loss = self.loss_func(output) if label is None else self.loss_func(output, label)
+        is_tensor = isinstance(loss, torch.Tensor)
+        if is_tensor and loss.numel() == 1 and loss.requires_grad: return loss
+        came = f'a tensor of shape {tuple(loss.shape)}' if is_tensor else repr(loss)
+        if is_tensor and not loss.requires_grad: came += ' without a gradient'
+        raise ValueError(f'loss_func: got {came} from {name_of(self.loss_func)}, expected a tensor of one '
+                         'number, with a gradient; nothing was changed')
 
 
 def _samples(batch):

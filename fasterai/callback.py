@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from fastai.learner import noop
 
 from fasterai.allocation import fractions
-from fasterai.batches import TrainingBatches, check_batches
+from fasterai.batches import TrainingBatches
+from fasterai.data import check_batches
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
@@ -41,7 +42,7 @@ class SparsifyCallback(Keeper):
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
         schedule: str | Callable = 'gradual',  # how much, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
-        data=None,  # batches for `repair`, as in `Sparsifier`; None: up to 512 of the items that are trained on
+        data=None,  # batches for evidence and `repair`, as in `Sparsifier`; None: up to 512 of the items that are trained on
         repair=None,  # what the last event repairs, when the schedule is at its end, as in `Sparsifier`: 'refit', 'batchnorm', or both in a list
         **kwargs,  # the other rules, as in `Rules`
     ):
@@ -53,7 +54,7 @@ class SparsifyCallback(Keeper):
         self._check_initial()
         self.repair = repair
         repairs_of(self.rules, repair)  # an error comes now
-        check_batches(data)
+        if data is not None: check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
         self.column, self.trackers = Column(self), Trackers()

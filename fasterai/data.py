@@ -32,16 +32,27 @@ def read_labelled(
     A batch is a tensor, a dict of keywords, or a tuple or list: of several entries the last is the label, of
     fastai's DataLoaders all behind the inputs. `TypeError` or `ValueError` where there is no batch in it."""
     if isinstance(data, torch.Tensor): data = [data]
-    is_fastai, n_inputs = hasattr(data, 'train') and hasattr(data, 'valid'), None
-    if is_fastai:
-        n_inputs = getattr(data, 'n_inp', None)
-        data = data.train.new(shuffle=False, drop_last=False)
-    if isinstance(data, (str, Mapping)) or not isinstance(data, Iterable):
-        raise TypeError(f'data: got {type(data).__name__}, expected batches: a DataLoader, DataLoaders of '
-                        'fastai, an iterable of batches, or a tensor')
+    n_inputs = None
+    if _is_fastai(data):
+        n_inputs, data = getattr(data, 'n_inp', None), data.train
+        if hasattr(data, 'new'): data = data.new(shuffle=False, drop_last=False)  # else it is torch's
+    check_batches(data)
     found = [_labelled(batch, model, n_inputs) for batch in data]
     if not found: raise ValueError('data: got no batch, expected at least one')
     return _placed(found, model)
+
+
+def check_batches(
+    data,  # as in `read_data`
+):
+    "Refuse what are no batches, with `TypeError`, without reading any."
+    is_iterable = isinstance(data, Iterable) and not isinstance(data, (str, Mapping))
+    if _is_fastai(data) or is_iterable: return
+    raise TypeError(f'data: got {type(data).__name__}, expected batches: a DataLoader, DataLoaders of '
+                    'fastai, an iterable of batches, or a tensor')
+
+
+def _is_fastai(data): return hasattr(data, 'train') and hasattr(data, 'valid')
 
 
 def _labelled(batch, model, n_inputs):

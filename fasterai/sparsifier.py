@@ -11,6 +11,7 @@ from torch import nn
 from fasterai.allocation import entries, fractions
 from fasterai.arguments import flag, method_hint, nearest, percent, whole
 from fasterai.calibration import Calibration
+from fasterai.data import check_batches
 from fasterai.event import Budget, Change, decide
 from fasterai.evidence import Evidence
 from fasterai.kinds import EVIDENCE
@@ -159,7 +160,12 @@ class Sparsifier:
             self.evidence.states = states
             raise
         repaired = tuple(one for change in changes for one in change.repaired)
-        return replace(changes[-1], before=changes[0].before, repaired=repaired)
+        before, after = changes[0].before, {}
+        for change in changes:  # a layer may wait in some of them
+            before = change.before | before
+            after |= change.after
+        waiting = changes[-1].waiting
+        return Change(before, after, waiting, changes[-1].weights, repaired)
 
     def _event(self, budgets, regrow=False):
         "Decide, and change the model: both, or, where something fails, nothing."
@@ -269,6 +275,7 @@ class Sparsifier:
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
         self.masks.move_to(model, example)
         self.model, self.evidence.calibration.model = model, bare(model)
+        if example is not None: self.evidence.calibration.example = example
 
     def detach(self):
         "Let go of all attached optimizers. Their next step may move the zeros."
@@ -316,12 +323,13 @@ class Sparsifier:
         masks = self.masks.read_state(state)
         states = self.evidence.read_from(state)
         self.masks.load(masks)
-        self.evidence.states |= states
+        self.evidence.load(states)
 
 
 def _check_data(rules, repair, data, loss_func):
     "Refuse a criterion, or a repair, without the data that it needs."
     given, criterion = f'criteria={rules.criteria!r}', rules.criterion
+    if data is not None: check_batches(data)
     kinds = [EVIDENCE[name] for name in criterion.evidence]
     needs_loss = any(kind.of_data and kind.of_loss for kind in kinds)
     if loss_func is not None and not callable(loss_func):

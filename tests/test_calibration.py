@@ -311,6 +311,32 @@ def test_what_is_needed_is_said_at_the_door(net):
         Sparsifier(net, criteria='obd', data=[(torch.randn(4, 1, 8, 8), torch.zeros(3).long())], loss_func=LOSS).sparsify_model(50)
 
 
+@pytest.mark.parametrize('wrong', [5, 'abc', {'x': torch.ones(2)}, nn.Linear(2, 2)])
+def test_what_are_no_batches_is_refused_at_the_door(net, wrong):
+    with pytest.raises(TypeError, match=f'data: got {type(wrong).__name__}, expected batches: a DataLoader'):
+        Sparsifier(net, criteria='wanda', data=wrong)
+
+
+@pytest.mark.parametrize('loss, came', [
+    (lambda out, y: F.cross_entropy(out, y, reduction='none'), r'a tensor of shape \(8,\)'),
+    (lambda out, y: 3., '3.0'),
+    (lambda out, y: F.cross_entropy(out.detach(), y), r'a tensor of shape \(\) without a gradient'),
+])
+def test_a_loss_without_a_gradient_is_refused(net, loss, came):
+    sparsifier = Sparsifier(net, criteria='gradient', data=batches(), loss_func=loss)
+    with pytest.raises(ValueError, match=f'loss_func: got {came} from <lambda>, expected a tensor of one number'):
+        sparsifier.sparsify_model(50)
+    assert sparsifier.sparsity == 0
+
+
+def test_after_a_move_the_new_example_counts():
+    model = nn.Linear(4, 4)
+    sparsifier = Sparsifier(model, criteria='synflow')
+    sparsifier.move_to(deepcopy(model), example=torch.ones(1, 4))
+    sparsifier.sparsify_model(50)
+    assert sparsifier.sparsity == 50
+
+
 def test_a_layer_whose_inputs_cannot_be_seen_waits():
     class Recurrent(nn.Module):
         def __init__(self):

@@ -432,6 +432,12 @@ class Keywords(nn.Module):
     def forward(self, x, scale=1.): return scale * self.layer(x)
 
 
+def test_dataloaders_of_torch_in_those_of_fastai():
+    from fastai.data.core import DataLoaders
+    loader = DataLoader(TensorDataset(torch.randn(8, 4), torch.zeros(8)), batch_size=4)
+    assert [batch.args[0].shape for batch in read_data(DataLoaders(loader, loader), nn.Linear(4, 2))] == [(4, 4)] * 2
+
+
 @pytest.mark.parametrize('repair', ['refit', 'batchnorm'])
 def test_a_loader_that_shuffles_takes_no_random_numbers(repair):
     data = torch.utils.data.DataLoader(torch.randn(32, 1, 8, 8), batch_size=8, shuffle=True)

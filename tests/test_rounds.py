@@ -77,6 +77,22 @@ def test_evidence_is_gathered_anew_in_each_round():
     assert len(calls) == 5
 
 
+def test_a_layer_that_waits_in_the_last_round_is_in_the_change():
+    class Data(list):
+        "In the last round the first layer reads zeros alone, so its gradient is zero."
+        rounds = 0
+
+        def __iter__(self):
+            self.rounds += 1
+            return iter([torch.zeros(4, 20)]) if self.rounds == 3 else super().__iter__()
+    model = net()
+    sparsifier = Sparsifier(model, criteria='gradient', layers=nn.Linear, context='local', data=Data([torch.randn(4, 20)]),
+                            loss_func=lambda out: (out - 1).square().sum() + model[2].weight.square().sum())
+    with pytest.warns(UserWarning, match="'0' took no part"): change = sparsifier.sparsify_model(87.5, rounds=3)
+    died = {name: int(died.sum()) for name, died in change.died.items()}
+    assert died == {name: int((layer.weight == 0).sum()) for name, layer in sparsifier.layers.items()} and died['0'] == 450
+
+
 def test_where_a_round_fails_none_has_been():
     model, seen = net(), []
     before = [p.detach().clone() for p in model.parameters()]
