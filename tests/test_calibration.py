@@ -452,3 +452,16 @@ def test_the_projections_of_attention_are_seen(memory):
                                 layers='attention', data=[x, x + 1])
         sparsifier.sparsify_model(50)
         assert sparsifier.sparsity == 50
+
+
+def test_a_batch_runs_no_further_than_the_layer_that_is_looked_at():
+    seen = []
+    class Noted(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Noted(), nn.Linear(4, 4))
+    data = [torch.randn(n, 4) for n in (3, 5, 7)]
+    gram = evidence_of(model, 'gram', '0', data, layers='0')
+    assert torch.allclose(gram, torch.cat(data).T @ torch.cat(data), atol=1e-4)
+    assert 3 in seen and 5 not in seen and 7 not in seen  # the first batch shows how often it is called
