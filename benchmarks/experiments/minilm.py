@@ -5,7 +5,6 @@ It is compared with the dense network on sentences that it was not calibrated on
 similarities of all pairs, and the mean cosine between pruned and dense vectors."""
 import re
 from copy import deepcopy
-from itertools import product
 
 import numpy as np
 import torch
@@ -18,11 +17,13 @@ from fasterai.repair import refit
 from fasterai.sparsifier import Sparsifier
 
 CALIBRATE, MEASURE = 800, 350  # sentences
-SPARSITIES = '50 %', '70 %', '2:4'
-CRITERIA = {  # criterion: whether refit is tried with it; the last two solve the weights themselves
-    'magnitude': (False, True), 'wanda': (False, True), 'ria': (False, True), 'sparsegpt': (False,), 'alps': (False,),
+NONE, REFIT = 'no repair', 'refit'
+CASES = {  # sparsity: (criterion, repair); sparsegpt and alps refit by themselves
+    '50 %': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('ria', REFIT),
+             ('sparsegpt', 'its own refit'), ('alps', 'its own refit')],
+    '70 %': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
+    '2:4': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
 }
-ALONE = {'sparsegpt': 'its own refit', 'alps': 'its own refit'}  # what is done without a repair; else nothing
 
 
 def run(data):
@@ -33,18 +34,16 @@ def run(data):
     measure = batches(sentences[CALIBRATE:])
     wanted = encode(dense, measure)
     found, slowest, peak = {}, 0., 0
-    for sparsity, (criterion, repairs) in product(SPARSITIES, CRITERIA.items()):
-        for repair in repairs:
-            with timed() as clock, above() as memory:
-                net = _pruned(dense, criterion, repair, sparsity, calibrate)
-            slowest = max(slowest, clock.seconds)
-            if repair: peak = max(peak, memory.peak)
-            vectors = encode(net, measure)
-            cosine = float((vectors * wanted).sum(1).mean())
-            found[sparsity, criterion, repair] = correlation = rank_correlation(vectors, wanted)
-            how = 'refit' if repair else ALONE.get(criterion, 'no repair')
-            yield Row('MiniLM', f'{sparsity}, {criterion}, {how}', f'rank correlation {correlation:.4f}, cosine {cosine:.4f}',
-                      seconds=clock.seconds)
+    for sparsity, criterion, repair in [(sparsity, *case) for sparsity, cases in CASES.items() for case in cases]:
+        with timed() as clock, above() as memory:
+            net = _pruned(dense, criterion, repair, sparsity, calibrate)
+        slowest = max(slowest, clock.seconds)
+        if repair == REFIT: peak = max(peak, memory.peak)
+        vectors = encode(net, measure)
+        cosine = float((vectors * wanted).sum(1).mean())
+        found[sparsity, criterion, repair] = correlation = rank_correlation(vectors, wanted)
+        yield Row('MiniLM', f'{sparsity}, {criterion}, {repair}', f'rank correlation {correlation:.4f}, cosine {cosine:.4f}',
+                  seconds=clock.seconds)
     yield from _goals(found)
     yield Goal('MiniLM: pruning and repair in less than five minutes', f'{slowest:.0f} s at most', slowest < 300)
     together = held_together(dense, nn.Linear)
@@ -53,8 +52,8 @@ def run(data):
 
 
 def _goals(found):
-    for sparsity in SPARSITIES:
-        plain, repaired = (found[sparsity, 'magnitude', repair] for repair in (False, True))
+    for sparsity in CASES:
+        plain, repaired = (found[sparsity, 'magnitude', repair] for repair in (NONE, REFIT))
         yield Goal(f'MiniLM, {sparsity}: refit comes nearer to the dense network than magnitude alone',
                    f'{repaired:.4f} against {plain:.4f}', repaired > plain)
 
@@ -75,7 +74,7 @@ def _pruned(dense, criterion, repair, sparsity, calibrate):
     percent = 50 if is_pattern else float(sparsity.split()[0])
     known = {} if criterion == 'magnitude' else dict(data=calibrate)
     Sparsifier(net, 'weight', context, criterion, layers=nn.Linear, **known).sparsify_model(percent)
-    if repair: refit(net, dense, calibrate)
+    if repair == REFIT: refit(net, dense, calibrate)
     return net
 
 
