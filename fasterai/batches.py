@@ -1,5 +1,6 @@
 "Read the training batches of a fastai Learner beside its fit, which goes on undisturbed."
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -44,6 +45,18 @@ class TrainingBatches:
         inputs, targets = tuple(batch[:n_inputs]), tuple(batch[n_inputs:])
         if len(targets) > 1: targets = (targets,)
         return inputs, *targets
+
+
+def loss_of(
+    learn,  # a fastai Learner
+) -> Callable:  # of output and target; several targets come as one tuple
+    "Return the loss of a Learner as a function that goes with its `TrainingBatches`."
+    return partial(_loss, learn)
+
+
+def _loss(learn, output, *target):
+    if len(target) == 1 and isinstance(target[0], tuple): target, = target
+    return learn.loss_func(output, *target)
 
 
 def _beside(loader, items):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fastai.learner import noop
 
 from fasterai.allocation import fractions
-from fasterai.batches import TrainingBatches
+from fasterai.batches import TrainingBatches, loss_of
 from fasterai.data import check_batches
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.keep import Keeper, KeepSparse
@@ -178,12 +178,7 @@ class SparsifyCallback(Keeper):
     def _calibration(self):
         "Return the data, and the loss, that a criterion needs beside the steps of a training."
         if not self.rules.criterion.needs_data: return {}
-        return {'data': self._batches(), 'loss_func': self._loss}
-
-    def _loss(self, output, *target):
-        "Compute the loss of the Learner; several targets come as one tuple."
-        if len(target) == 1 and isinstance(target[0], tuple): target, = target
-        return self.learn.loss_func(output, *target)
+        return {'data': self._batches(), 'loss_func': loss_of(self.learn)}
 
     def _more_to_prune(self):
         "Tell whether a layer learns now that did not at the last event, or is known of and was not."

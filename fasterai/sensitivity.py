@@ -1,7 +1,7 @@
 "Measure how much each layer alone can be pruned, and what that costs: sensitivity analysis."
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.arguments import callable_with, finite_number, flag, name_of, nearest, percent
-from fasterai.batches import TrainingBatches
+from fasterai.batches import TrainingBatches, loss_of
+from fasterai.criteria import read_criterion
 from fasterai.progress import progress
-from fasterai.repair import read_repairs, recalibrate
+from fasterai.repair import recalibrate
+from fasterai.repairing import repairs_of
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.summary import names_of_repairs
@@ -195,8 +197,9 @@ def sensitivity(
     levels: tuple = LEVELS,  # sparsities to measure, percent of a layer's weights
     higher_is_better: bool | None = None,  # of the metric; None is True, but False for the loss of a Learner
     example=None,  # as in `Sparsifier`
-    data=None,  # batches for `repair`, as in `Sparsifier`; None: up to 512 training items of a Learner
-    repair='batchnorm',  # what is repaired before each measurement, as in `Sparsifier`; None: nothing
+    data=None,  # batches for evidence and `repair`, as in `Sparsifier`; None: up to 512 training items of a Learner
+    repair='batchnorm',  # what is repaired before each measurement, as in `Sparsifier`; None: nothing but what the criterion repairs
+    loss_func: Callable | None = None,  # as in `Sparsifier`; None: that of a Learner
 ) -> Sensitivity:
     """Measure how much each layer alone can be pruned: prune it to each level, repair, and evaluate.
 
@@ -212,9 +215,10 @@ def sensitivity(
     flag('higher_is_better', higher_is_better, or_none=True)
     if higher_is_better is None: higher_is_better = better
     levels = _read_levels(levels)
-    sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example)
+    evidence = _evidence_from(criteria, data, loss_func, learner)
+    sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example, **evidence)
     sparsifier.selected.include(sparsifier.selected.candidates)  # a frozen layer can be measured, too
-    repairs, batches = _read_repairs(repair, data, model, learner)
+    repairs, batches = _read_repairs(sparsifier.rules, repair, evidence.get('data', data), model, learner)
     with _without_output(learner), sparsifier.repairs.instead(repairs, batches, model):
         dense, values = _measure(sparsifier, levels, metric)
     weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}
@@ -240,6 +244,15 @@ def _metric_of(learner):
     return metric, has_metrics
 
 
+def _evidence_from(criteria, data, loss_func, learner):
+    "Return the data and the loss for a criterion that needs data: those that are given, or the Learner's."
+    if loss_func is None and not read_criterion(criteria).needs_data: return {}
+    if data is None and learner is not None: data = TrainingBatches(learner)
+    if loss_func is None and learner is not None: loss_func = loss_of(learner)
+    if isinstance(data, Iterator | TrainingBatches): data = list(data)  # it is read several times
+    return {'data': data, 'loss_func': loss_func}
+
+
 def _read_levels(levels):
     if isinstance(levels, torch.Tensor): levels = levels.tolist()
     expected = 'expected percentages from 1 to 100'
@@ -252,9 +265,9 @@ def _read_levels(levels):
     return levels
 
 
-def _read_repairs(repair, data, model, learner):
+def _read_repairs(rules, repair, data, model, learner):
     "Return the repairs that can change this network, and the batches for them."
-    repairs = read_repairs(repair)
+    repairs = repairs_of(rules, repair)
     if not _has_statistics(model): repairs = [one for one in repairs if one is not recalibrate]
     if not repairs: return [], None
     if data is None and learner is not None: data = list(TrainingBatches(learner)) or None

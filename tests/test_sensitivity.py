@@ -265,6 +265,17 @@ def test_batchnorm_is_repaired_by_default_with_training_items_of_a_learner(make_
     assert same(before, bits(learn.model)) and drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize('criterion', ['wanda', 'obd', 'obs', 'alps', 'synflow'])
+def test_criteria_of_data_read_those_of_a_learner_or_given_ones(make_learner, criterion):
+    learn = make_learner(metrics=[])
+    before = bits(learn.model)
+    found = sensitivity(learn, levels=(60,), criteria=criterion, repair=None)
+    assert found.repaired == (('refit',) if criterion == 'alps' else ()) and found.values
+    data = ((torch.randn(8, 1, 8, 8), torch.zeros(8).long()) for _ in range(3))
+    sensitivity(learn.model, lambda m: 1., levels=(60,), criteria=criterion, data=data, loss_func=nn.CrossEntropyLoss())
+    assert same(before, bits(learn.model))
+
+
 def test_without_batchnorm_no_data_are_read(make_learner, recwarn):
     def unread():
         raise AssertionError
