@@ -1,5 +1,4 @@
 "Score weights by their importance (saliency): pure functions from the evidence about one layer to scores."
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -363,7 +362,7 @@ def score(
     is_double = any(e.dtype in (torch.float64, np.float64) for e in evidence.values())
     given = {n: widened(e) for n, e in evidence.items()}
     if criterion.asks_name: given['name'] = name
-    if not criterion.pure: given = copy.deepcopy(given)  # a user's criterion may work in place
+    if not criterion.pure: given = {n: _copied(e) for n, e in given.items()}  # a user's criterion may work in place
     if criterion.asks_support: given['support'] = support
     with np.errstate(all='ignore'):  # `check_finite` looks at the result
         if criterion.matrixwise: scores = _of_matrices(criterion, given, shape, form)
@@ -372,6 +371,13 @@ def score(
             raise _wrong_scores(criterion, scores, name, shape)
         if kind is torch.Tensor: return scores.double() if is_double else scores.float()
         return scores.astype(np.float64 if is_double else np.float32, copy=False)
+
+
+def _copied(evidence):
+    "Copy evidence, so that each entry has a place of its own: what is expanded cannot be written into."
+    if isinstance(evidence, np.ndarray): return evidence.copy()
+    if not isinstance(evidence, torch.Tensor): return evidence
+    return evidence.clone(memory_format=torch.contiguous_format)
 
 
 def _of_matrices(criterion, given, shape, form):

@@ -225,6 +225,14 @@ def test_buffers_that_a_pass_replaces_are_put_back(criterion, repair):
     assert counting.calls == counting.seen == 0
 
 
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_a_function_may_work_in_place_on_what_it_gets(granularity):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sparsifier = Sparsifier(model, granularity, criteria=lambda input_norm: input_norm.add_(1), layers='0', data=torch.randn(8, 4))
+    sparsifier.sparsify_model(50)
+    assert sparsifier.sparsity == 50
+
+
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('criterion', ['sparsegpt', 'alps', lambda gram, weight: weight / torch.linalg.inv(gram).sum()])
 def test_a_matrix_that_is_not_finite_is_named(criterion, bad):
