@@ -41,7 +41,7 @@ def matrixwise(criterion: Callable) -> Callable:
     return criterion
 
 
-ADMM_STEPS = 300  # at most
+ADMM_STEPS = 300  # of `alps`, at most
 PENALTY_GROWTH = (.1, 1.3), (.005, 1.2), (-1, 1.1)  # where more than this share of the support has changed
 
 
@@ -172,15 +172,15 @@ def sparsegpt(
     weight: torch.Tensor,  # (groups, outputs, inputs)
     gram: torch.Tensor,  # (groups, inputs, inputs), XᵀX
 ) -> torch.Tensor:  # of the weight's shape
-    """Score each weight by w² / u², u the diagonal of the Cholesky factor of (XᵀX)⁻¹ (Frantar 2023).
+    """Score each weight by w² / [(XᵀX)⁻¹]qq, the error of the layer's output when the others make up for it.
 
-    It is the error of the layer's output when the weights behind it make up for it, as a share of what the
-    layer passes on, so that layers compare. Those that stay are then solved by least squares in the same
-    event, `repair='refit'`."""
-    inverse = torch.linalg.inv(_damped(gram.double()))
-    pivots = torch.linalg.cholesky(inverse, upper=True).diagonal(dim1=1, dim2=2)
+    It is Optimal Brain Surgeon by layers (Frantar & Alistarh 2023). All inputs are compared at once, not in
+    blocks one after the other, so that any context may choose. A score is a share of what the layer passes
+    on, so that layers compare. Those that stay are then solved by least squares in the same event,
+    `repair='refit'`."""
+    inverse = torch.linalg.inv(_damped(gram.double())).diagonal(dim1=1, dim2=2)
     alive = gram.diagonal(dim1=1, dim2=2) > 0  # the weights of a dead input matter nothing
-    return (weight.double() / pivots[:, None]).square() * alive[:, None] / _passed_on(weight, gram)
+    return weight.double().square() / inverse[:, None] * alive[:, None] / _passed_on(weight, gram)
 
 
 @matrixwise

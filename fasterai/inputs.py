@@ -14,6 +14,14 @@ from fasterai.operations import argument, layer_call, plain
 PIECE = 2 ** 26  # bytes of the rows of a convolution that are made at once
 
 
+def form_of(
+    axes: dict,  # {axis: length} of a weight, as in `granularity.AXES`
+) -> tuple:  # (groups, transposed), as `as_matrix` takes them
+    "Return how a weight is a matrix."
+    order = [axis for axis in axes if axis in ('I', 'O')]
+    return axes.get('G', 1), order[:1] == ['I']
+
+
 def as_matrix(
     weight: torch.Tensor,  # of a linear layer or a convolution: the weight, its mask, or its scores
     groups: int = 1,  # of a convolution

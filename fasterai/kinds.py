@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fasterai.curvature import inverse_diagonals
-from fasterai.inputs import from_matrix
+from fasterai.inputs import as_matrix, form_of, from_matrix
 from fasterai.peers import ALONE
 from fasterai.synflow import synaptic_flow
 
@@ -188,7 +188,7 @@ def widened(
 
 # What layers read
 
-class Inputs(NamedTuple):
+class InputSum(NamedTuple):
     "Hold a sum over what a layer reads, for the matrices of its weight."
     form: tuple  # (groups, transposed), as `inputs.as_matrix` takes them
     total: torch.Tensor  # float64
@@ -211,7 +211,7 @@ def _added(state, read, value):
     for piece in read.pieces():
         new = _by_part(read, value(widened(piece.rows())))
         total = new if state is None else state.total.to(new.device) + new
-        state = Inputs((len(total), read.transposed), total)
+        state = InputSum((len(total), read.transposed), total)
     return state
 
 
@@ -250,7 +250,7 @@ def _add_sample(layer, state, grad):
 
 def _add_rows(layer, state, grad):
     "Return the sum of the products of the gradients of all pairs of weights of an output."
-    rows = widened(grad).flatten(1)
+    rows = as_matrix(widened(grad), *form_of(layer.grouping.axes)).flatten(0, 1)
     products = rows[:, :, None] * rows[:, None, :]
     steps, total = (0, torch.zeros_like(products)) if state is None else state
     return Gathered(steps + 1, total.add_(products))

@@ -6,6 +6,7 @@ import torch
 
 from fasterai.criteria import CriterionInfo, check_evidence, check_finite, finite, score
 from fasterai.evidence import Evidence, made
+from fasterai.inputs import form_of
 from fasterai.peers import ALONE, as_array
 from fasterai.selection import CHUNK
 
@@ -85,17 +86,16 @@ class Scores:
             if self.on_host: self._check(scores, held, layer)
             held = {'scores': scores}
         self.rows = {name: layer.grouping.rows(tensor) for name, tensor in held.items()}
-        if layer.grouping.size < FEW or not self.criterion.pure:
-            self.rows = {name: as_array(rows) for name, rows in self.rows.items()}
+        if layer.grouping.size < FEW or not self.criterion.pure: self.rows = _as_arrays(self.rows)
 
     def _score(self, layer, evidence, shape):
         support = partial(self.support, layer) if self.support else None
-        return score(self.criterion, evidence, layer.name, shape, _form(layer.grouping.axes), support)
+        return score(self.criterion, evidence, layer.name, shape, form_of(layer.grouping.axes), support)
 
     def _check(self, scores, parts, layer): check_finite(scores, self.criterion, parts, layer.name)
 
 
-def _form(axes):
-    "Return how a weight is a matrix, from its axes: the number of groups, and whether its inputs come first."
-    order = [axis for axis in axes if axis in ('I', 'O')]
-    return axes.get('G', 1), order[:1] == ['I']
+def _as_arrays(rows):
+    "Return all as arrays, or, where one has no array, as in half precision, all as they are."
+    arrays = {name: as_array(values) for name, values in rows.items()}
+    return arrays if all(isinstance(values, np.ndarray) for values in arrays.values()) else rows

@@ -1,6 +1,7 @@
 "Prune any PyTorch model: zero its least important weights, and keep them zero."
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -153,7 +154,8 @@ class Sparsifier:
     def _rounds(self, steps):
         "Make an event for each round; where one fails none has been."
         snapshot, masks, states = Snapshot(self.model), self.masks.of, dict(self.evidence.states)
-        try: changes = [self._event(budgets) for budgets in progress(steps)]
+        try:
+            with _each_warning_once(): changes = [self._event(budgets) for budgets in progress(steps)]
         except BaseException:
             self.masks.put_back(masks)
             snapshot.restore()
@@ -343,11 +345,21 @@ def _check_data(rules, repair, data, loss_func):
                          'which needs gradients')
 
 
+@contextmanager
+def _each_warning_once():
+    "Show a warning that several rounds give once."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        yield
+    for one in {str(one.message): one for one in found}.values():
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
 def _warn_waiting(change):
     if not change.waiting: return
     names = ', '.join(map(repr, sorted(change.waiting)))
-    warnings.warn(f'criteria: {names} took no part in the step, so nothing is known of it and it waits; '
-                  'the other layers are pruned', stacklevel=4)
+    warnings.warn(f'criteria: {names} took no part in the step, or is not seen in the data, so nothing is '
+                  'known of it and it waits; the other layers are pruned', stacklevel=4)
 
 
 def _warn_floor(rules, budgets, change):

@@ -473,3 +473,21 @@ def test_a_batch_runs_no_further_than_the_layer_that_is_looked_at():
     gram = evidence_of(model, 'gram', '0', data, layers='0')
     assert torch.allclose(gram, torch.cat(data).T @ torch.cat(data), atol=1e-4)
     assert 3 in seen and 5 not in seen and 7 not in seen  # the first batch shows how often it is called
+
+
+def test_the_fisher_information_of_a_transposed_convolution_is_by_outputs():
+    model, data = nn.Sequential(nn.ConvTranspose2d(2, 3, 2)), [torch.randn(4, 2, 3, 3)]
+    rows = evidence_of(model, 'fisher_rows', '0', data, loss_func=lambda out: (out * torch.tensor([1., 2, 0])[:, None, None]).sum())
+    assert rows.shape == (3, 8, 8)
+    assert torch.allclose(rows[1], 4 * rows[0], rtol=1e-4) and not rows[2].any()
+
+
+def test_half_precision_is_scored_as_tensors():
+    import warnings
+    for dtype in (torch.float16, torch.bfloat16):
+        model = nn.Sequential(nn.Linear(8, 4)).to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            sparsifier = Sparsifier(model, criteria='wanda', layers='0', data=[torch.randn(5, 8).to(dtype)])
+            sparsifier.sparsify_model(50)
+        assert sparsifier.sparsity == 50

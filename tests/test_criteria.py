@@ -158,6 +158,13 @@ def scores_of(layer, name, x):
         return torch.as_tensor(scores(sparsifier.layers['0'], slice(None))).view(layer.weight.shape)
 
 
+def test_inputs_compare_wherever_they_stand():
+    weight, gram = torch.randn(200, 32), gram_of(500, 32)
+    mirrored = {'weight': weight.flip(1), 'gram': gram.flip(0, 1)}
+    scores = [criteria.score(CRITERIA['sparsegpt'], given, 'a', (200, 32)) for given in ({'weight': weight, 'gram': gram}, mirrored)]
+    assert torch.allclose(scores[0], scores[1].flip(1), rtol=1e-4)
+
+
 def test_like_filters_go_first_by_their_geometric_median():
     weight = torch.stack([torch.ones(4), torch.ones(4) + 1e-3, torch.tensor([5., 0, 0, 0]), torch.tensor([0., -6, 0, 0])])
     scores = criteria.score(CRITERIA['fpgm'], {'weight': weight}, 'a', (4, 4))

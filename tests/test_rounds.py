@@ -119,3 +119,11 @@ def test_a_warning_comes_once():
     with torch.no_grad(): model[0].weight.mul_(1e-3)
     with pytest.warns(UserWarning) as said: Sparsifier(model, layers=nn.Linear).sparsify_model(98.8, rounds=10)
     assert sum('less than 1 %' in str(one.message) for one in said) == 1
+
+
+def test_what_several_rounds_warn_of_is_said_once():
+    model = nn.Sequential(nn.Linear(20, 4, bias=False), nn.Linear(4, 30, bias=False))
+    with torch.no_grad(): model[0].weight.mul_(1e-3)
+    with pytest.warns(UserWarning) as said: Sparsifier(model, layers=nn.Linear).sparsify_model(80, rounds=10)
+    messages = [str(one.message) for one in said]
+    assert messages and len(messages) == len(set(messages))
