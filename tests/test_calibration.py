@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasterai import curvature
+from fasterai.context import within
+from fasterai.criteria import CRITERIA
+from fasterai.granularity import block
 from fasterai.kinds import EVIDENCE
 from fasterai.sparsifier import Sparsifier
 
@@ -422,12 +425,32 @@ def test_nothing_moves_at_0_percent(net):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before))
 
 
-def test_convnets_are_pruned_by_all_of_them_to_the_weight():
-    for criterion in ('wanda', 'ria', 'sparsegpt', 'alps', 'obd', 'obs', 'synflow', 'fpgm'):
-        sparsifier = Sparsifier(convnet(), criteria=criterion, data=batches(), loss_func=LOSS)
-        size = sum(layer.weight.numel() for layer in sparsifier.layers.values())
-        sparsifier.sparsify_model(70)
-        assert round(sparsifier.sparsity * size / 100) == round(.7 * size), criterion
+WITH_DATA = [name for name, row in CRITERIA.items() if row.needs_data]
+
+
+@pytest.mark.parametrize('criterion', WITH_DATA)
+@pytest.mark.parametrize('context', ['global', 'local', 'erk', 'lamp', 'normalized', '2:4', within('O')], ids=str)
+def test_counts_are_exact_by_criteria_of_data(criterion, context):
+    model, data = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16)), batches(2, 6, (4, 4, 4))
+    sparsifier = Sparsifier(model, 'weight', context, criterion, layers=['0', '3'], data=data, loss_func=LOSS)
+    change = sparsifier.sparsify_model(50)
+    assert sum(int((layer.weight == 0).sum()) for layer in sparsifier.layers.values()) == (8 * 36 + 16 * 32) / 2
+    assert all(torch.equal(sparsifier.masks[n], layer.weight != 0) for n, layer in sparsifier.layers.items())
+    assert not change.waiting
+
+
+@pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')
+@pytest.mark.parametrize('criterion', WITH_DATA)
+@pytest.mark.parametrize('granularity', ['vector', 'kernel', 'filter', 'channel', block(2, 2)], ids=str)
+def test_groups_are_pruned_whole_by_criteria_of_data(criterion, granularity):
+    model, data = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)), batches(2, 6, (4, 4, 4))
+    sparsifier = Sparsifier(model, granularity, 'local', criterion, layers=['0', '3'], data=data, loss_func=LOSS, example=data[0][0])
+    sparsifier.sparsify_model(50)
+    for layer in sparsifier.layers.values():
+        left = layer.grouping.count(sparsifier.masks[layer.name])
+        assert ((left == 0) | (left == layer.grouping.size)).all()
+        assert abs(int((left == 0).sum()) - layer.grouping.groups / 2) <= .5
+
 
 
 def test_a_compiled_network_is_calibrated_by_the_one_inside():

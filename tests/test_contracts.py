@@ -46,7 +46,8 @@ def apart(layers): return [[layer] for layer in layers]
 
 COMPETE = {'global': together, 'local': apart, 'lamp': together, 'normalized': together, 'erk': together, 'er': together}  # who reaches the share together
 SHAPES = [*GRANULARITIES, block(2, 3)]
-WAYS = [*product(SHAPES, ['magnitude'], ['global', 'local']), *product(['weight', 'filter'], CRITERIA, COMPETE), ('vector', 'gradient', 'global')]
+WITHOUT_DATA = [name for name, row in CRITERIA.items() if not row.needs_data]  # the others: test_calibration.py
+WAYS = [*product(SHAPES, ['magnitude'], ['global', 'local']), *product(['weight', 'filter'], WITHOUT_DATA, COMPETE), ('vector', 'gradient', 'global')]
 may_be_nearly_empty = pytest.mark.filterwarnings('ignore:sparsity. .* (would have been left|has less than 1 %)')
 ways = pytest.mark.parametrize('granularity, criteria, context', list(dict.fromkeys(WAYS)))
 

@@ -13,6 +13,7 @@ from torch import nn
 from experiments.bert import batches, encode, load
 from experiments.memory import above, held_together
 from experiments.rows import Goal, Row, timed
+from fasterai.context import within
 from fasterai.repair import refit
 from fasterai.sparsifier import Sparsifier
 
@@ -24,6 +25,10 @@ CASES = {  # sparsity: (criterion, repair); sparsegpt and alps refit by themselv
     '70 %': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
     '2:4': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
 }
+
+
+CONTEXTS = dict.fromkeys(('wanda', 'ria'), within('O'))  # as in the papers; else within layers
+CRITERIA = {criterion for cases in CASES.values() for criterion, _ in cases}
 
 
 def run(data):
@@ -70,7 +75,7 @@ def _sentences(path):
 def _pruned(dense, criterion, repair, sparsity, calibrate):
     net = deepcopy(dense)
     is_pattern = ':' in sparsity
-    context = sparsity if is_pattern else 'local'
+    context = sparsity if is_pattern else CONTEXTS.get(criterion, 'local')
     percent = 50 if is_pattern else float(sparsity.split()[0])
     known = {} if criterion == 'magnitude' else dict(data=calibrate)
     Sparsifier(net, 'weight', context, criterion, layers=nn.Linear, **known).sparsify_model(percent)
