@@ -77,7 +77,10 @@ def test_the_tables_are_what_the_code_says(name):
     assert TABLES['with_table'](text, 'another') != text
 
 
-def test_what_the_readme_says_of_speed_and_size_was_measured():
+def measured(): return ''.join((ROOT / f'benchmarks/{name}.md').read_text(encoding='utf-8') for name in ('RESULTS', 'SCIENCE'))
+
+
+def test_what_the_readme_says_of_speed_size_and_accuracy_was_measured():
     promises = (ROOT / 'README.md').read_text(encoding='utf-8').split('## Results')[1].split('The loss of accuracy')[0]
-    figures, results = re.findall(r'\d+\.\d+|\d+(?= × as fast)', promises), (ROOT / 'benchmarks/RESULTS.md').read_text(encoding='utf-8')
+    figures, results = re.findall(r'\d+\.\d+|\d+(?= × as fast)', promises), measured()
     assert len(figures) > 10 and not [f for f in figures if not re.search(rf'(?<![\d.]){re.escape(f)}(?![\d.])', results)]
