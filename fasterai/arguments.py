@@ -96,11 +96,15 @@ def callable_with(
     expected: str,  # in words, as 'a function of progress'
 ):
     "Raise `TypeError` for what is no function, or cannot be called with so many arguments."
-    if callable(function) and _takes(function, count): return
+    if callable(function) and takes(function, count): return
     raise TypeError(f'{argument}: got {name_of(function)}, expected {expected}')
 
 
-def _takes(function, count):
+def takes(
+    function: Callable,
+    count: int,  # of arguments
+) -> bool:
+    "Tell whether a function can be called with so many arguments, as far as they can be read."
     try: signature(function).bind(*[None] * count)
     except ValueError: return True  # its arguments cannot be read
     except TypeError: return False

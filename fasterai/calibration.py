@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fasterai.arguments import Inputs, name_of, read_example
+from fasterai.arguments import Inputs, name_of, read_example, takes
 from fasterai.data import read_labelled, real_positions
 from fasterai.inputs import Watching
 from fasterai.progress import progress
@@ -120,13 +120,22 @@ class Calibration:
 
     def _loss(self, output, label):
         "Return the loss of a batch."
-        loss = self.loss_func(output) if label is None else self.loss_func(output, label)
+        loss = self._of_output(output) if label is None else self.loss_func(output, label)
         is_tensor = isinstance(loss, torch.Tensor)
         if is_tensor and loss.numel() == 1 and loss.requires_grad: return loss
         came = f'a tensor of shape {tuple(loss.shape)}' if is_tensor else repr(loss)
         if is_tensor and not loss.requires_grad: came += ' without a gradient'
         raise ValueError(f'loss_func: got {came} from {name_of(self.loss_func)}, expected a tensor of one '
                          'number, with a gradient; nothing was changed')
+
+
+    def _of_output(self, output):
+        "Return the loss of a batch that has no label."
+        called = getattr(self.loss_func, 'forward', self.loss_func)  # of a module
+        if takes(called, 1): return self.loss_func(output)
+        taker = name_of(self.loss_func)
+        raise ValueError(f'data: got a batch without a label, which {taker} takes; expected (input, label), '
+                         'or a loss_func of the output alone; nothing was changed')
 
 
 def _samples(batch):

@@ -514,3 +514,10 @@ def test_half_precision_is_scored_as_tensors():
             sparsifier = Sparsifier(model, criteria='wanda', layers='0', data=[torch.randn(5, 8).to(dtype)])
             sparsifier.sparsify_model(50)
         assert sparsifier.sparsity == 50
+
+
+def test_a_batch_without_the_label_that_the_loss_takes(net):
+    sparsifier = Sparsifier(net, criteria='obd', data=[torch.randn(4, 1, 8, 8)], loss_func=LOSS)
+    with pytest.raises(ValueError, match='data: got a batch without a label, which cross_entropy takes'): sparsifier.sparsify_model(50)
+    sparsifier = Sparsifier(net, criteria='obd', data=[torch.randn(4, 1, 8, 8)], loss_func=nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match='data: got a batch without a label'): sparsifier.sparsify_model(50)
