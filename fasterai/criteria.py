@@ -148,8 +148,8 @@ def wanda(
 ) -> torch.Tensor:  # of the same shape
     """Score each weight by |w| · ‖x‖ (Sun et al. 2023).
 
-    It has the scale of a layer's inputs: let weights compete within outputs, `context=within('O')` as in the
-    paper, or within layers, `context='local'`."""
+    In the paper weights compete within an output, `context=within('O')`. Where layers compete, each score
+    is taken as a share of its layer's."""
     return abs(weight) * input_norm
 
 
@@ -160,7 +160,7 @@ def ria(
 ) -> torch.Tensor:  # of the same shape
     """Score each weight by (|w| / Σ of its row + |w| / Σ of its column) · √‖x‖ (Zhang et al. 2024).
 
-    As with `wanda`, let weights compete within outputs or layers."""
+    As with `wanda`, weights compete within an output in the paper, and layers by shares."""
     size = weight.abs()
     rows, columns = size.sum(2, keepdim=True), size.sum(1, keepdim=True)
     tiny = torch.finfo(size.dtype).tiny  # a row of zeros has scores of 0
@@ -251,6 +251,7 @@ class CriterionInfo:
     asks_name: bool = False  # it gets the layer's name, too
     pure: bool = False  # it does not write into its evidence, and takes tensors as well as arrays
     zeros_lowest: bool = False  # it gives weights that are zero a score below those of all others
+    relative: bool = False  # its scores have the scale of a layer's inputs: an event takes them as shares of the layer's, so that layers compare
     matrixwise: bool = False  # it takes the weight and evidence as matrices
     asks_support: bool = False  # it gets a function from scores to the mask of the layer alone
     repairs: tuple = ()  # names in `repair.REPAIRS`: its own part of an event, after the masks
@@ -310,8 +311,8 @@ CRITERIA = {
     'obd': _row(obd),
     'obs': _row(obs, adjust=adjusted),
     'synflow': _row(synflow, round_keeps=Fraction(19, 20)),
-    'wanda': _row(wanda),
-    'ria': _row(ria),
+    'wanda': _row(wanda, relative=True),
+    'ria': _row(ria, relative=True),
     'sparsegpt': _row(sparsegpt, repairs=('refit',)),
     'alps': _row(alps, repairs=('refit',)),
     'fpgm': _row(fpgm),

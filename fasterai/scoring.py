@@ -73,7 +73,8 @@ class Scores:
     def _in_chunks(self, layer):
         "Tell whether the criterion can be called on chunks of a layer; what pads a short group has no score."
         if layer.grouping.pad: return False
-        return self.criterion.elementwise and self.evidence.weight_shaped
+        of_chunk = self.criterion.elementwise and not self.criterion.relative
+        return of_chunk and self.evidence.weight_shaped
 
     def _hold(self, layer, in_chunks):
         "Hold the evidence about a layer, or its scores, in rows of groups; the layer before is let go first."
@@ -84,7 +85,7 @@ class Scores:
         if not in_chunks:
             scores = self._score(layer, made(self.makes, held), layer.weight.shape)
             if self.on_host: self._check(scores, held, layer)
-            held = {'scores': scores}
+            held = {'scores': _shares(scores) if self.criterion.relative else scores}
         self.rows = {name: layer.grouping.rows(tensor) for name, tensor in held.items()}
         if layer.grouping.size < FEW or not self.criterion.pure: self.rows = _as_arrays(self.rows)
 
@@ -93,6 +94,12 @@ class Scores:
         return score(self.criterion, evidence, layer.name, shape, form_of(layer.grouping.axes), support)
 
     def _check(self, scores, parts, layer): check_finite(scores, self.criterion, parts, layer.name)
+
+
+def _shares(scores):
+    "Return scores as shares of the layer's, whose squares sum up to 1."
+    norm = torch.linalg.vector_norm(scores, dtype=torch.float64)
+    return (scores / torch.where(norm > 0, norm, 1)).to(scores.dtype)
 
 
 def _as_arrays(rows):

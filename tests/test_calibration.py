@@ -521,3 +521,20 @@ def test_a_batch_without_the_label_that_the_loss_takes(net):
     with pytest.raises(ValueError, match='data: got a batch without a label, which cross_entropy takes'): sparsifier.sparsify_model(50)
     sparsifier = Sparsifier(net, criteria='obd', data=[torch.randn(4, 1, 8, 8)], loss_func=nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match='data: got a batch without a label'): sparsifier.sparsify_model(50)
+
+
+@pytest.mark.parametrize('criterion', ['wanda', 'ria', 'sparsegpt', 'alps'])
+def test_layers_compare_whatever_the_scale_of_their_inputs(criterion):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.scale = nn.Linear(12, 12), nn.Linear(12, 12), scale
+
+        def forward(self, x): return self.b(self.a(x) * self.scale)
+    masks, data = [], [torch.randn(60, 12)]
+    for scale in (1, 100):
+        sparsifier = Sparsifier(Scaled(scale), criteria=criterion, layers=['a', 'b'], data=data)
+        sparsifier.sparsify_model(60)
+        masks.append(dict(sparsifier.masks))
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in 'ab')
