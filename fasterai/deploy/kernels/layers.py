@@ -1,0 +1,340 @@
+"Modules for inference whose weights that are zero cost no time."
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fasterai.deploy.kernels import library as kernels
+from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, Weights, checked_weights
+from fasterai.deploy.kernels.tiling import Geometry, tiles
+
+PLANS = 4  # sizes of inputs that a layer keeps plans for
+MOST_VECTORS = 64  # candidates for the registers of a tile; the kernels say which there are
+FEW = 2  # inputs of a Linear up to which they are multiplied one by one
+TILINGS = 'default', 'other'
+
+
+class _Kernel(nn.Module):
+    "Keep plans for the sizes of inputs that a layer meets, and refuse what the kernels do not compute."
+
+    def __init__(self):
+        super().__init__()
+        self._forget()
+
+    def _forget(self): self._plans, self._lock = OrderedDict(), threading.Lock()
+
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k not in ('_plans', '_lock')}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._forget()
+
+    def _plan(self, key, make):
+        "Return the plan for a size of inputs, made once; the oldest goes where there are too many."
+        found = self._plans.get(key)
+        if found is not None: return found
+        with self._lock:
+            if key not in self._plans:
+                self._plans[key] = make()
+                if len(self._plans) > PLANS: self._plans.popitem(last=False)
+            return self._plans[key]
+
+    def _check(self, x):
+        name = type(self).__name__
+        if self.training:
+            raise RuntimeError(f'{name}: got training mode, expected eval(): it is for inference')
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f'{name}: got an input with gradients, expected none: it is for inference, '
+                               'under torch.no_grad() or torch.inference_mode()')
+        if x.dtype != torch.float32 or x.device.type != 'cpu' or x.layout != torch.strided:
+            raise TypeError(f'{name}: got {x.dtype} on {x.device}, expected a dense torch.float32 on cpu')
+
+
+class _Sparse(_Kernel):
+    "Hold the weights that are not zero, by output channel."
+
+    def __init__(self, layer, relu):
+        super().__init__()
+        if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu':
+            raise TypeError(f'layer: got weights of {layer.weight.dtype} on {layer.weight.device}, '
+                            'expected torch.float32 on cpu')
+        weight = layer.weight.detach().flatten(1)
+        output, position = weight.nonzero(as_tuple=True)
+        begin = torch.searchsorted(output, torch.arange(len(weight) + 1))
+        self.register_buffer('rows', begin.int())
+        self.register_buffer('columns', position.int())
+        self.register_buffer('values', weight[output, position])
+        self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
+        self.size, self.relu = tuple(weight.shape), relu
+        self.eval()
+
+    @property
+    def unstored(self):
+        "Return the share of the weight that is not stored, 0 to 1."
+        return 1 - self.values.numel() / max(1, self.size[0] * self.size[1])
+
+    def _weights(self):
+        "Return copies of the weights as arrays, checked: a plan must not change under the kernels."
+        if self.values.dtype != torch.float32 or self.values.device.type != 'cpu':
+            raise TypeError(f'{type(self).__name__}: got weights of {self.values.dtype} on {self.values.device}, '
+                            'expected torch.float32 on cpu')
+        begin, position = (t.numpy().astype(np.int32) for t in (self.rows, self.columns))
+        bias = None if self.bias is None else self.bias.numpy().copy()
+        return checked_weights(Weights(begin, position, self.values.numpy().copy(), bias), self.size[1])
+
+    def _stamp(self):
+        "Return what changes when the weights do."
+        tensors = (self.rows, self.columns, self.values, self.bias)
+        return tuple((t.data_ptr(), _version(t)) for t in tensors if t is not None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        # another weight of the same shape may have another number of nonzeros
+        for name in ('columns', 'values'):
+            new, old = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(new, torch.Tensor) and new.ndim == 1 and new.shape != old.shape:
+                setattr(self, name, old.new_zeros(new.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._forget()
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _dense_weight(self, shape):
+        "Return the weight with its zeros, for a machine that has no kernels."
+        kernels.warn_once(f'no sparse kernels, so layers are computed dense: {kernels.why_not()}')
+        weights = self._weights()
+        weight = torch.zeros(self.size)
+        output = torch.repeat_interleave(torch.arange(self.size[0]), torch.from_numpy(np.diff(weights.begin)))
+        weight[output, self.columns.long()] = self.values
+        return weight.view(shape)
+
+
+def _version(tensor): return 0 if tensor.is_inference() else tensor._version
+
+
+class SparseConv(_Sparse):
+    """Compute a Conv1d or Conv2d by the weights that are not zero.
+
+    It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes NaN of
+    zero times infinity or NaN, the number is as if the input was not there. Inputs and outputs are contiguous."""
+
+    def __init__(self,
+        layer: nn.Conv1d | nn.Conv2d,  # the dense layer; its padding is with zeros
+        relu: bool = False,  # set negative outputs to zero
+        tiling: str = 'default',  # 'default' or 'other': a second way to split the outputs, faster for some sizes
+    ):
+        _check_convolution(layer)
+        if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
+        super().__init__(layer, relu)
+        self.axes, self.tiling = layer.weight.ndim - 2, tiling
+        kernel, stride, dilation = (_two(getattr(layer, n)) for n in ('kernel_size', 'stride', 'dilation'))
+        padding = _four(layer.padding, kernel, dilation)
+        self.geometry = Geometry(layer.in_channels, layer.out_channels, kernel, stride, padding,
+                                 dilation, layer.groups)
+
+    def forward(self,
+        x,  # (images, channels, height, width), or without images, or without height
+        add=None,  # a tensor of the output's shape, added before the ReLU
+    ):
+        self._check(x)
+        if x.ndim not in (self.axes + 1, self.axes + 2) or x.shape[-self.axes - 1] != self.geometry.channels:
+            raise ValueError(f'x: got the shape {tuple(x.shape)}, expected {self.geometry.channels} channels '
+                             f'and {self.axes} axes of places')
+        places = x.shape[-self.axes:]
+        images, (height, width) = _count(x.shape[:-self.axes - 1]), (1, *places)[-2:]
+        out = self.geometry.out_size(height, width)
+        if min(out) < 1: raise ValueError(f'x: got {tuple(x.shape)}, expected more than the kernel is large')
+        y = x.new_empty((*x.shape[:-self.axes - 1], self.geometry.outputs, *out[2 - self.axes:]))
+        if add is not None: add = self._added(add, y)
+        if not y.numel(): return y
+        return self._computed(x.contiguous(), y, add, (images, height, width))
+
+    def _added(self, add, y):
+        self._check(add)
+        if add.shape == y.shape: return add.contiguous()
+        raise ValueError(f'add: got the shape {tuple(add.shape)}, expected {tuple(y.shape)}')
+
+    def _computed(self, x, y, add, shape):
+        code = kernels.library()
+        if code is None: return self._dense(x, add)
+        key = shape, self._stamp()
+        self._plan(key, lambda: self._new_plan(code, shape)).run(x, y, add)
+        return y
+
+    def _new_plan(self, code, shape):
+        geometry, weights = self.geometry, self._weights()
+        if _reads_each_place_once(geometry):  # the map is one row
+            shape = shape[0], 1, shape[1] * shape[2]
+        return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
+                               weights, self.relu)
+
+    def _dense(self, x, add):
+        geometry = self.geometry
+        images = x.reshape(-1, geometry.channels, *(1, *x.shape[-self.axes:])[-2:])
+        top, left, bottom, right = geometry.padding
+        weight = self._dense_weight((geometry.outputs, -1, *geometry.kernel))
+        y = F.conv2d(F.pad(images, (left, right, top, bottom)), weight, self.bias, geometry.stride, 0,
+                     geometry.dilation, geometry.groups)
+        y = y.reshape(*x.shape[:-self.axes - 1], geometry.outputs, *y.shape[4 - self.axes:])
+        if add is not None: y = y + add
+        return y.relu() if self.relu else y
+
+    def extra_repr(self):
+        g = self.geometry
+        return (f'{g.channels}, {g.outputs}, kernel_size={g.kernel}, stride={g.stride}, padding={g.padding[:2]}, '
+                f'groups={g.groups}, values={self.values.numel()}, relu={self.relu}, tiling={self.tiling!r}')
+
+
+def _check_convolution(layer):
+    if type(layer) not in (nn.Conv1d, nn.Conv2d):
+        raise TypeError(f'layer: got {type(layer).__name__}, expected a Conv1d or Conv2d')
+    if layer.padding_mode != 'zeros' and layer.padding != 'valid':
+        raise ValueError(f"layer: got the padding_mode {layer.padding_mode!r}, expected 'zeros'")
+
+
+def _two(sizes): return (1, *sizes)[-2:]
+
+
+def _four(padding, kernel, dilation):
+    "Return a padding as top, left, bottom, right."
+    if padding == 'valid': return 0, 0, 0, 0
+    if padding != 'same': return (*(0, *padding)[-2:],) * 2
+    total = [d * (k - 1) for d, k in zip(dilation, kernel)]
+    before = [t // 2 for t in total]
+    return (*before, *(t - b for t, b in zip(total, before)))
+
+
+def _count(shape):
+    count = 1
+    for size in shape: count *= size
+    return count
+
+
+def _reads_each_place_once(geometry):
+    return geometry.kernel == (1, 1) and geometry.stride == (1, 1) and not any(geometry.padding)
+
+
+def _tile(code, geometry, shape, weights, tiling):
+    "Return the tile that should be fastest, or the best that is not like it."
+    registers = frozenset(n for n in range(1, MOST_VECTORS) if code.has_tile(n))
+    found = tiles(geometry, shape, len(weights.value), int(code.lanes()), registers)
+    if not found: raise ValueError(f'layer: got a kernel of {geometry.kernel}, expected one that fits 16-bit offsets')
+    best = found[0]
+    if tiling == 'default': return best
+    return next((t for t in found if _is_other(t, best)), best)
+
+
+def _is_other(tile, best):
+    if tile.vectors <= .6 * best.vectors: return True
+    return tile.vectors >= 1.6 * best.vectors
+
+
+class SparseLinearKernel(_Sparse):
+    """Compute a Linear by the weights that are not zero.
+
+    It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes NaN of
+    zero times infinity or NaN, the number is as if the input was not there."""
+
+    def __init__(self,
+        layer: nn.Linear,  # the dense layer
+        relu: bool = False,  # set negative outputs to zero
+        tiling: str = 'default',  # 'default' or 'other', as of SparseConv
+    ):
+        if type(layer) is not nn.Linear: raise TypeError(f'layer: got {type(layer).__name__}, expected a Linear')
+        if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
+        super().__init__(layer, relu)
+        self.tiling = tiling
+
+    def forward(self,
+        x,  # (..., inputs)
+    ):  # (..., outputs)
+        self._check(x)
+        outputs, inputs = self.size
+        if not x.ndim or x.shape[-1] != inputs:
+            raise ValueError(f'x: got the shape {tuple(x.shape)}, expected (..., {inputs})')
+        y = x.new_empty((*x.shape[:-1], outputs))
+        if not y.numel(): return y
+        code = kernels.library()
+        if code is None: return self._dense(x)
+        rows = x.reshape(-1, inputs)
+        if len(rows) > FEW: return self._many(code, rows).view(y.shape)
+        plan = self._plan(('few', self._stamp()), lambda: MatrixPlan(code, inputs, self._weights(), self.relu))
+        plan.run(rows.contiguous(), y.view(-1, outputs))
+        return y
+
+    def _many(self, code, rows):
+        "Compute a map of one row of places, which are the items of the batch."
+        columns = rows.t().contiguous()
+        y = rows.new_empty(self.size[0], len(rows))
+        plan = self._plan((len(rows), self._stamp()), lambda: self._new_plan(code, len(rows)))
+        plan.run(columns, y)
+        return y.t().contiguous()
+
+    def _new_plan(self, code, count):
+        geometry, weights = Geometry(self.size[1], self.size[0], (1, 1)), self._weights()
+        shape = 1, 1, count
+        return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
+                               weights, self.relu)
+
+    def _dense(self, x):
+        y = F.linear(x, self._dense_weight(self.size), self.bias)
+        return y.relu() if self.relu else y
+
+    def extra_repr(self):
+        return (f'in_features={self.size[1]}, out_features={self.size[0]}, values={self.values.numel()}, '
+                f'relu={self.relu}, tiling={self.tiling!r}')
+
+
+class MaxPool(_Kernel):
+    "Compute a MaxPool2d of contiguous float32 tensors on a CPU, for inference."
+
+    def __init__(self,
+        layer: nn.MaxPool2d,  # one that returns no indices
+    ):
+        super().__init__()
+        if type(layer) is not nn.MaxPool2d:
+            raise TypeError(f'layer: got {type(layer).__name__}, expected a MaxPool2d')
+        if layer.return_indices: raise ValueError('layer: got return_indices=True, expected False')
+        self.kernel, self.dilation, self.padding = map(_pair, (layer.kernel_size, layer.dilation, layer.padding))
+        self.stride, self.ceil_mode = _pair(layer.stride), layer.ceil_mode
+        self.eval()
+
+    def forward(self, x):  # (images, channels, height, width), or without images
+        self._check(x)
+        code = kernels.library()
+        if code is None or not x.numel(): return self._dense(x)
+        plan = self._plan(tuple(x.shape), lambda: self._new_plan(code, x.shape))
+        return plan.run(code, x.contiguous())
+
+    def _dense(self, x): return F.max_pool2d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+    def _new_plan(self, code, shape):
+        out = self._dense(torch.empty(shape, device='meta')).shape  # torch knows what ceil_mode means
+        pool = kernels.Pool(_count(shape[:-2]), *shape[-2:], *out[-2:], *self.kernel, *self.stride,
+                            *self.dilation, *self.padding)
+        return _PoolPlan(code, pool, out)
+
+    def extra_repr(self): return f'kernel_size={self.kernel}, stride={self.stride}, padding={self.padding}'
+
+
+class _PoolPlan:
+    def __init__(self, code, pool, shape):
+        self.pool, self.shape = pool, shape
+        self.pointer = kernels.address_of(pool)
+        self.scratch = code.pool_scratch(self.pointer)
+
+    def run(self, code, x):
+        y = x.new_empty(self.shape)
+        threads, start = kernels.threads()
+        scratch = kernels.scratch(self.scratch * threads)
+        kernels.checked(code.max_pool(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
+                                      scratch.data_ptr(), scratch.numel(), threads, start))
+        return y
+
+
+def _pair(value): return tuple(value) if isinstance(value, (tuple, list)) else (value, value)

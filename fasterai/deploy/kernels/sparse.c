@@ -1,0 +1,605 @@
+// Sparse layers for inference on a CPU: convolution, matrix-vector product and max pooling of float32 tensors in NCHW.
+//
+// Nothing is allocated here and no library is linked: the caller gives all memory, and the function that starts threads.
+// Every function that is exported checks sizes before it writes, and returns 0, or one of the numbers of `enum Refused`.
+//
+// The convolution packs a tile of the input into a panel that fits L1, then runs over the weights that are not zero.
+// The panel has one copy of the tile for each column of the kernel, shifted by that column. So a weight is one offset
+// into the panel, the same for all outputs of the tile, and the loads at that offset are aligned. A load from L1 that is
+// aligned costs nothing beside a multiplication; from L2, or across a cache line, it costs as much again.
+// For each output channel the tile of outputs stays in registers while its weights pass.
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef LANES
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
+
+// processors with 32 vector registers hold a larger tile
+#if (defined(__AVX512F__) && LANES == 16) || defined(__aarch64__)
+#define MANY_REGISTERS 1
+#else
+#define MANY_REGISTERS 0
+#endif
+
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+// Vectors that may lie anywhere in memory, so `aligned(4)`; the compiler makes of them what the processor has.
+#define VECTOR(name, lanes) \
+    typedef float name __attribute__((vector_size(4 * (lanes)), aligned(4), may_alias)); \
+    typedef int32_t name##Mask __attribute__((vector_size(4 * (lanes)), aligned(4), may_alias))
+VECTOR(Vector, LANES);
+VECTOR(Half, 8);
+VECTOR(Quarter, 4);
+
+enum Refused { FINE, BAD_SIZE, BAD_TILE, BAD_CHUNK, BAD_OFFSET, BAD_LENGTH, BAD_CUT, SMALL_SCRATCH };
+
+
+// --- threads -------------------------------------------------------------------------------------------------------
+// Work is split into items of their own output. Threads take the next item by one counter: where the system lets one
+// wait, the others go on. `start` is GOMP_parallel of the OpenMP that torch has loaded, or null for one thread.
+
+typedef void (*Start)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+typedef struct Job {
+    void (*work)(const struct Job *job, int64_t item, char *scratch);
+    const void *plan;
+    const float *x, *add;
+    float *y;
+    const int64_t *cuts;
+    int64_t items, pieces, per_worker;  // per_worker: bytes of scratch
+    char *scratch;
+    int64_t next_item, next_worker;
+} Job;
+
+static void run_worker(void *data) {
+    Job *job = data;
+    int64_t worker = __atomic_fetch_add(&job->next_worker, 1, __ATOMIC_RELAXED);
+    char *scratch = job->scratch + worker * job->per_worker;
+    memset(scratch, 0, job->per_worker);  // lanes that belong to no output are computed with, so they hold numbers
+    for (;;) {
+        int64_t item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED);
+        if (item >= job->items) return;
+        job->work(job, item, scratch);
+    }
+}
+
+static void run(Job *job, int64_t threads, Start start) {
+    if (threads > job->items) threads = job->items;
+    if (threads > 1 && start) start(run_worker, job, (unsigned)threads, 0);
+    else run_worker(job);
+}
+
+static int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+static char *aligned(char *at) { return at + (-(uintptr_t)at & 63); }
+
+// A product of sizes; -1 if one is negative or the product is beyond 2^44, which no memory has. (The limit leaves room
+// for a multiplication by sizes below 2^18 without overflow; larger sizes are refused one by one.)
+#define LARGEST ((int64_t)1 << 44)
+static int64_t times(int64_t a, int64_t b) {
+    int64_t product;
+    if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &product) || product > LARGEST) return -1;
+    return product;
+}
+
+// Cuts split the outputs into pieces: 0 = cuts[0] <= ... <= cuts[pieces] = outputs.
+static int good_cuts(const int64_t *cuts, int64_t pieces, int64_t outputs) {
+    if (pieces < 1 || cuts[0] != 0 || cuts[pieces] != outputs) return 0;
+    for (int64_t i = 0; i < pieces; i++) if (cuts[i] > cuts[i + 1]) return 0;
+    return 1;
+}
+
+
+// --- convolution ---------------------------------------------------------------------------------------------------
+
+typedef struct {
+    int64_t first_channel, end_channel;  // of the input, that the panel holds at once
+    int64_t first_output, end_output;  // that read them: all of a group, or of several whole groups
+    int64_t begins;  // where the begins of its outputs are: begins[0] to begins[outputs], into offsets and values
+    int64_t opens, closes;  // 1 if no chunk before, or none after it, has the same outputs
+} Chunk;
+
+typedef struct {
+    int64_t images, channels, height, width;
+    int64_t outputs, out_height, out_width;
+    int64_t kernel_width, stride_y, stride_x, dilation_x, top, left;  // top, left: of the padding
+    int64_t rows, columns, abreast;  // a tile: rows × columns of outputs, of as many images abreast
+    int64_t row_length, vectors;  // floats of a row in the panel; vectors of a tile in registers
+    int64_t panel_rows, panel_channels, chunks, begins, nonzeros, most_outputs, relu;
+    const int64_t *input_rows;  // of each panel row, relative to the tile's first
+    const Chunk *chunk;
+    const int32_t *begin;
+    const uint16_t *offset;  // in floats from the panel's begin
+    const float *value;
+    const float *bias;  // or null
+} Convolution;
+
+// One block of LANES columns in a row of the panel.
+typedef struct {
+    VectorMask inside;  // lanes that are columns of the image and of the tile
+    int64_t from;  // the first lane's column in the image, may be negative
+    int64_t low, high;  // lanes inside
+} Move;
+
+static int64_t blocks_of(const Convolution *p) { return (p->columns + LANES - 1) / LANES; }
+static int64_t channel_floats(const Convolution *p) { return p->kernel_width * p->panel_rows * p->row_length; }
+static int64_t tile_floats(const Convolution *p) { return p->vectors * LANES; }
+static int64_t moves_bytes(const Convolution *p) { return round_up(p->kernel_width * blocks_of(p) * sizeof(Move), 64); }
+
+// a block may write beyond its row, and a tile read beyond its last one: two vectors stand behind the panel
+static int64_t panel_bytes(const Convolution *p) {
+    return round_up(4 * (p->panel_channels * channel_floats(p) + 2 * LANES), 64);
+}
+
+static int64_t worker_bytes(const Convolution *p) {
+    return moves_bytes(p) + panel_bytes(p) + 4 * p->most_outputs * tile_floats(p) + 128;
+}
+
+typedef void (*Accumulate)(const float *, float *, const int32_t *, int64_t, const uint16_t *, const float *, int);
+
+// Add to the tiles of `outputs` channels what the weights of one chunk make of the panel.
+#define ACCUMULATE(T) \
+static void accumulate_##T(const float *restrict panel, float *restrict sums, const int32_t *restrict begin, \
+                           int64_t outputs, const uint16_t *restrict offset, const float *restrict value, int opens) { \
+    for (int64_t o = 0; o < outputs; o++, sums += T * LANES) { \
+        Vector sum[T]; \
+        int64_t k = begin[o], end = begin[o + 1]; \
+        if (opens) { UNROLL for (int t = 0; t < T; t++) sum[t] = (Vector){0}; } \
+        else if (k == end) continue; \
+        else { UNROLL for (int t = 0; t < T; t++) sum[t] = *(const Vector *)(sums + t * LANES); } \
+        for (; k < end; k++) { \
+            const float *at = panel + offset[k]; \
+            Vector weight = value[k] - (Vector){0}; \
+            UNROLL for (int t = 0; t < T; t++) sum[t] += weight * *(const Vector *)(at + t * LANES); \
+        } \
+        UNROLL for (int t = 0; t < T; t++) *(Vector *)(sums + t * LANES) = sum[t]; \
+    } \
+}
+ACCUMULATE(1) ACCUMULATE(2) ACCUMULATE(3) ACCUMULATE(4) ACCUMULATE(5) ACCUMULATE(6) ACCUMULATE(7)
+ACCUMULATE(8) ACCUMULATE(9) ACCUMULATE(10) ACCUMULATE(11) ACCUMULATE(12) ACCUMULATE(13) ACCUMULATE(14)
+#if MANY_REGISTERS
+ACCUMULATE(16) ACCUMULATE(18) ACCUMULATE(20) ACCUMULATE(21) ACCUMULATE(24) ACCUMULATE(28)
+#endif
+
+static const Accumulate ACCUMULATES[] = {
+    0, accumulate_1, accumulate_2, accumulate_3, accumulate_4, accumulate_5, accumulate_6, accumulate_7,
+    accumulate_8, accumulate_9, accumulate_10, accumulate_11, accumulate_12, accumulate_13, accumulate_14,
+#if MANY_REGISTERS
+    0, accumulate_16, 0, accumulate_18, 0, accumulate_20, accumulate_21, 0, 0, accumulate_24, 0, 0, 0, accumulate_28,
+#endif
+};
+#define MOST_VECTORS ((int64_t)(sizeof(ACCUMULATES) / sizeof(ACCUMULATES[0])) - 1)
+
+int64_t lanes(void) { return LANES; }
+
+int64_t has_tile(int64_t vectors) {
+    return vectors >= 1 && vectors <= MOST_VECTORS && ACCUMULATES[vectors] != 0;
+}
+
+// Say for each column of the kernel and block of columns which lanes are inside the image and the tile.
+static void find_moves(const Convolution *p, int64_t x0, Move *move) {
+    int64_t blocks = blocks_of(p), columns = p->columns, s = p->stride_x;
+    if (x0 + columns > p->out_width) columns = p->out_width - x0;
+    for (int64_t k = 0; k < p->kernel_width; k++) for (int64_t b = 0; b < blocks; b++, move++) {
+        int64_t from = s * (x0 + b * LANES) + k * p->dilation_x - p->left;
+        int64_t low = from < 0 ? (-from + s - 1) / s : 0;
+        int64_t high = p->width > from ? (p->width - from + s - 1) / s : 0;
+        if (high > columns - b * LANES) high = columns - b * LANES;
+        if (high > LANES) high = LANES;
+        if (low > high) low = high;  // nothing is inside
+        if (high < 0) low = high = 0;
+        move->from = from, move->low = low, move->high = high;
+        for (int64_t i = 0; i < LANES; i++) move->inside[i] = -(int32_t)(i >= low && i < high);
+    }
+}
+
+#if LANES == 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#elif LANES == 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#else
+#define EVEN 0, 2, 4, 6
+#endif
+
+// Move one block. Where whole vectors may be read (`whole`) they are, and lanes outside become zero.
+INLINE void move_block(float *to, const float *row, const Move *move, int64_t stride, int whole) {
+    const float *from = row + move->from;
+    if (whole && stride == 1) {
+        *(Vector *)to = (Vector)(*(const VectorMask *)from & move->inside);
+    } else if (whole && stride == 2) {
+        Vector both = __builtin_shufflevector(*(const Vector *)from, *(const Vector *)(from + LANES), EVEN);
+        *(Vector *)to = (Vector)((VectorMask)both & move->inside);
+    } else {
+        *(Vector *)to = (Vector){0};
+        for (int64_t i = move->low; i < move->high; i++) to[i] = row[move->from + i * stride];
+    }
+}
+
+typedef struct {
+    const float *image[64];  // of each image abreast the chunk's first channel, or null
+    int64_t whole_from[64], whole_to[64];  // channels of the chunk of which whole vectors may be read
+    const int64_t *source;  // of each panel row: offset of the input's row, or -1
+} Source;
+
+INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t channel, const Move *moves,
+                           float *to, int64_t stride, int64_t blocks) {
+    int64_t plane = channel * p->height * p->width;
+    for (int64_t k = 0; k < p->kernel_width; k++, moves += blocks) {
+        for (int64_t r = 0; r < p->panel_rows; r++, to += p->row_length) {
+            for (int64_t q = 0; q < p->abreast; q++) {
+                float *at = to + q * p->columns;
+                if (source->source[r] < 0 || !source->image[q]) {
+                    for (int64_t b = 0; b < blocks; b++) *(Vector *)(at + b * LANES) = (Vector){0};
+                    continue;
+                }
+                const float *row = source->image[q] + plane + source->source[r];
+                int whole = channel >= source->whole_from[q] && channel < source->whole_to[q];
+                if (whole) for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 1);
+                else for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 0);
+            }
+        }
+    }
+    return to;
+}
+
+// Fill the panel; the usual strides and numbers of blocks are constants to the compiler.
+static void pack(const Convolution *p, const Source *source, int64_t channels, const Move *moves, float *to) {
+    int64_t blocks = blocks_of(p);
+    #define PACK(condition, stride, blocks) \
+        if (condition) { \
+            for (int64_t c = 0; c < channels; c++) to = pack_channel(p, source, c, moves, to, stride, blocks); \
+            return; \
+        }
+    PACK(p->stride_x == 1 && blocks == 1, 1, 1)
+    PACK(p->stride_x == 1 && blocks == 2, 1, 2)
+    PACK(p->stride_x == 1 && blocks == 4, 1, 4)
+    PACK(p->stride_x == 1, 1, blocks)
+    PACK(p->stride_x == 2 && blocks == 1, 2, 1)
+    PACK(p->stride_x == 2 && blocks == 2, 2, 2)
+    PACK(p->stride_x == 2, 2, blocks)
+    PACK(1, p->stride_x, blocks)
+    #undef PACK
+}
+
+// Find the channels of a chunk of which whole vectors may be read: such a read may leave its row, not the tensor.
+static void find_whole(const Convolution *p, Source *source, int64_t q, int64_t before, const Move *moves,
+                       int64_t first_row, int64_t last_row, int64_t channels) {
+    int64_t plane = p->height * p->width, total = p->images * p->channels * plane;
+    int64_t lowest = moves[0].from, reach = p->stride_x <= 2 ? p->stride_x * LANES : 1;
+    int64_t highest = moves[p->kernel_width * blocks_of(p) - 1].from + reach;
+    int64_t start = before + first_row + lowest, stop = before + last_row + highest;
+    int64_t from = 0, to = channels;
+    while (from < to && start + from * plane < 0) from++;
+    while (to > from && stop + (to - 1) * plane > total) to--;
+    source->whole_from[q] = from, source->whole_to[q] = to;
+}
+
+#define FINISH(Type, j) { \
+    Type v = *(const Type *)(sums + (j)) + bias; \
+    if (add) v += *(const Type *)(add + (j)); \
+    if (relu) v = (Type)((Type##Mask)v & ~(Type##Mask)(v < (Type){0})); \
+    *(Type *)(y + (j)) = v; \
+}
+
+// Write n outputs: add a bias and a row of another tensor, set what is negative to zero. NaN stays NaN.
+// The last block overlaps the one before, so that no output is computed alone.
+INLINE void finish_row(float *restrict y, const float *restrict sums, const float *restrict add,
+                       int64_t n, float bias, int relu) {
+    int64_t j = 0;
+    if (n >= LANES) {
+        for (; j + LANES <= n; j += LANES) FINISH(Vector, j)
+        if (j < n) FINISH(Vector, n - LANES)
+    } else if (n >= 8) {
+        for (; j + 8 <= n; j += 8) FINISH(Half, j)
+        if (j < n) FINISH(Half, n - 8)
+    } else if (n >= 4) {
+        for (; j + 4 <= n; j += 4) FINISH(Quarter, j)
+        if (j < n) FINISH(Quarter, n - 4)
+    } else for (; j < n; j++) {
+        float v = sums[j] + bias + (add ? add[j] : 0);
+        y[j] = relu && v < 0 ? 0 : v;
+    }
+}
+
+typedef struct { int64_t image, y, x; } Place;
+
+static int64_t tiles_of(const Convolution *p) {
+    int64_t groups = (p->images + p->abreast - 1) / p->abreast;
+    int64_t down = (p->out_height + p->rows - 1) / p->rows, across = (p->out_width + p->columns - 1) / p->columns;
+    return times(times(groups, down), across);
+}
+
+static Place place_of(const Convolution *p, int64_t tile) {
+    int64_t down = (p->out_height + p->rows - 1) / p->rows, across = (p->out_width + p->columns - 1) / p->columns;
+    Place place = {tile / (down * across) * p->abreast, tile / across % down * p->rows, tile % across * p->columns};
+    return place;
+}
+
+INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_t output, const float *sums, int relu) {
+    float bias = p->bias ? p->bias[output] : 0;
+    int64_t columns = p->out_width - at.x < p->columns ? p->out_width - at.x : p->columns;
+    int64_t rows = p->out_height - at.y < p->rows ? p->out_height - at.y : p->rows;
+    if (p->columns == p->out_width && p->row_length == p->columns) {  // the rows of a tile lie side by side
+        columns *= rows;
+        rows = 1;
+    }
+    for (int64_t q = 0; q < p->abreast && at.image + q < p->images; q++) {
+        int64_t first = (((at.image + q) * p->outputs + output) * p->out_height + at.y) * p->out_width + at.x;
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t to = first + r * p->out_width;
+            const float *add = job->add ? job->add + to : 0;
+            finish_row(job->y + to, sums + r * p->row_length + q * p->columns, add, columns, bias, relu);
+        }
+    }
+}
+
+#define MOST_ROWS 1024  // of a panel
+#define MOST_ABREAST 64
+
+static void convolve_item(const Job *job, int64_t item, char *scratch) {
+    const Convolution *p = job->plan;
+    int64_t tiles = job->items / job->pieces, plane = p->height * p->width;
+    int64_t first_output = job->cuts[item / tiles], end_output = job->cuts[item / tiles + 1];
+    Place at = place_of(p, item % tiles);
+    char *free_from = aligned(scratch);
+    Move *moves = (Move *)free_from;
+    float *panel = (float *)(free_from + moves_bytes(p));
+    float *sums = (float *)(free_from + moves_bytes(p) + panel_bytes(p));
+    int64_t sources[MOST_ROWS], first_row = -1, last_row = 0;
+    Source source;
+
+    find_moves(p, at.x, moves);
+    for (int64_t r = 0; r < p->panel_rows; r++) {
+        int64_t row = p->stride_y * at.y - p->top + p->input_rows[r];
+        sources[r] = row < 0 || row >= p->height ? -1 : row * p->width;
+        if (sources[r] < 0) continue;
+        if (first_row < 0 || sources[r] < first_row) first_row = sources[r];
+        if (sources[r] > last_row) last_row = sources[r];
+    }
+    source.source = sources;
+
+    for (int64_t c = 0; c < p->chunks; c++) {
+        const Chunk *chunk = p->chunk + c;
+        int64_t first = chunk->first_output > first_output ? chunk->first_output : first_output;
+        int64_t end = chunk->end_output < end_output ? chunk->end_output : end_output;
+        int64_t channels = chunk->end_channel - chunk->first_channel;
+        if (first >= end) continue;
+        for (int64_t q = 0; q < p->abreast; q++) {
+            int64_t before = ((at.image + q) * p->channels + chunk->first_channel) * plane;
+            source.image[q] = at.image + q < p->images ? job->x + before : 0;
+            find_whole(p, &source, q, before, moves, first_row < 0 ? 0 : first_row, last_row, channels);
+        }
+        pack(p, &source, channels, moves, panel);
+        const int32_t *begin = p->begin + chunk->begins + (first - chunk->first_output);
+        ACCUMULATES[p->vectors](panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
+        if (!chunk->closes) continue;
+        for (int64_t o = first; o < end; o++) {
+            const float *tile = sums + (o - first) * tile_floats(p);
+            if (p->relu) finish_output(job, p, at, o, tile, 1);
+            else finish_output(job, p, at, o, tile, 0);
+        }
+    }
+}
+
+static int between(int64_t value, int64_t low, int64_t high) { return value >= low && value <= high; }
+
+static int check_sizes(const Convolution *p) {
+    const int64_t most = 1 << 24;  // of one size, so that no sum or product of two overflows
+    int64_t sizes[] = {p->images, p->channels, p->height, p->width, p->outputs, p->out_height, p->out_width,
+                       p->kernel_width, p->stride_y, p->stride_x, p->dilation_x, p->rows, p->columns};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) if (!between(sizes[i], 1, most)) return 0;
+    if (!between(p->top, 0, most) || !between(p->left, 0, most)) return 0;
+    if (times(times(p->images, p->channels), times(p->height, p->width)) < 0) return 0;
+    return times(times(p->images, p->outputs), times(p->out_height, p->out_width)) >= 0;
+}
+
+static int check_tile(const Convolution *p) {
+    if (!has_tile(p->vectors) || !between(p->abreast, 1, MOST_ABREAST)) return 0;
+    if (!between(p->panel_rows, 1, MOST_ROWS) || !between(p->panel_channels, 1, p->channels)) return 0;
+    if (!between(p->row_length, times(p->abreast, p->columns), 1 << 16)) return 0;
+    if (times(p->rows, p->row_length) < 0 || p->rows * p->row_length > tile_floats(p)) return 0;
+    if (times(times(p->kernel_width, p->panel_rows), times(p->row_length, p->panel_channels)) < 0) return 0;
+    if (times(p->kernel_width * blocks_of(p), sizeof(Move)) < 0) return 0;
+    if (!between(p->most_outputs, 1, p->outputs)) return 0;
+    for (int64_t r = 0; r < p->panel_rows; r++) if (!between(p->input_rows[r], 0, 1 << 24)) return 0;
+    return 1;
+}
+
+static int check_chunk(const Convolution *p, const Chunk *chunk) {
+    int64_t outputs = chunk->end_output - chunk->first_output;
+    int64_t channels = chunk->end_channel - chunk->first_channel;
+    if (chunk->first_output < 0 || chunk->end_output > p->outputs || outputs > p->most_outputs) return BAD_CHUNK;
+    if (chunk->first_channel < 0 || chunk->end_channel > p->channels || channels > p->panel_channels) return BAD_CHUNK;
+    if (outputs < 1 || channels < 1) return BAD_CHUNK;
+    if (chunk->begins < 0 || chunk->begins > p->begins - outputs - 1) return BAD_CHUNK;
+    const int32_t *begin = p->begin + chunk->begins;
+    int64_t furthest = channels * channel_floats(p) + LANES - tile_floats(p);
+    if (begin[0] < 0 || begin[outputs] > p->nonzeros) return BAD_CHUNK;
+    for (int64_t o = 0; o < outputs; o++) {
+        if (begin[o] > begin[o + 1]) return BAD_CHUNK;
+    }
+    for (int64_t k = begin[0]; k < begin[outputs]; k++) if (p->offset[k] > furthest) return BAD_OFFSET;
+    return FINE;
+}
+
+// Check a plan once, when it is made: with it, no call reads or writes outside of the tensors and the scratch.
+int64_t check_convolution(const Convolution *p) {
+    if (!check_sizes(p)) return BAD_SIZE;
+    if (!check_tile(p)) return BAD_TILE;
+    if (p->chunks < 0 || p->begins < 0 || p->nonzeros < 0) return BAD_CHUNK;
+    for (int64_t c = 0; c < p->chunks; c++) {
+        int64_t refused = check_chunk(p, p->chunk + c);
+        if (refused) return refused;
+    }
+    return FINE;
+}
+
+// Return the bytes of scratch that each thread needs.
+int64_t convolution_scratch(const Convolution *p) { return round_up(worker_bytes(p), 64); }
+
+int64_t convolution_tiles(const Convolution *p) { return tiles_of(p); }
+
+// Compute y = relu(convolution(x) + bias + add); the plan was checked, lengths are in floats.
+int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *y, int64_t y_length, const float *add,
+                 const int64_t *cuts, int64_t pieces, char *scratch, int64_t scratch_bytes, int64_t threads, Start start) {
+    if (x_length != p->images * p->channels * p->height * p->width) return BAD_LENGTH;
+    if (y_length != p->images * p->outputs * p->out_height * p->out_width) return BAD_LENGTH;
+    if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
+    if (threads < 1 || times(threads, convolution_scratch(p)) < 0) return SMALL_SCRATCH;
+    if (threads * convolution_scratch(p) > scratch_bytes) return SMALL_SCRATCH;
+    Job job = {.work = convolve_item, .plan = p, .x = x, .add = add, .y = y, .cuts = cuts,
+               .items = tiles_of(p) * pieces, .pieces = pieces, .per_worker = convolution_scratch(p), .scratch = scratch};
+    run(&job, threads, start);
+    return FINE;
+}
+
+
+// --- matrix-vector product -----------------------------------------------------------------------------------------
+
+typedef struct {
+    int64_t inputs, outputs, nonzeros, wide, relu;  // wide: columns have 32 bits, else 16
+    const int32_t *begin;  // outputs + 1
+    const void *column;
+    const float *value;
+    const float *bias;  // or null
+} Matrix;
+
+// Four sums, for a sum waits for the one before it.
+#define DOT(Type) { \
+    const Type *column = (const Type *)p->column; \
+    for (; k + 4 <= end; k += 4) { \
+        a += p->value[k] * x[column[k]]; \
+        b += p->value[k + 1] * x[column[k + 1]]; \
+        c += p->value[k + 2] * x[column[k + 2]]; \
+        d += p->value[k + 3] * x[column[k + 3]]; \
+    } \
+    for (; k < end; k++) a += p->value[k] * x[column[k]]; \
+}
+
+INLINE float dot(const Matrix *p, const float *restrict x, int64_t k, int64_t end) {
+    float a = 0, b = 0, c = 0, d = 0;
+    if (p->wide) DOT(uint32_t) else DOT(uint16_t)
+    return (a + b) + (c + d);
+}
+
+static void multiply_item(const Job *job, int64_t item, char *scratch) {
+    const Matrix *p = job->plan;
+    (void)scratch;
+    int64_t vector = item / job->pieces, piece = item % job->pieces;
+    const float *x = job->x + vector * p->inputs;
+    float *y = job->y + vector * p->outputs;
+    for (int64_t o = job->cuts[piece]; o < job->cuts[piece + 1]; o++) {
+        float sum = dot(p, x, p->begin[o], p->begin[o + 1]) + (p->bias ? p->bias[o] : 0);
+        y[o] = p->relu && sum < 0 ? 0 : sum;
+    }
+}
+
+int64_t check_matrix(const Matrix *p) {
+    if (p->inputs < 1 || p->outputs < 1 || p->nonzeros < 0) return BAD_SIZE;
+    if (p->begin[0] != 0 || p->begin[p->outputs] != p->nonzeros) return BAD_CHUNK;
+    for (int64_t o = 0; o < p->outputs; o++) if (p->begin[o] > p->begin[o + 1]) return BAD_CHUNK;
+    for (int64_t k = 0; k < p->nonzeros; k++) {
+        int64_t column = p->wide ? ((const uint32_t *)p->column)[k] : ((const uint16_t *)p->column)[k];
+        if (column >= p->inputs) return BAD_OFFSET;
+    }
+    return FINE;
+}
+
+// Compute y = relu(matrix @ x + bias) for each of `vectors` rows x; the matrix was checked.
+int64_t multiply(const Matrix *p, const float *x, int64_t x_length, float *y, int64_t y_length, int64_t vectors,
+                 const int64_t *cuts, int64_t pieces, int64_t threads, Start start) {
+    if (vectors < 1 || x_length != times(vectors, p->inputs) || y_length != times(vectors, p->outputs)) return BAD_LENGTH;
+    if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
+    Job job = {.work = multiply_item, .plan = p, .x = x, .y = y, .cuts = cuts,
+               .items = vectors * pieces, .pieces = pieces};
+    run(&job, threads, start);
+    return FINE;
+}
+
+
+// --- max pooling ---------------------------------------------------------------------------------------------------
+
+typedef struct {
+    int64_t planes, height, width, out_height, out_width;
+    int64_t kernel_y, kernel_x, stride_y, stride_x, dilation_y, dilation_x, top, left;
+} Pool;
+
+// floats of a row that a row of outputs reads, with the padding
+static int64_t pool_floats(const Pool *p) {
+    int64_t reach = (p->out_width - 1) * p->stride_x + (p->kernel_x - 1) * p->dilation_x + 1;
+    return reach > p->left + p->width ? reach : p->left + p->width;
+}
+
+// the larger of two, and NaN if one is, as torch does
+INLINE float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+INLINE void pool_columns(float *restrict y, const float *restrict row, int64_t n, int64_t kernel, int64_t stride,
+                         int64_t dilation) {
+    for (int64_t j = 0; j < n; j++) y[j] = row[j * stride];
+    for (int64_t k = 1; k < kernel; k++)
+        for (int64_t j = 0; j < n; j++) y[j] = larger(y[j], row[j * stride + k * dilation]);
+}
+
+INLINE void pool_three(float *restrict y, const float *restrict row, int64_t n) {
+    for (int64_t j = 0; j < n; j++) y[j] = larger(larger(row[2 * j], row[2 * j + 1]), row[2 * j + 2]);
+}
+
+static void pool_item(const Job *job, int64_t item, char *scratch) {
+    const Pool *p = job->plan;
+    float *row = (float *)aligned(scratch), *inside = row + p->left;
+    int64_t floats = pool_floats(p);
+    const float *x = job->x + item * p->height * p->width;
+    float *y = job->y + item * p->out_height * p->out_width;
+    for (int64_t j = 0; j < floats; j++) row[j] = -__builtin_inff();
+    for (int64_t i = 0; i < p->out_height; i++, y += p->out_width) {
+        for (int64_t j = 0; j < p->width; j++) inside[j] = -__builtin_inff();
+        for (int64_t k = 0; k < p->kernel_y; k++) {
+            int64_t from = i * p->stride_y + k * p->dilation_y - p->top;
+            if (from < 0 || from >= p->height) continue;
+            const float *restrict source = x + from * p->width;
+            for (int64_t j = 0; j < p->width; j++) inside[j] = larger(inside[j], source[j]);
+        }
+        if (p->kernel_x == 3 && p->stride_x == 2 && p->dilation_x == 1) pool_three(y, row, p->out_width);
+        else if (p->stride_x == 1) pool_columns(y, row, p->out_width, p->kernel_x, 1, p->dilation_x);
+        else if (p->stride_x == 2) pool_columns(y, row, p->out_width, p->kernel_x, 2, p->dilation_x);
+        else pool_columns(y, row, p->out_width, p->kernel_x, p->stride_x, p->dilation_x);
+    }
+}
+
+static int check_pool(const Pool *p) {
+    const int64_t most = 1 << 24;
+    int64_t sizes[] = {p->height, p->width, p->out_height, p->out_width, p->kernel_y, p->kernel_x,
+                       p->stride_y, p->stride_x, p->dilation_y, p->dilation_x};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) if (!between(sizes[i], 1, most)) return 0;
+    if (!between(p->top, 0, most) || !between(p->left, 0, most) || p->planes < 1) return 0;
+    return times(p->planes, times(p->height, p->width)) > 0 && times(p->planes, times(p->out_height, p->out_width)) > 0;
+}
+
+// Return the bytes of scratch that each thread needs, or 0 if the sizes are none.
+int64_t pool_scratch(const Pool *p) { return check_pool(p) ? round_up(4 * pool_floats(p) + 64, 64) : 0; }
+
+int64_t max_pool(const Pool *p, const float *x, int64_t x_length, float *y, int64_t y_length,
+                 char *scratch, int64_t scratch_bytes, int64_t threads, Start start) {
+    int64_t needed = pool_scratch(p);
+    if (!needed) return BAD_SIZE;
+    if (x_length != p->planes * p->height * p->width) return BAD_LENGTH;
+    if (y_length != p->planes * p->out_height * p->out_width) return BAD_LENGTH;
+    if (threads < 1 || times(threads, needed) < 0 || threads * needed > scratch_bytes) return SMALL_SCRATCH;
+    Job job = {.work = pool_item, .plan = p, .x = x, .y = y, .items = p->planes, .pieces = 1,
+               .per_worker = needed, .scratch = scratch};
+    run(&job, threads, start);
+    return FINE;
+}
