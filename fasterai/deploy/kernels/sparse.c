@@ -60,6 +60,7 @@ typedef struct Job {
     float *y;
     const int64_t *cuts;
     int64_t items, pieces, per_worker;  // per_worker: bytes of scratch
+    int64_t cleared;  // bytes of it that are set to zero first: lanes that belong to no output are computed with too
     char *scratch;
     int64_t next_item, next_worker;
 } Job;
@@ -68,7 +69,7 @@ static void run_worker(void *data) {
     Job *job = data;
     int64_t worker = __atomic_fetch_add(&job->next_worker, 1, __ATOMIC_RELAXED);
     char *scratch = job->scratch + worker * job->per_worker;
-    memset(scratch, 0, job->per_worker);  // lanes that belong to no output are computed with, so they hold numbers
+    memset(scratch, 0, job->cleared);
     for (;;) {
         int64_t item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED);
         if (item >= job->items) return;
@@ -231,24 +232,29 @@ INLINE void move_block(float *to, const float *row, const Move *move, int64_t st
 typedef struct {
     const float *image[64];  // of each image abreast the chunk's first channel, or null
     int64_t whole_from[64], whole_to[64];  // channels of the chunk of which whole vectors may be read
-    const int64_t *source;  // of each panel row: offset of the input's row, or -1
+    const int64_t *rows;  // of each panel row: offset of the input's row, or -1
 } Source;
 
+// Vectors are written to the panel, and may be anything to the compiler: what is read between is in variables.
 INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t channel, const Move *moves,
-                           float *to, int64_t stride, int64_t blocks) {
-    int64_t plane = channel * p->height * p->width;
-    for (int64_t k = 0; k < p->kernel_width; k++, moves += blocks) {
-        for (int64_t r = 0; r < p->panel_rows; r++, to += p->row_length) {
-            for (int64_t q = 0; q < p->abreast; q++) {
-                float *at = to + q * p->columns;
-                if (source->source[r] < 0 || !source->image[q]) {
+                           float *to, int64_t stride, int64_t blocks, int64_t abreast) {
+    const int64_t plane = channel * p->height * p->width, columns = p->columns, row_length = p->row_length;
+    const int64_t kernel_width = p->kernel_width, panel_rows = p->panel_rows;
+    const int64_t *rows = source->rows;
+    for (int64_t k = 0; k < kernel_width; k++, moves += blocks) {
+        for (int64_t r = 0; r < panel_rows; r++, to += row_length) {
+            for (int64_t q = 0; q < abreast; q++) {
+                float *at = to + q * columns;
+                const float *image = source->image[q];
+                if (rows[r] < 0 || !image) {
                     for (int64_t b = 0; b < blocks; b++) *(Vector *)(at + b * LANES) = (Vector){0};
                     continue;
                 }
-                const float *row = source->image[q] + plane + source->source[r];
-                int whole = channel >= source->whole_from[q] && channel < source->whole_to[q];
-                if (whole) for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 1);
-                else for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 0);
+                const float *row = image + plane + rows[r];
+                if (channel >= source->whole_from[q] && channel < source->whole_to[q])
+                    for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 1);
+                else
+                    for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 0);
             }
         }
     }
@@ -258,19 +264,22 @@ INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t c
 // Fill the panel; the usual strides and numbers of blocks are constants to the compiler.
 static void pack(const Convolution *p, const Source *source, int64_t channels, const Move *moves, float *to) {
     int64_t blocks = blocks_of(p);
-    #define PACK(condition, stride, blocks) \
+    #define PACK(condition, stride, blocks, abreast) \
         if (condition) { \
-            for (int64_t c = 0; c < channels; c++) to = pack_channel(p, source, c, moves, to, stride, blocks); \
+            for (int64_t c = 0; c < channels; c++) to = pack_channel(p, source, c, moves, to, stride, blocks, abreast); \
             return; \
         }
-    PACK(p->stride_x == 1 && blocks == 1, 1, 1)
-    PACK(p->stride_x == 1 && blocks == 2, 1, 2)
-    PACK(p->stride_x == 1 && blocks == 4, 1, 4)
-    PACK(p->stride_x == 1, 1, blocks)
-    PACK(p->stride_x == 2 && blocks == 1, 2, 1)
-    PACK(p->stride_x == 2 && blocks == 2, 2, 2)
-    PACK(p->stride_x == 2, 2, blocks)
-    PACK(1, p->stride_x, blocks)
+    PACK(p->stride_x == 1 && blocks == 1 && p->abreast == 1, 1, 1, 1)
+    PACK(p->stride_x == 1 && blocks == 2 && p->abreast == 1, 1, 2, 1)
+    PACK(p->stride_x == 1 && blocks == 4 && p->abreast == 1, 1, 4, 1)
+    PACK(p->stride_x == 1 && blocks == 7 && p->abreast == 1, 1, 7, 1)
+    PACK(p->stride_x == 1 && p->abreast == 1, 1, blocks, 1)
+    PACK(p->stride_x == 1 && blocks == 1, 1, 1, p->abreast)
+    PACK(p->stride_x == 1, 1, blocks, p->abreast)
+    PACK(p->stride_x == 2 && blocks == 1, 2, 1, p->abreast)
+    PACK(p->stride_x == 2 && blocks == 2, 2, 2, p->abreast)
+    PACK(p->stride_x == 2, 2, blocks, p->abreast)
+    PACK(1, p->stride_x, blocks, p->abreast)
     #undef PACK
 }
 
@@ -369,7 +378,7 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
         if (first_row < 0 || sources[r] < first_row) first_row = sources[r];
         if (sources[r] > last_row) last_row = sources[r];
     }
-    source.source = sources;
+    source.rows = sources;
 
     for (int64_t c = 0; c < p->chunks; c++) {
         const Chunk *chunk = p->chunk + c;
@@ -461,7 +470,8 @@ int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *
     if (threads < 1 || times(threads, convolution_scratch(p)) < 0) return SMALL_SCRATCH;
     if (threads * convolution_scratch(p) > scratch_bytes) return SMALL_SCRATCH;
     Job job = {.work = convolve_item, .plan = p, .x = x, .add = add, .y = y, .cuts = cuts,
-               .items = tiles_of(p) * pieces, .pieces = pieces, .per_worker = convolution_scratch(p), .scratch = scratch};
+               .items = tiles_of(p) * pieces, .pieces = pieces, .per_worker = convolution_scratch(p), .scratch = scratch,
+               .cleared = moves_bytes(p) + panel_bytes(p) + 64};
     run(&job, threads, start);
     return FINE;
 }

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 MOST_FLOATS = 1 << 16  # of a panel: its offsets have 16 bits
 MOST_PANEL_ROWS = 1024
-MOST_ABREAST = 16
-L1_SHARE = .8  # of the L1 cache, for the panel
+LINE = 16  # floats of a cache line
+L1_SHARE = .7  # of the L1 cache, for the panel
 
 
 class Geometry(NamedTuple):
@@ -117,21 +117,30 @@ def _channels(geometry, most):
 
 
 def _cycles(tile, geometry, shape, nonzeros, lanes):
-    """Estimate the time of a convolution, in cycles of a processor that reads two vectors in one.
+    """Estimate the time of a convolution, in cycles.
 
-    A vector that begins in the middle of another costs as much as two on some processors, so rows that are not
-    whole vectors cost more. The numbers were fitted to nothing; they only sort the tiles."""
+    The numbers were fitted to 900 times of 13 layers, with inputs and outputs that had left the first two caches, on an
+    Intel Xeon with AVX-512; the median error was 9 %. There a vector that crosses a cache line takes two loads, so rows
+    that are not whole vectors cost more."""
     out_height, out_width = geometry.out_size(*shape[1:])
-    across = -(-out_width // tile.columns) * -(-out_height // tile.rows)
-    count = -(-shape[0] // tile.abreast) * across
+    count = -(-shape[0] // tile.abreast) * -(-out_width // tile.columns) * -(-out_height // tile.rows)
     load = .6 if tile.row_length % lanes == 0 else .75
-    of_group = geometry.channels // geometry.groups
-    passes = max(1, -(-of_group // tile.channels))  # in which the sums are read and written
-    blocks = tile.abreast * -(-tile.columns // lanes)
-    moved = geometry.channels * geometry.kernel[1] * len(panel_rows(geometry, tile.rows)[0]) * blocks
-    multiply = nonzeros * (1.5 + max(load * tile.vectors, 2))
-    sums = geometry.outputs * (passes * (5 + tile.vectors) + 2 * tile.vectors)
-    return count * (multiply + sums + 2 * moved)
+    multiply = nonzeros * (1.5 + load * tile.vectors)
+    passes = -(-geometry.channels // geometry.groups // tile.channels)  # in which the sums are read and written
+    sums = geometry.outputs * 2.1 * passes * tile.vectors
+    written = tile.abreast * (13.5 + 4 * tile.rows + 5 * _lines(tile, out_width))
+    finish = geometry.outputs * (written + 6 * tile.vectors)
+    blocks = -(-tile.columns // lanes)
+    lines = tile.columns * geometry.stride[1] / LINE + 1
+    rows = tile.abreast * len(panel_rows(geometry, tile.rows)[0])
+    pack = geometry.channels * rows * (2.5 * geometry.kernel[1] * blocks + 6.4 * lines)
+    return count * (multiply + sums + finish + pack)
+
+
+def _lines(tile, out_width):
+    "Return how many cache lines the outputs of a tile lie in, about; rows that are whole follow each other."
+    if tile.columns == out_width: return tile.rows * tile.columns / LINE + 1
+    return tile.rows * (tile.columns / LINE + 1)
 
 
 def _round_up(count, to): return -(-count // to) * to
