@@ -1,6 +1,7 @@
 "Modules for inference whose weights that are zero cost no time."
+import math
 import threading
-from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasterai.deploy.kernels import library as kernels
-from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, Weights, checked_weights
+from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, checked_weights
 from fasterai.deploy.kernels.tiling import Geometry, tiles
 
 PLANS = 4  # sizes of inputs that a layer keeps plans for
@@ -18,13 +19,16 @@ TILINGS = 'default', 'other'
 
 
 class _Kernel(nn.Module):
-    "Keep plans for the sizes of inputs that a layer meets, and refuse what the kernels do not compute."
+    """Keep plans for the sizes of inputs that a layer meets, and refuse what the kernels do not compute.
+
+    Between two calls of a layer the rest of a network runs, so that Python's own code and data have left the caches:
+    each line of `forward` costs several times what it costs in a loop. What can be is done in the plan."""
 
     def __init__(self):
         super().__init__()
         self._forget()
 
-    def _forget(self): self._plans, self._lock = OrderedDict(), threading.Lock()
+    def _forget(self): self._plans, self._lock = {}, threading.Lock()
 
     def __getstate__(self):
         return {k: v for k, v in super().__getstate__().items() if k not in ('_plans', '_lock')}
@@ -33,15 +37,11 @@ class _Kernel(nn.Module):
         super().__setstate__(state)
         self._forget()
 
-    def _plan(self, key, make):
-        "Return the plan for a size of inputs, made once; the oldest goes where there are too many."
-        found = self._plans.get(key)
-        if found is not None: return found
-        with self._lock:
-            if key not in self._plans:
-                self._plans[key] = make()
-                if len(self._plans) > PLANS: self._plans.popitem(last=False)
-            return self._plans[key]
+    def forward(self, x):
+        if self.training or not x.is_cpu or x.dtype is not torch.float32 or x.requires_grad: self._check(x)
+        plan = self._plans.get(x.shape)
+        if plan is None or plan.watched._version != plan.version: plan = self._planned(x)
+        return plan(x)
 
     def _check(self, x):
         name = type(self).__name__
@@ -52,6 +52,36 @@ class _Kernel(nn.Module):
                                'under torch.no_grad() or torch.inference_mode()')
         if x.dtype != torch.float32 or x.device.type != 'cpu' or x.layout != torch.strided:
             raise TypeError(f'{name}: got {x.dtype} on {x.device}, expected a dense torch.float32 on cpu')
+
+    def _planned(self, x):
+        "Make the plan for a size of inputs; the oldest goes where there are too many."
+        self._check(x)
+        with self._lock:  # another thread may have made it
+            plan = self._plans.get(x.shape)
+            if plan is not None and plan.watched._version == plan.version: return plan
+            plan = self._new_plan(x)
+            self._plans.pop(x.shape, None)
+            while len(self._plans) >= PLANS: del self._plans[next(iter(self._plans))]
+            self._plans[x.shape] = plan
+        return plan
+
+
+class _Call:
+    "Call a plan, or torch where there are no kernels, for inputs of one shape."
+
+    def __init__(self, run, out_shape, watched):
+        self.run, self.out_shape = run, out_shape
+        # an inference tensor counts no versions
+        self.watched = _UNCHANGED if watched.is_inference() else watched
+        self.version = self.watched._version
+
+    def __call__(self, x, add=None):
+        y = x.new_empty(self.out_shape)
+        self.run(x if x.is_contiguous() else x.contiguous(), y, add)
+        return y
+
+
+_UNCHANGED = torch.zeros(0)
 
 
 class _Sparse(_Kernel):
@@ -78,18 +108,15 @@ class _Sparse(_Kernel):
         return 1 - self.values.numel() / max(1, self.size[0] * self.size[1])
 
     def _weights(self):
-        "Return copies of the weights as arrays, checked: a plan must not change under the kernels."
+        """Return the weights as arrays, checked, and copied: a plan must not change under the kernels.
+
+        The bias is the layer's own, which no index comes from."""
         if self.values.dtype != torch.float32 or self.values.device.type != 'cpu':
             raise TypeError(f'{type(self).__name__}: got weights of {self.values.dtype} on {self.values.device}, '
                             'expected torch.float32 on cpu')
         begin, position = (t.numpy().astype(np.int32) for t in (self.rows, self.columns))
-        bias = None if self.bias is None else self.bias.numpy().copy()
+        bias = None if self.bias is None else self.bias.numpy()
         return checked_weights(Weights(begin, position, self.values.numpy().copy(), bias), self.size[1])
-
-    def _stamp(self):
-        "Return what changes when the weights do."
-        tensors = (self.rows, self.columns, self.values, self.bias)
-        return tuple((t.data_ptr(), _version(t)) for t in tensors if t is not None)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         # another weight of the same shape may have another number of nonzeros
@@ -112,9 +139,6 @@ class _Sparse(_Kernel):
         output = torch.repeat_interleave(torch.arange(self.size[0]), torch.from_numpy(np.diff(weights.begin)))
         weight[output, self.columns.long()] = self.values
         return weight.view(shape)
-
-
-def _version(tensor): return 0 if tensor.is_inference() else tensor._version
 
 
 class SparseConv(_Sparse):
@@ -141,48 +165,47 @@ class SparseConv(_Sparse):
         x,  # (images, channels, height, width), or without images, or without height
         add=None,  # a tensor of the output's shape, added before the ReLU
     ):
+        if add is None: return super().forward(x)
         self._check(x)
+        self._check(add)
+        out_shape = self._out_shape(x)
+        if tuple(add.shape) != out_shape:
+            raise ValueError(f'add: got the shape {tuple(add.shape)}, expected {out_shape}')
+        return self._planned(x)(x, add.contiguous())
+
+    def _out_shape(self, x):
+        places = x.shape[-self.axes:]
         if x.ndim not in (self.axes + 1, self.axes + 2) or x.shape[-self.axes - 1] != self.geometry.channels:
             raise ValueError(f'x: got the shape {tuple(x.shape)}, expected {self.geometry.channels} channels '
                              f'and {self.axes} axes of places')
-        places = x.shape[-self.axes:]
-        images, (height, width) = _count(x.shape[:-self.axes - 1]), (1, *places)[-2:]
-        out = self.geometry.out_size(height, width)
+        out = self.geometry.out_size(*(1, *places)[-2:])
         if min(out) < 1: raise ValueError(f'x: got {tuple(x.shape)}, expected more than the kernel is large')
-        y = x.new_empty((*x.shape[:-self.axes - 1], self.geometry.outputs, *out[2 - self.axes:]))
-        if add is not None: add = self._added(add, y)
-        if not y.numel(): return y
-        return self._computed(x.contiguous(), y, add, (images, height, width))
+        return (*x.shape[:-self.axes - 1], self.geometry.outputs, *out[2 - self.axes:])
 
-    def _added(self, add, y):
-        self._check(add)
-        if add.shape == y.shape: return add.contiguous()
-        raise ValueError(f'add: got the shape {tuple(add.shape)}, expected {tuple(y.shape)}')
+    def _new_plan(self, x):
+        out_shape, code = self._out_shape(x), kernels.library()
+        if 0 in out_shape: run = _nothing
+        elif code is None: run = self._dense
+        else: run = self._packed(code, x.shape).run
+        return _Call(run, out_shape, self.values)
 
-    def _computed(self, x, y, add, shape):
-        code = kernels.library()
-        if code is None: return self._dense(x, add)
-        key = shape, self._stamp()
-        self._plan(key, lambda: self._new_plan(code, shape)).run(x, y, add)
-        return y
-
-    def _new_plan(self, code, shape):
+    def _packed(self, code, shape):
         geometry, weights = self.geometry, self._weights()
-        if _reads_each_place_once(geometry):  # the map is one row
-            shape = shape[0], 1, shape[1] * shape[2]
+        images, (height, width) = math.prod(shape[:-self.axes - 1]), (1, *shape[-self.axes:])[-2:]
+        if _reads_each_place_once(geometry): height, width = 1, height * width  # the map is one row
+        shape = images, height, width
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
                                weights, self.relu)
 
-    def _dense(self, x, add):
+    def _dense(self, x, y, add):
         geometry = self.geometry
         images = x.reshape(-1, geometry.channels, *(1, *x.shape[-self.axes:])[-2:])
         top, left, bottom, right = geometry.padding
         weight = self._dense_weight((geometry.outputs, -1, *geometry.kernel))
-        y = F.conv2d(F.pad(images, (left, right, top, bottom)), weight, self.bias, geometry.stride, 0,
-                     geometry.dilation, geometry.groups)
-        y = y.reshape(*x.shape[:-self.axes - 1], geometry.outputs, *y.shape[4 - self.axes:])
-        if add is not None: y = y + add
-        return y.relu() if self.relu else y
+        found = F.conv2d(F.pad(images, (left, right, top, bottom)), weight, self.bias, geometry.stride, 0,
+                         geometry.dilation, geometry.groups).view(y.shape)
+        if add is not None: found += add
+        y.copy_(found.relu() if self.relu else found)
 
     def extra_repr(self):
         g = self.geometry
@@ -209,10 +232,7 @@ def _four(padding, kernel, dilation):
     return (*before, *(t - b for t, b in zip(total, before)))
 
 
-def _count(shape):
-    count = 1
-    for size in shape: count *= size
-    return count
+def _nothing(x, y, add): "Compute no outputs, where there are none."
 
 
 def _reads_each_place_once(geometry):
@@ -250,40 +270,33 @@ class SparseLinearKernel(_Sparse):
         super().__init__(layer, relu)
         self.tiling = tiling
 
-    def forward(self,
-        x,  # (..., inputs)
-    ):  # (..., outputs)
-        self._check(x)
+    def _new_plan(self, x):  # (..., inputs) → (..., outputs)
         outputs, inputs = self.size
         if not x.ndim or x.shape[-1] != inputs:
             raise ValueError(f'x: got the shape {tuple(x.shape)}, expected (..., {inputs})')
-        y = x.new_empty((*x.shape[:-1], outputs))
-        if not y.numel(): return y
-        code = kernels.library()
-        if code is None: return self._dense(x)
-        rows = x.reshape(-1, inputs)
-        if len(rows) > FEW: return self._many(code, rows).view(y.shape)
-        plan = self._plan(('few', self._stamp()), lambda: MatrixPlan(code, inputs, self._weights(), self.relu))
-        plan.run(rows.contiguous(), y.view(-1, outputs))
-        return y
+        count, code = math.prod(x.shape[:-1]), kernels.library()
+        if not count or not outputs: run = _nothing
+        elif code is None: run = self._dense
+        elif count <= FEW: run = MatrixPlan(code, inputs, count, self._weights(), self.relu).run
+        else: run = partial(self._many, self._packed(code, count))
+        return _Call(run, (*x.shape[:-1], outputs), self.values)
 
-    def _many(self, code, rows):
-        "Compute a map of one row of places, which are the items of the batch."
-        columns = rows.t().contiguous()
-        y = rows.new_empty(self.size[0], len(rows))
-        plan = self._plan((len(rows), self._stamp()), lambda: self._new_plan(code, len(rows)))
-        plan.run(columns, y)
-        return y.t().contiguous()
-
-    def _new_plan(self, code, count):
+    def _packed(self, code, count):
         geometry, weights = Geometry(self.size[1], self.size[0], (1, 1)), self._weights()
         shape = 1, 1, count
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
                                weights, self.relu)
 
-    def _dense(self, x):
-        y = F.linear(x, self._dense_weight(self.size), self.bias)
-        return y.relu() if self.relu else y
+    def _many(self, plan, x, y, add):
+        "Compute a map of one row of places, which are the items of the batch."
+        outputs, inputs = self.size
+        found = y.new_empty(outputs, y.numel() // outputs)
+        plan.run(x.view(-1, inputs).t().contiguous(), found)
+        y.view(-1, outputs).copy_(found.t())
+
+    def _dense(self, x, y, add):
+        found = F.linear(x, self._dense_weight(self.size), self.bias)
+        y.copy_(found.relu() if self.relu else found)
 
     def extra_repr(self):
         return (f'in_features={self.size[1]}, out_features={self.size[0]}, values={self.values.numel()}, '
@@ -304,37 +317,21 @@ class MaxPool(_Kernel):
         self.stride, self.ceil_mode = _pair(layer.stride), layer.ceil_mode
         self.eval()
 
-    def forward(self, x):  # (images, channels, height, width), or without images
-        self._check(x)
+    def _new_plan(self, x):  # (images, channels, height, width), or without images
         code = kernels.library()
-        if code is None or not x.numel(): return self._dense(x)
-        plan = self._plan(tuple(x.shape), lambda: self._new_plan(code, x.shape))
-        return plan.run(code, x.contiguous())
+        out_shape = self._pooled(x.to('meta')).shape  # torch knows what ceil_mode means
+        if code is None: run = self._dense
+        elif 0 in out_shape: run = _nothing
+        else: run = PoolPlan(code, kernels.Pool(math.prod(x.shape[:-2]), *x.shape[-2:], *out_shape[-2:], *self.kernel,
+                                                *self.stride, *self.dilation, *self.padding)).run
+        return _Call(run, out_shape, _UNCHANGED)
 
-    def _dense(self, x): return F.max_pool2d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+    def _dense(self, x, y, add): y.copy_(self._pooled(x))
 
-    def _new_plan(self, code, shape):
-        out = self._dense(torch.empty(shape, device='meta')).shape  # torch knows what ceil_mode means
-        pool = kernels.Pool(_count(shape[:-2]), *shape[-2:], *out[-2:], *self.kernel, *self.stride,
-                            *self.dilation, *self.padding)
-        return _PoolPlan(code, pool, out)
+    def _pooled(self, x):
+        return F.max_pool2d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
 
     def extra_repr(self): return f'kernel_size={self.kernel}, stride={self.stride}, padding={self.padding}'
-
-
-class _PoolPlan:
-    def __init__(self, code, pool, shape):
-        self.pool, self.shape = pool, shape
-        self.pointer = kernels.address_of(pool)
-        self.scratch = code.pool_scratch(self.pointer)
-
-    def run(self, code, x):
-        y = x.new_empty(self.shape)
-        threads, start = kernels.threads()
-        scratch = kernels.scratch(self.scratch * threads)
-        kernels.checked(code.max_pool(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
-                                      scratch.data_ptr(), scratch.numel(), threads, start))
-        return y
 
 
 def _pair(value): return tuple(value) if isinstance(value, (tuple, list)) else (value, value)

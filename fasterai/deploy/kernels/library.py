@@ -85,9 +85,6 @@ def why_not() -> str | None:  # None if they are there
     return _find(_chosen())[1]
 
 
-def address_of(arguments): return ctypes.addressof(arguments)
-
-
 def checked(number):
     "Raise a `RuntimeError` for what a kernel has refused."
     if number: raise RuntimeError(f'kernels: got {REFUSED[number]} that do not fit, expected others')
@@ -119,8 +116,8 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_note_for
 
 def threads():
     "Return how many threads shall compute, and the function that starts them."
-    count = 1 if _forked else torch.get_num_threads()
-    return (count, _start()) if count > 1 else (1, None)
+    count = torch.get_num_threads()
+    return (1, None) if count == 1 or _forked else (count, _start())
 
 
 _memory = threading.local()
@@ -128,11 +125,13 @@ _memory = threading.local()
 
 def scratch(
     count: int,  # bytes
-) -> torch.Tensor:  # at least as long
+) -> tuple:  # its address, and how long it is
     "Return memory to compute in, kept for the next call of this thread."
-    found = getattr(_memory, 'scratch', None)
-    if found is None or found.numel() < count:
-        _memory.scratch = found = torch.empty(count, dtype=torch.uint8)
+    try: found = _memory.scratch
+    except AttributeError: found = 0, 0
+    if found[1] < count:
+        _memory.tensor = torch.empty(count, dtype=torch.uint8)
+        _memory.scratch = found = _memory.tensor.data_ptr(), count
     return found
 
 

@@ -46,13 +46,16 @@ class _Plan:
     "Hold arguments of the C code, and the arrays that they point to."
 
     def __init__(self, arguments, begin, arrays):
-        self.arguments, self._begin, self._arrays, self._cuts = arguments, begin, arrays, {}
+        self.arguments, self._begin, self._arrays, self._pieces = arguments, begin, arrays, {}
         for name, array in arrays.items(): setattr(arguments, name, address(array))
         self.pointer = ctypes.addressof(arguments)
 
-    def cuts(self, pieces):
-        if pieces not in self._cuts: self._cuts[pieces] = cuts(self._begin, pieces)
-        return self._cuts[pieces].ctypes.data
+    def _cut(self, threads, pieces):
+        "Return where the pieces of the outputs begin, as the C code has it, and how many there are."
+        found = cuts(self._begin, pieces)
+        self._arrays[threads] = found  # the C code has a pointer
+        self._pieces[threads] = found.ctypes.data, pieces
+        return self._pieces[threads]
 
 
 def address(array): return None if array is None else array.ctypes.data
@@ -88,14 +91,16 @@ class ConvolutionPlan(_Plan):
 
     def run(self, x, y, add=None):  # contiguous tensors
         threads, start = kernels.threads()
-        pieces = 1
-        # every piece packs its inputs anew, so there is one if there are enough tiles
-        if self.tiles < ITEMS * threads and self.tiles % threads:
-            pieces = min(threads, self.arguments.outputs)
-        scratch = kernels.scratch(self.scratch * threads)
-        kernels.checked(self.code.convolve(
-            self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(), None if add is None else add.data_ptr(),
-            self.cuts(pieces), pieces, scratch.data_ptr(), scratch.numel(), threads, start))
+        pieces = self._pieces.get(threads) or self._split(threads)
+        at, size = kernels.scratch(self.scratch * threads)
+        add = None if add is None else add.data_ptr()
+        kernels.checked(self.code.convolve(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(), add,
+                                           *pieces, at, size, threads, start))
+
+    def _split(self, threads):
+        "Cut the outputs for so many threads: every piece packs its inputs anew, so there is one if tiles suffice."
+        enough = self.tiles >= ITEMS * threads or self.tiles % threads == 0
+        return self._cut(threads, 1 if enough else min(threads, self.arguments.outputs))
 
 
 def _packed(geometry, tile, weights, rows, first_row):
@@ -136,8 +141,8 @@ def _chunks(geometry, tile):
 class MatrixPlan(_Plan):
     "Hold the weights of a Linear for few inputs at a time, and call it."
 
-    def __init__(self, code, inputs, weights, relu=False):
-        self.code = code
+    def __init__(self, code, inputs, vectors, weights, relu=False):
+        self.code, self.vectors = code, vectors
         wide = inputs > 1 << 16
         column = weights.position.astype(np.uint32 if wide else np.uint16)
         outputs = len(weights.begin) - 1
@@ -146,9 +151,26 @@ class MatrixPlan(_Plan):
         super().__init__(arguments, weights.begin, arrays)
         kernels.checked(code.check_matrix(self.pointer))
 
-    def run(self, x, y):  # contiguous tensors, (n, inputs) and (n, outputs)
+    def run(self, x, y, add=None):  # contiguous tensors, (n, inputs) and (n, outputs)
         threads, start = kernels.threads()
-        pieces = 1 if threads == 1 else min(ITEMS * threads, self.arguments.outputs)
-        kernels.checked(self.code.multiply(
-            self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(), len(x),
-            self.cuts(pieces), pieces, threads, start))
+        pieces = self._pieces.get(threads) or self._split(threads)
+        kernels.checked(self.code.multiply(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
+                                           self.vectors, *pieces, threads, start))
+
+    def _split(self, threads):
+        return self._cut(threads, 1 if threads == 1 else min(ITEMS * threads, self.arguments.outputs))
+
+
+class PoolPlan:
+    "Hold the sizes of a max pooling, and call it."
+
+    def __init__(self, code, arguments):
+        self.code, self.arguments = code, arguments
+        self.pointer = ctypes.addressof(arguments)
+        self.scratch = code.pool_scratch(self.pointer)
+
+    def run(self, x, y, add=None):  # contiguous tensors
+        threads, start = kernels.threads()
+        at, size = kernels.scratch(self.scratch * threads)
+        kernels.checked(self.code.max_pool(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
+                                           at, size, threads, start))
