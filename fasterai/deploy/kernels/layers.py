@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai.deploy.kernels import library as kernels
+from fasterai.deploy.kernels import loading as kernels
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, checked_weights
 from fasterai.deploy.kernels.tiling import Geometry, tiles
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fasterai.deploy.kernels import library as kernels
+from fasterai.deploy.kernels import loading as kernels
 from fasterai.deploy.kernels.tiling import Geometry, Tile, panel_rows
 
 ITEMS = 4  # pieces of work for each thread, or the last one is waited for
