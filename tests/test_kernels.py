@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fasterai.deploy import kernels
-from fasterai.deploy.kernels import MaxPool, SparseConv, SparseLinearKernel, build
-from fasterai.deploy.kernels import loading
+from fasterai.deploy.kernels import MaxPool, SparseConv, SparseLinearKernel, build, loading
 from fasterai.deploy.kernels.layers import PLANS, TILINGS
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, cuts
 from fasterai.deploy.kernels.tiling import Geometry, panel_rows, tiles

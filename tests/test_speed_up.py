@@ -13,6 +13,12 @@ from fasterai.deploy.timing import Latency, side_by_side
 MODULE = import_module('fasterai.deploy.speed_up')  # as an attribute of the package, `speed_up` is the function
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    "A machine without a compiler."
+    monkeypatch.setenv('FASTERAI_KERNELS', 'off')
+
+
 def zeroed(layer, share=.95):
     with torch.no_grad(): layer.weight.mul_(torch.rand(layer.weight.shape) > share)
     return layer
@@ -54,10 +60,10 @@ def test_it_saves_and_loads(tmp_path):
     (nn.Linear(32, 32), []), (zeroed(nn.Conv2d(32, 32, 1)), ['CSR']), (zeroed(nn.Conv2d(32, 32, 3)), []),
     (zeroed(nn.Conv2d(32, 32, 1, groups=2)), []), (zeroed(nn.Conv2d(32, 32, 1, padding=1)), []),
     (zeroed(nn.Linear(32, 32)).double(), []), (nn.ReLU(), [])], ids=str)
-def test_what_a_layer_could_be(layer, kinds): assert list(realisations(layer)) == kinds
+def test_what_a_layer_could_be(layer, kinds, without_kernels): assert list(realisations(layer)) == kinds
 
 
-def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
+def test_what_is_faster_and_right_is_kept(monkeypatch, capsys, without_kernels):
     "The clock is pretended, so that the choice can be checked."
     model = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU(), zeroed(nn.Linear(32, 16)), nn.Linear(16, 4))
     x = torch.randn(3, 16)
@@ -77,7 +83,7 @@ def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
     assert 'nothing here is faster than dense' in (speed_up(model, x), capsys.readouterr().out)[1]  # within the noise
 
 
-def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys):
+def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys, without_kernels):
     model, x = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU()), torch.randn(3, 16)
     answers = iter([(1., .5), (1., 1.5), (1.,)])
     monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in next(answers)])

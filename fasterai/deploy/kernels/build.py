@@ -24,7 +24,7 @@ class Unavailable(Exception):
 def built(
     variant: str = 'native',  # a key of `VARIANTS`
 ) -> Path:  # a shared library
-    "Return the compiled kernels, and compile them if they are not there; `Unavailable` says why they cannot be."
+    "Return the compiled kernels, compiled now if they are not there; `Unavailable` says why not."
     compiler = shlex.split(os.environ.get('CC') or 'cc')
     flags = (*FLAGS, *VARIANTS[variant])
     name = f'sparse-{_key(compiler, flags)}.so'
@@ -76,7 +76,7 @@ def _processor():
 
 
 def cache_folder() -> Path:
-    "Return the folder of compiled kernels, made for the user alone; `Unavailable` where others could write to it."
+    "Return the folder of compiled kernels, the user's alone; `Unavailable` where others could write to it."
     if os.name != 'posix': raise Unavailable(f'kernels are not built on {platform.system()}')
     home = os.environ.get('XDG_CACHE_HOME') or ''
     # the standard has relative paths ignored

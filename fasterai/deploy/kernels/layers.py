@@ -21,8 +21,8 @@ TILINGS = 'default', 'other'
 class _Kernel(nn.Module):
     """Keep plans for the sizes of inputs that a layer meets, and refuse what the kernels do not compute.
 
-    Between two calls of a layer the rest of a network runs, so that Python's own code and data have left the caches:
-    each line of `forward` costs several times what it costs in a loop. What can be is done in the plan."""
+    Between two calls of a layer the rest of a network runs, and Python's own code and data leave the caches:
+    each line of `forward` costs several times what it costs in a loop. So what can be is done in the plan."""
 
     def __init__(self):
         super().__init__()
@@ -87,8 +87,9 @@ _UNCHANGED = torch.zeros(0)
 class _Sparse(_Kernel):
     "Hold the weights that are not zero, by output channel."
 
-    def __init__(self, layer, relu):
+    def __init__(self, layer, relu, tiling):
         super().__init__()
+        if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
         if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu':
             raise TypeError(f'layer: got weights of {layer.weight.dtype} on {layer.weight.device}, '
                             'expected torch.float32 on cpu')
@@ -99,7 +100,7 @@ class _Sparse(_Kernel):
         self.register_buffer('columns', position.int())
         self.register_buffer('values', weight[output, position])
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
-        self.size, self.relu = tuple(weight.shape), relu
+        self.size, self.relu, self.tiling = tuple(weight.shape), relu, tiling
         self.eval()
 
     @property
@@ -112,8 +113,8 @@ class _Sparse(_Kernel):
 
         The bias is the layer's own, which no index comes from."""
         if self.values.dtype != torch.float32 or self.values.device.type != 'cpu':
-            raise TypeError(f'{type(self).__name__}: got weights of {self.values.dtype} on {self.values.device}, '
-                            'expected torch.float32 on cpu')
+            raise TypeError(f'{type(self).__name__}: got weights of {self.values.dtype} on '
+                            f'{self.values.device}, expected torch.float32 on cpu')
         begin, position = (t.numpy().astype(np.int32) for t in (self.rows, self.columns))
         bias = None if self.bias is None else self.bias.numpy()
         return checked_weights(Weights(begin, position, self.values.numpy().copy(), bias), self.size[1])
@@ -144,8 +145,9 @@ class _Sparse(_Kernel):
 class SparseConv(_Sparse):
     """Compute a Conv1d or Conv2d by the weights that are not zero.
 
-    It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes NaN of
-    zero times infinity or NaN, the number is as if the input was not there. Inputs and outputs are contiguous."""
+    It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes
+    NaN of zero times infinity or NaN, the number is as if the input was not there. Outputs are
+    contiguous."""
 
     def __init__(self,
         layer: nn.Conv1d | nn.Conv2d,  # the dense layer; its padding is with zeros
@@ -153,9 +155,8 @@ class SparseConv(_Sparse):
         tiling: str = 'default',  # 'default' or 'other': a second way to split the outputs, faster for some sizes
     ):
         _check_convolution(layer)
-        if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
-        super().__init__(layer, relu)
-        self.axes, self.tiling = layer.weight.ndim - 2, tiling
+        super().__init__(layer, relu, tiling)
+        self.axes = layer.weight.ndim - 2
         kernel, stride, dilation = (_two(getattr(layer, n)) for n in ('kernel_size', 'stride', 'dilation'))
         padding = _four(layer.padding, kernel, dilation)
         self.geometry = Geometry(layer.in_channels, layer.out_channels, kernel, stride, padding,
@@ -209,8 +210,9 @@ class SparseConv(_Sparse):
 
     def extra_repr(self):
         g = self.geometry
-        return (f'{g.channels}, {g.outputs}, kernel_size={g.kernel}, stride={g.stride}, padding={g.padding[:2]}, '
-                f'groups={g.groups}, values={self.values.numel()}, relu={self.relu}, tiling={self.tiling!r}')
+        return (f'{g.channels}, {g.outputs}, kernel_size={g.kernel}, stride={g.stride}, '
+                f'padding={g.padding[:2]}, groups={g.groups}, values={self.values.numel()}, '
+                f'relu={self.relu}, tiling={self.tiling!r}')
 
 
 def _check_convolution(layer):
@@ -243,7 +245,8 @@ def _tile(code, geometry, shape, weights, tiling):
     "Return the tile that should be fastest, or the best that is not like it."
     registers = frozenset(n for n in range(1, MOST_VECTORS) if code.has_tile(n))
     found = tiles(geometry, shape, len(weights.value), int(code.lanes()), registers)
-    if not found: raise ValueError(f'layer: got a kernel of {geometry.kernel}, expected one that fits 16-bit offsets')
+    if not found:
+        raise ValueError(f'layer: got a kernel of {geometry.kernel}, expected one that fits 16-bit offsets')
     best = found[0]
     if tiling == 'default': return best
     return next((t for t in found if _is_other(t, best)), best)
@@ -257,18 +260,17 @@ def _is_other(tile, best):
 class SparseLinearKernel(_Sparse):
     """Compute a Linear by the weights that are not zero.
 
-    It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes NaN of
-    zero times infinity or NaN, the number is as if the input was not there."""
+    It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes
+    NaN of zero times infinity or NaN, the number is as if the input was not there."""
 
     def __init__(self,
         layer: nn.Linear,  # the dense layer
         relu: bool = False,  # set negative outputs to zero
         tiling: str = 'default',  # 'default' or 'other', as of SparseConv
     ):
-        if type(layer) is not nn.Linear: raise TypeError(f'layer: got {type(layer).__name__}, expected a Linear')
-        if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
-        super().__init__(layer, relu)
-        self.tiling = tiling
+        if type(layer) is not nn.Linear:
+            raise TypeError(f'layer: got {type(layer).__name__}, expected a Linear')
+        super().__init__(layer, relu, tiling)
 
     def _new_plan(self, x):  # (..., inputs) → (..., outputs)
         outputs, inputs = self.size
@@ -313,8 +315,9 @@ class MaxPool(_Kernel):
         if type(layer) is not nn.MaxPool2d:
             raise TypeError(f'layer: got {type(layer).__name__}, expected a MaxPool2d')
         if layer.return_indices: raise ValueError('layer: got return_indices=True, expected False')
-        self.kernel, self.dilation, self.padding = map(_pair, (layer.kernel_size, layer.dilation, layer.padding))
-        self.stride, self.ceil_mode = _pair(layer.stride), layer.ceil_mode
+        self.kernel, self.stride = _pair(layer.kernel_size), _pair(layer.stride)
+        self.padding, self.dilation = _pair(layer.padding), _pair(layer.dilation)
+        self.ceil_mode = layer.ceil_mode
         self.eval()
 
     def _new_plan(self, x):  # (images, channels, height, width), or without images
@@ -322,9 +325,12 @@ class MaxPool(_Kernel):
         out_shape = self._pooled(x.to('meta')).shape  # torch knows what ceil_mode means
         if code is None: run = self._dense
         elif 0 in out_shape: run = _nothing
-        else: run = PoolPlan(code, kernels.Pool(math.prod(x.shape[:-2]), *x.shape[-2:], *out_shape[-2:], *self.kernel,
-                                                *self.stride, *self.dilation, *self.padding)).run
+        else: run = PoolPlan(code, self._arguments(x.shape, out_shape)).run
         return _Call(run, out_shape, _UNCHANGED)
+
+    def _arguments(self, shape, out_shape):
+        return kernels.Pool(math.prod(shape[:-2]), *shape[-2:], *out_shape[-2:],
+                            *self.kernel, *self.stride, *self.dilation, *self.padding)
 
     def _dense(self, x, y, add): y.copy_(self._pooled(x))
 

@@ -23,7 +23,8 @@ class Convolution(ctypes.Structure):
     "Hold the arguments of a convolution as the C code has them; it says what they mean."
     _fields_ = [
         *_integers('images channels height width outputs out_height out_width'),
-        *_integers('kernel_width stride_y stride_x dilation_x top left rows columns abreast row_length vectors'),
+        *_integers('kernel_width stride_y stride_x dilation_x top left'),
+        *_integers('rows columns abreast row_length vectors'),
         *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs relu'),
         ('input_rows', c_void_p), ('chunk', c_void_p), ('begin', c_void_p),
         ('offset', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
@@ -94,9 +95,9 @@ def checked(number):
 def _start():
     """Return the function of torch's OpenMP that starts threads, or None.
 
-    A second OpenMP in one process has threads of its own, and then twice as many run as there are cores. So none is
-    linked: the one that torch has loaded is asked, under whatever name it came. GCC's and LLVM's have this
-    function, on Linux; elsewhere one thread computes."""
+    A second OpenMP in one process has threads of its own, and then twice as many run as there are cores. So
+    none is linked: the one that torch has loaded is asked, under whatever name it came. GCC's and LLVM's have
+    this function, on Linux; elsewhere one thread computes."""
     torch_library = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
     try: return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, c_void_p)
     except (OSError, AttributeError): return None

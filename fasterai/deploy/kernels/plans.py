@@ -27,7 +27,8 @@ def checked_weights(
     begin, position = weights.begin, weights.position
     fits = begin[0] == 0 and begin[-1] == len(position) == len(weights.value) and (np.diff(begin) >= 0).all()
     if fits and len(position): fits = position.min() >= 0 and position.max() < columns
-    if not fits: raise ValueError('state_dict: got rows and columns that fit no weight, expected those of this layer')
+    if not fits:
+        raise ValueError('state_dict: got rows and columns that fit no weight, expected those of this layer')
     return weights
 
 
@@ -94,17 +95,17 @@ class ConvolutionPlan(_Plan):
         pieces = self._pieces.get(threads) or self._split(threads)
         at, size = kernels.scratch(self.scratch * threads)
         add = None if add is None else add.data_ptr()
-        kernels.checked(self.code.convolve(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(), add,
-                                           *pieces, at, size, threads, start))
+        kernels.checked(self.code.convolve(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
+                                           add, *pieces, at, size, threads, start))
 
     def _split(self, threads):
-        "Cut the outputs for so many threads: every piece packs its inputs anew, so there is one if tiles suffice."
+        # every piece packs its inputs anew, so there is one if there are enough tiles
         enough = self.tiles >= ITEMS * threads or self.tiles % threads == 0
         return self._cut(threads, 1 if enough else min(threads, self.arguments.outputs))
 
 
 def _packed(geometry, tile, weights, rows, first_row):
-    "Return the arrays of a packed convolution: chunks of channels, and in each the weights by output channel."
+    "Return a convolution's arrays: chunks of channels, and in each the weights by output channel."
     of_group, outputs = geometry.channels // geometry.groups, geometry.outputs // geometry.groups
     height, width = geometry.kernel
     chunk = _chunks(geometry, tile)

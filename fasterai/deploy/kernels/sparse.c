@@ -68,8 +68,8 @@ typedef struct Job {
 static void run_worker(void *data) {
     Job *job = data;
     int64_t worker = __atomic_fetch_add(&job->next_worker, 1, __ATOMIC_RELAXED);
-    char *scratch = job->scratch + worker * job->per_worker;
-    memset(scratch, 0, job->cleared);
+    char *scratch = job->scratch ? job->scratch + worker * job->per_worker : 0;
+    if (scratch) memset(scratch, 0, job->cleared);
     for (;;) {
         int64_t item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED);
         if (item >= job->items) return;

@@ -43,8 +43,8 @@ def panel_rows(
 ) -> tuple:  # (input row of each panel row, first panel row of each row of the kernel)
     """Say which rows of the input a panel holds.
 
-    For a row of the kernel, the inputs of all rows of outputs must follow each other. With a stride, every n-th row
-    of the input comes first, then those after them."""
+    For a row of the kernel, the inputs of all rows of outputs must follow each other. With a stride, every
+    n-th row of the input comes first, then those after them."""
     stride, dilation = geometry.stride[0], geometry.dilation[0]
     steps = [divmod(k * dilation, stride) for k in range(geometry.kernel[0])]
     inputs, first = [], {}
@@ -119,9 +119,9 @@ def _channels(geometry, most):
 def _cycles(tile, geometry, shape, nonzeros, lanes):
     """Estimate the time of a convolution, in cycles.
 
-    The numbers were fitted to 900 times of 13 layers, with inputs and outputs that had left the first two caches, on an
-    Intel Xeon with AVX-512; the median error was 9 %. There a vector that crosses a cache line takes two loads, so rows
-    that are not whole vectors cost more."""
+    The numbers were fitted to 900 times of 13 layers, with inputs and outputs that had left the first two
+    caches, on an Intel Xeon with AVX-512; the median error was 9 %. There a vector that crosses a cache line
+    takes two loads, so rows that are not whole vectors cost more."""
     out_height, out_width = geometry.out_size(*shape[1:])
     count = -(-shape[0] // tile.abreast) * -(-out_width // tile.columns) * -(-out_height // tile.rows)
     load = .6 if tile.row_length % lanes == 0 else .75
