@@ -297,11 +297,11 @@ def test_a_plan_that_does_not_fit_is_refused():
 def test_a_matrix_and_a_pool_that_do_not_fit_are_refused():
     code = kernels.library()
     begin, value = np.array([0, 1, 2], dtype=np.int32), np.ones(2, dtype=np.float32)
-    with pytest.raises(RuntimeError, match='got offsets that do not fit'):
+    with pytest.raises(RuntimeError, match='got wrong offsets'):
         MatrixPlan(code, 5, 1, Weights(begin, np.array([0, 5], dtype=np.int32), value, None))
     plan = MatrixPlan(code, 5, 1, Weights(begin, np.array([0, 4], dtype=np.int32), value, None))
-    with pytest.raises(RuntimeError, match='got lengths'): plan.run(torch.ones(1, 6), torch.ones(1, 2))
-    with pytest.raises(RuntimeError, match='got lengths'): plan.run(torch.ones(1, 5), torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match='got wrong lengths'): plan.run(torch.ones(1, 6), torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match='got wrong lengths'): plan.run(torch.ones(1, 5), torch.ones(1, 3))
     pool = PoolPlan(code, loading.Pool(2, 6, 6, 3, 3, 2, 2, 2, 2, 1, 1, 0, 0))
     x, y, scratch = torch.randn(2, 6, 6), Guarded(18), Guarded(pool.scratch // 4)
     assert code.max_pool(pool.pointer, x.data_ptr(), 72, y.pointer, 18, scratch.pointer, pool.scratch, 1, None) == 0

@@ -1,7 +1,6 @@
 "Modules for inference whose weights that are zero cost no time."
 import math
 import threading
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from fasterai.deploy.kernels.tiling import Geometry, tiles
 
 PLANS = 4  # sizes of inputs that a layer keeps plans for
 MOST_VECTORS = 64  # candidates for the registers of a tile; the kernels say which there are
-FEW = 2  # inputs of a Linear up to which they are multiplied one by one
+FEW = 1  # inputs of a Linear up to which they are multiplied one by one
 TILINGS = 'default', 'other'
 
 
@@ -280,21 +279,14 @@ class SparseLinearKernel(_Sparse):
         if not count or not outputs: run = _nothing
         elif code is None: run = self._dense
         elif count <= FEW: run = MatrixPlan(code, inputs, count, self._weights(), self.relu).run
-        else: run = partial(self._many, self._packed(code, count))
+        else: run = self._packed(code, count).run
         return _Call(run, (*x.shape[:-1], outputs), self.values)
 
     def _packed(self, code, count):
         geometry, weights = Geometry(self.size[1], self.size[0], (1, 1)), self._weights()
-        shape = 1, 1, count
+        shape = 1, 1, count  # the items of a batch are the places of one row
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
-                               weights, self.relu)
-
-    def _many(self, plan, x, y, add):
-        "Compute a map of one row of places, which are the items of the batch."
-        outputs, inputs = self.size
-        found = y.new_empty(outputs, y.numel() // outputs)
-        plan.run(x.view(-1, inputs).t().contiguous(), found)
-        y.view(-1, outputs).copy_(found.t())
+                               weights, self.relu, transposed=True)
 
     def _dense(self, x, y, add):
         found = F.linear(x, self._dense_weight(self.size), self.bias)

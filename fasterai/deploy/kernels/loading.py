@@ -13,7 +13,7 @@ from fasterai.deploy.kernels.build import VARIANTS, Unavailable, built
 
 VARIABLE = 'FASTERAI_KERNELS'  # of the environment: a key of `VARIANTS`, or 'off'
 # what a kernel refuses, by the number that it returns; a plan that was checked is refused nowhere
-REFUSED = {1: 'sizes', 2: 'a tile', 3: 'chunks', 4: 'offsets', 5: 'lengths', 6: 'cuts', 7: 'scratch memory'}
+REFUSED = {1: 'sizes', 2: 'tiles', 3: 'chunks', 4: 'offsets', 5: 'lengths', 6: 'cuts', 7: 'scratch memory'}
 
 
 def _integers(names): return [(name, c_int64) for name in names.split()]
@@ -25,7 +25,7 @@ class Convolution(ctypes.Structure):
         *_integers('images channels height width outputs out_height out_width'),
         *_integers('kernel_width stride_y stride_x dilation_x top left'),
         *_integers('rows columns abreast row_length vectors'),
-        *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs relu'),
+        *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs relu transposed'),
         ('input_rows', c_void_p), ('chunk', c_void_p), ('begin', c_void_p),
         ('offset', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
 
@@ -88,7 +88,7 @@ def why_not() -> str | None:  # None if they are there
 
 def checked(number):
     "Raise a `RuntimeError` for what a kernel has refused."
-    if number: raise RuntimeError(f'kernels: got {REFUSED[number]} that do not fit, expected others')
+    if number: raise RuntimeError(f'kernels: got wrong {REFUSED[number]}, expected those of a plan')
 
 
 @cache

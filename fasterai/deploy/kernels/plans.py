@@ -72,6 +72,7 @@ class ConvolutionPlan(_Plan):
         tile: Tile,
         weights: Weights,
         relu: bool = False,
+        transposed: bool = False,  # inputs and outputs are those of a Linear: (places, channels)
     ):
         self.tile, self.code = tile, code
         out_height, out_width = geometry.out_size(*shape[1:])
@@ -84,7 +85,7 @@ class ConvolutionPlan(_Plan):
             geometry.kernel[1], *geometry.stride, geometry.dilation[1], *geometry.padding[:2],
             tile.rows, tile.columns, tile.abreast, tile.row_length, tile.vectors,
             len(inputs), tile.channels, len(chunk), len(arrays['begin']), len(arrays['value']),
-            int((chunk[:, 3] - chunk[:, 2]).max()), relu)
+            int((chunk[:, 3] - chunk[:, 2]).max()), relu, transposed)
         super().__init__(arguments, weights.begin, arrays)
         kernels.checked(code.check_convolution(self.pointer))
         self.scratch = code.convolution_scratch(self.pointer)

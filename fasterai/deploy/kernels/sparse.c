@@ -120,6 +120,7 @@ typedef struct {
     int64_t rows, columns, abreast;  // a tile: rows × columns of outputs, of as many images abreast
     int64_t row_length, vectors;  // floats of a row in the panel; vectors of a tile in registers
     int64_t panel_rows, panel_channels, chunks, begins, nonzeros, most_outputs, relu;
+    int64_t transposed;  // 1 for a map of one row whose places come first in memory, then channels: items of a Linear
     const int64_t *input_rows;  // of each panel row, relative to the tile's first
     const Chunk *chunk;
     const int32_t *begin;
@@ -151,28 +152,38 @@ static int64_t worker_bytes(const Convolution *p) {
 
 typedef void (*Accumulate)(const float *, float *, const int32_t *, int64_t, const uint16_t *, const float *, int);
 
-// Add to the tiles of `outputs` channels what the weights of one chunk make of the panel.
-#define ACCUMULATE(T) \
+// Add to the tiles of `outputs` channels what the weights of one chunk make of the panel. A multiplication waits four
+// cycles for the one before it on the same register, so small tiles have several registers for each vector: WAYS.
+#define ACCUMULATE(T, WAYS) \
 static void accumulate_##T(const float *restrict panel, float *restrict sums, const int32_t *restrict begin, \
                            int64_t outputs, const uint16_t *restrict offset, const float *restrict value, int opens) { \
     for (int64_t o = 0; o < outputs; o++, sums += T * LANES) { \
-        Vector sum[T]; \
+        Vector sum[WAYS][T]; \
         int64_t k = begin[o], end = begin[o + 1]; \
-        if (opens) { UNROLL for (int t = 0; t < T; t++) sum[t] = (Vector){0}; } \
-        else if (k == end) continue; \
-        else { UNROLL for (int t = 0; t < T; t++) sum[t] = *(const Vector *)(sums + t * LANES); } \
+        if (k == end && !opens) continue; \
+        if (opens) { UNROLL for (int t = 0; t < T; t++) sum[0][t] = (Vector){0}; } \
+        else { UNROLL for (int t = 0; t < T; t++) sum[0][t] = *(const Vector *)(sums + t * LANES); } \
+        UNROLL for (int w = 1; w < WAYS; w++) UNROLL for (int t = 0; t < T; t++) sum[w][t] = (Vector){0}; \
+        for (; k + WAYS <= end; k += WAYS) { \
+            UNROLL for (int w = 0; w < WAYS; w++) { \
+                const float *at = panel + offset[k + w]; \
+                Vector weight = value[k + w] - (Vector){0}; \
+                UNROLL for (int t = 0; t < T; t++) sum[w][t] += weight * *(const Vector *)(at + t * LANES); \
+            } \
+        } \
         for (; k < end; k++) { \
             const float *at = panel + offset[k]; \
             Vector weight = value[k] - (Vector){0}; \
-            UNROLL for (int t = 0; t < T; t++) sum[t] += weight * *(const Vector *)(at + t * LANES); \
+            UNROLL for (int t = 0; t < T; t++) sum[0][t] += weight * *(const Vector *)(at + t * LANES); \
         } \
-        UNROLL for (int t = 0; t < T; t++) *(Vector *)(sums + t * LANES) = sum[t]; \
+        UNROLL for (int w = 1; w < WAYS; w++) UNROLL for (int t = 0; t < T; t++) sum[0][t] += sum[w][t]; \
+        UNROLL for (int t = 0; t < T; t++) *(Vector *)(sums + t * LANES) = sum[0][t]; \
     } \
 }
-ACCUMULATE(1) ACCUMULATE(2) ACCUMULATE(3) ACCUMULATE(4) ACCUMULATE(5) ACCUMULATE(6) ACCUMULATE(7)
-ACCUMULATE(8) ACCUMULATE(9) ACCUMULATE(10) ACCUMULATE(11) ACCUMULATE(12) ACCUMULATE(13) ACCUMULATE(14)
+ACCUMULATE(1, 4) ACCUMULATE(2, 4) ACCUMULATE(3, 4) ACCUMULATE(4, 2) ACCUMULATE(5, 2) ACCUMULATE(6, 2) ACCUMULATE(7, 2)
+ACCUMULATE(8, 1) ACCUMULATE(9, 1) ACCUMULATE(10, 1) ACCUMULATE(11, 1) ACCUMULATE(12, 1) ACCUMULATE(13, 1) ACCUMULATE(14, 1)
 #if MANY_REGISTERS
-ACCUMULATE(16) ACCUMULATE(18) ACCUMULATE(20) ACCUMULATE(21) ACCUMULATE(24) ACCUMULATE(28)
+ACCUMULATE(16, 1) ACCUMULATE(18, 1) ACCUMULATE(20, 1) ACCUMULATE(21, 1) ACCUMULATE(24, 1) ACCUMULATE(28, 1)
 #endif
 
 static const Accumulate ACCUMULATES[] = {
@@ -323,6 +334,64 @@ INLINE void finish_row(float *restrict y, const float *restrict sums, const floa
     }
 }
 
+// Read four vectors of four numbers and turn them, so that the first ones are together, then the second ones.
+INLINE void turn(const float *from, int64_t step, Quarter out[4]) {
+    Quarter a = *(const Quarter *)from, b = *(const Quarter *)(from + step);
+    Quarter c = *(const Quarter *)(from + 2 * step), d = *(const Quarter *)(from + 3 * step);
+    Quarter ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    Quarter AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    out[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    out[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    out[2] = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
+    out[3] = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+}
+
+// Fill the panel with channels of items that lie one after the other.
+static void pack_items(const Convolution *p, const float *x, int64_t items, int64_t channels, float *to) {
+    const int64_t row_length = p->row_length, step = p->channels;
+    int64_t j = 0;
+    for (; j + 4 <= items; j += 4, x += 4 * step) {
+        int64_t c = 0;
+        for (; c + 4 <= channels; c += 4) {
+            Quarter turned[4];
+            turn(x + c, step, turned);
+            for (int i = 0; i < 4; i++) *(Quarter *)(to + (c + i) * row_length + j) = turned[i];
+        }
+        for (; c < channels; c++) for (int i = 0; i < 4; i++) to[c * row_length + j + i] = x[i * step + c];
+    }
+    for (; j < items; j++, x += step) for (int64_t c = 0; c < channels; c++) to[c * row_length + j] = x[c];
+}
+
+// Write outputs of items that lie one after the other, four items and four outputs at once.
+INLINE void finish_items(const Convolution *p, float *y, const float *sums, int64_t first, int64_t end, int64_t items,
+                         int relu) {
+    const int64_t step = p->outputs, tile = tile_floats(p);
+    const float *bias = p->bias;
+    for (int64_t start = first; start < end; start += 16) {  // outputs of a cache line
+        int64_t stop = start + 16 < end ? start + 16 : end, j = 0;
+        for (; j + 4 <= items; j += 4) {
+            int64_t o = start;
+            for (; o + 4 <= stop; o += 4) {
+                Quarter turned[4], add = bias ? *(const Quarter *)(bias + o) : (Quarter){0};
+                turn(sums + (o - first) * tile + j, tile, turned);
+                for (int i = 0; i < 4; i++) {
+                    Quarter v = turned[i] + add;
+                    if (relu) v = (Quarter)((QuarterMask)v & ~(QuarterMask)(v < (Quarter){0}));
+                    *(Quarter *)(y + (j + i) * step + o) = v;
+                }
+            }
+            for (; o < stop; o++) for (int i = 0; i < 4; i++) {
+                float v = sums[(o - first) * tile + j + i] + (bias ? bias[o] : 0);
+                y[(j + i) * step + o] = relu && v < 0 ? 0 : v;
+            }
+        }
+        for (; j < items; j++) for (int64_t o = start; o < stop; o++) {
+            float v = sums[(o - first) * tile + j] + (bias ? bias[o] : 0);
+            y[j * step + o] = relu && v < 0 ? 0 : v;
+        }
+    }
+}
+
 typedef struct { int64_t image, y, x; } Place;
 
 static int64_t tiles_of(const Convolution *p) {
@@ -386,14 +455,23 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
         int64_t end = chunk->end_output < end_output ? chunk->end_output : end_output;
         int64_t channels = chunk->end_channel - chunk->first_channel;
         if (first >= end) continue;
+        const int32_t *begin = p->begin + chunk->begins + (first - chunk->first_output);
+        Accumulate accumulate = ACCUMULATES[p->vectors];
+        if (p->transposed) {
+            int64_t items = p->width - at.x < p->columns ? p->width - at.x : p->columns;
+            pack_items(p, job->x + at.x * p->channels + chunk->first_channel, items, channels, panel);
+            accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
+            if (chunk->closes && p->relu) finish_items(p, job->y + at.x * p->outputs, sums, first, end, items, 1);
+            else if (chunk->closes) finish_items(p, job->y + at.x * p->outputs, sums, first, end, items, 0);
+            continue;
+        }
         for (int64_t q = 0; q < p->abreast; q++) {
             int64_t before = ((at.image + q) * p->channels + chunk->first_channel) * plane;
             source.image[q] = at.image + q < p->images ? job->x + before : 0;
             find_whole(p, &source, q, before, moves, first_row < 0 ? 0 : first_row, last_row, channels);
         }
         pack(p, &source, channels, moves, panel);
-        const int32_t *begin = p->begin + chunk->begins + (first - chunk->first_output);
-        ACCUMULATES[p->vectors](panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
+        accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
         if (!chunk->closes) continue;
         for (int64_t o = first; o < end; o++) {
             const float *tile = sums + (o - first) * tile_floats(p);
@@ -415,7 +493,15 @@ static int check_sizes(const Convolution *p) {
     return times(times(p->images, p->outputs), times(p->out_height, p->out_width)) >= 0;
 }
 
+// Places that come first are those of one row, each read once.
+static int check_transposed(const Convolution *p) {
+    if (p->images != 1 || p->height != 1 || p->kernel_width != 1 || p->rows != 1 || p->abreast != 1) return 0;
+    if (p->panel_rows != 1 || p->stride_x != 1 || p->top || p->left) return 0;
+    return p->out_height == 1 && p->out_width == p->width;
+}
+
 static int check_tile(const Convolution *p) {
+    if (p->transposed && !check_transposed(p)) return 0;
     if (!has_tile(p->vectors) || !between(p->abreast, 1, MOST_ABREAST)) return 0;
     if (!between(p->panel_rows, 1, MOST_ROWS) || !between(p->panel_channels, 1, p->channels)) return 0;
     if (!between(p->row_length, times(p->abreast, p->columns), 1 << 16)) return 0;
@@ -467,6 +553,7 @@ int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *
     if (x_length != p->images * p->channels * p->height * p->width) return BAD_LENGTH;
     if (y_length != p->images * p->outputs * p->out_height * p->out_width) return BAD_LENGTH;
     if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
+    if (p->transposed && add) return BAD_LENGTH;  // not computed
     if (threads < 1 || times(threads, convolution_scratch(p)) < 0) return SMALL_SCRATCH;
     if (threads * convolution_scratch(p) > scratch_bytes) return SMALL_SCRATCH;
     Job job = {.work = convolve_item, .plan = p, .x = x, .add = add, .y = y, .cuts = cuts,

@@ -86,7 +86,9 @@ def _possible(geometry, shape, lanes, registers) -> Iterator:
         for columns in widths:
             for align in (lanes // 2, lanes):
                 row_length = _round_up(abreast * columns, align)
-                for rows in range(1, min(out_height + 1, most // row_length) + 1):
+                # one row more than there are may fill the registers, as 8 × 7 outputs do for 7 × 7
+                most_rows = 1 if out_height == 1 else out_height + 1
+                for rows in range(1, min(most_rows, most // row_length) + 1):
                     tile = _tile(geometry, rows, columns, abreast, row_length, lanes, registers)
                     if tile: yield tile
 
