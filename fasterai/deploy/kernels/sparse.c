@@ -574,22 +574,24 @@ typedef struct {
     const float *bias;  // or null
 } Matrix;
 
-// Four sums, for a sum waits for the one before it.
+// One sum for each lane; the compiler gathers as the processor does it best.
 #define DOT(Type) { \
     const Type *column = (const Type *)p->column; \
-    for (; k + 4 <= end; k += 4) { \
-        a += p->value[k] * x[column[k]]; \
-        b += p->value[k + 1] * x[column[k + 1]]; \
-        c += p->value[k + 2] * x[column[k + 2]]; \
-        d += p->value[k + 3] * x[column[k + 3]]; \
+    for (; k + LANES <= end; k += LANES) { \
+        Vector read; \
+        UNROLL for (int i = 0; i < LANES; i++) read[i] = x[column[k + i]]; \
+        sums += read * *(const Vector *)(value + k); \
     } \
-    for (; k < end; k++) a += p->value[k] * x[column[k]]; \
+    for (; k < end; k++) rest += value[k] * x[column[k]]; \
 }
 
 INLINE float dot(const Matrix *p, const float *restrict x, int64_t k, int64_t end) {
-    float a = 0, b = 0, c = 0, d = 0;
+    const float *value = p->value;
+    Vector sums = {0};
+    float rest = 0;
     if (p->wide) DOT(uint32_t) else DOT(uint16_t)
-    return (a + b) + (c + d);
+    for (int i = 0; i < LANES; i++) rest += sums[i];
+    return rest;
 }
 
 static void multiply_item(const Job *job, int64_t item, char *scratch) {
