@@ -240,46 +240,52 @@ INLINE void move_block(float *to, const float *row, const Move *move, int64_t st
     }
 }
 
+#define MOST_ROWS 1024  // of a panel
+#define MOST_ABREAST 64
+
 typedef struct {
-    const float *image[64];  // of each image abreast the chunk's first channel, or null
-    int64_t whole_from[64], whole_to[64];  // channels of the chunk of which whole vectors may be read
-    const int64_t *rows;  // of each panel row: offset of the input's row, or -1
+    const float *image[MOST_ABREAST];  // of each image abreast the chunk's first channel, or null
+    int64_t whole_from, whole_to;  // channels of the chunk of which whole vectors may be read
+    int64_t rows[MOST_ROWS];  // of each panel row: offset of the input's row, or -1
 } Source;
 
 // Vectors are written to the panel, and may be anything to the compiler: what is read between is in variables.
-INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t channel, const Move *moves,
-                           float *to, int64_t stride, int64_t blocks, int64_t abreast) {
-    const int64_t plane = channel * p->height * p->width, columns = p->columns, row_length = p->row_length;
+INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t plane, const Move *moves, float *to,
+                           int64_t stride, int64_t blocks, int64_t abreast, int whole) {
     const int64_t kernel_width = p->kernel_width, panel_rows = p->panel_rows;
-    const int64_t *rows = source->rows;
+    const int64_t columns = p->columns, row_length = p->row_length;
     for (int64_t k = 0; k < kernel_width; k++, moves += blocks) {
         for (int64_t r = 0; r < panel_rows; r++, to += row_length) {
+            int64_t from = source->rows[r];
             for (int64_t q = 0; q < abreast; q++) {
                 float *at = to + q * columns;
                 const float *image = source->image[q];
-                if (rows[r] < 0 || !image) {
+                if (from < 0 || !image)
                     for (int64_t b = 0; b < blocks; b++) *(Vector *)(at + b * LANES) = (Vector){0};
-                    continue;
-                }
-                const float *row = image + plane + rows[r];
-                if (channel >= source->whole_from[q] && channel < source->whole_to[q])
-                    for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 1);
                 else
-                    for (int64_t b = 0; b < blocks; b++) move_block(at + b * LANES, row, moves + b, stride, 0);
+                    for (int64_t b = 0; b < blocks; b++)
+                        move_block(at + b * LANES, image + plane + from, moves + b, stride, whole);
             }
         }
     }
     return to;
 }
 
+INLINE void pack_channels(const Convolution *p, const Source *source, int64_t channels, const Move *moves, float *to,
+                          int64_t stride, int64_t blocks, int64_t abreast) {
+    for (int64_t c = 0; c < channels; c++) {
+        int64_t plane = c * p->height * p->width;
+        if (c >= source->whole_from && c < source->whole_to)
+            to = pack_channel(p, source, plane, moves, to, stride, blocks, abreast, 1);
+        else
+            to = pack_channel(p, source, plane, moves, to, stride, blocks, abreast, 0);
+    }
+}
+
 // Fill the panel; the usual strides and numbers of blocks are constants to the compiler.
 static void pack(const Convolution *p, const Source *source, int64_t channels, const Move *moves, float *to) {
     int64_t blocks = blocks_of(p);
-    #define PACK(condition, stride, blocks, abreast) \
-        if (condition) { \
-            for (int64_t c = 0; c < channels; c++) to = pack_channel(p, source, c, moves, to, stride, blocks, abreast); \
-            return; \
-        }
+    #define PACK(condition, ...) if (condition) { pack_channels(p, source, channels, moves, to, __VA_ARGS__); return; }
     PACK(p->stride_x == 1 && blocks == 1 && p->abreast == 1, 1, 1, 1)
     PACK(p->stride_x == 1 && blocks == 2 && p->abreast == 1, 1, 2, 1)
     PACK(p->stride_x == 1 && blocks == 4 && p->abreast == 1, 1, 4, 1)
@@ -295,16 +301,14 @@ static void pack(const Convolution *p, const Source *source, int64_t channels, c
 }
 
 // Find the channels of a chunk of which whole vectors may be read: such a read may leave its row, not the tensor.
-static void find_whole(const Convolution *p, Source *source, int64_t q, int64_t before, const Move *moves,
-                       int64_t first_row, int64_t last_row, int64_t channels) {
+static void find_whole(const Convolution *p, Source *source, int64_t before, const Move *moves,
+                       int64_t first_row, int64_t last_row) {
     int64_t plane = p->height * p->width, total = p->images * p->channels * plane;
     int64_t lowest = moves[0].from, reach = p->stride_x <= 2 ? p->stride_x * LANES : 1;
     int64_t highest = moves[p->kernel_width * blocks_of(p) - 1].from + reach;
     int64_t start = before + first_row + lowest, stop = before + last_row + highest;
-    int64_t from = 0, to = channels;
-    while (from < to && start + from * plane < 0) from++;
-    while (to > from && stop + (to - 1) * plane > total) to--;
-    source->whole_from[q] = from, source->whole_to[q] = to;
+    while (source->whole_from < source->whole_to && start + source->whole_from * plane < 0) source->whole_from++;
+    while (source->whole_to > source->whole_from && stop + (source->whole_to - 1) * plane > total) source->whole_to--;
 }
 
 #define FINISH(Type, j) { \
@@ -424,9 +428,6 @@ INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_
     }
 }
 
-#define MOST_ROWS 1024  // of a panel
-#define MOST_ABREAST 64
-
 static void convolve_item(const Job *job, int64_t item, char *scratch) {
     const Convolution *p = job->plan;
     int64_t tiles = job->items / job->pieces, plane = p->height * p->width;
@@ -436,18 +437,18 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
     Move *moves = (Move *)free_from;
     float *panel = (float *)(free_from + moves_bytes(p));
     float *sums = (float *)(free_from + moves_bytes(p) + panel_bytes(p));
-    int64_t sources[MOST_ROWS], first_row = -1, last_row = 0;
+    int64_t first_row = -1, last_row = 0;
     Source source;
 
     find_moves(p, at.x, moves);
     for (int64_t r = 0; r < p->panel_rows; r++) {
         int64_t row = p->stride_y * at.y - p->top + p->input_rows[r];
-        sources[r] = row < 0 || row >= p->height ? -1 : row * p->width;
-        if (sources[r] < 0) continue;
-        if (first_row < 0 || sources[r] < first_row) first_row = sources[r];
-        if (sources[r] > last_row) last_row = sources[r];
+        source.rows[r] = row < 0 || row >= p->height ? -1 : row * p->width;
+        if (source.rows[r] < 0) continue;
+        if (first_row < 0 || source.rows[r] < first_row) first_row = source.rows[r];
+        if (source.rows[r] > last_row) last_row = source.rows[r];
     }
-    source.rows = sources;
+    if (first_row < 0) first_row = 0;
 
     for (int64_t c = 0; c < p->chunks; c++) {
         const Chunk *chunk = p->chunk + c;
@@ -465,10 +466,11 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
             else if (chunk->closes) finish_items(p, job->y + at.x * p->outputs, sums, first, end, items, 0);
             continue;
         }
+        source.whole_from = 0, source.whole_to = channels;
         for (int64_t q = 0; q < p->abreast; q++) {
             int64_t before = ((at.image + q) * p->channels + chunk->first_channel) * plane;
             source.image[q] = at.image + q < p->images ? job->x + before : 0;
-            find_whole(p, &source, q, before, moves, first_row < 0 ? 0 : first_row, last_row, channels);
+            if (source.image[q]) find_whole(p, &source, before, moves, first_row, last_row);
         }
         pack(p, &source, channels, moves, panel);
         accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);

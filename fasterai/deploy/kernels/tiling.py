@@ -126,16 +126,16 @@ def _cycles(tile, geometry, shape, nonzeros, lanes):
     takes two loads, so rows that are not whole vectors cost more."""
     out_height, out_width = geometry.out_size(*shape[1:])
     count = -(-shape[0] // tile.abreast) * -(-out_width // tile.columns) * -(-out_height // tile.rows)
-    load = .6 if tile.row_length % lanes == 0 else .75
-    multiply = nonzeros * (1.5 + load * tile.vectors)
+    load = .6 if tile.row_length % lanes == 0 else .8
+    multiply = nonzeros * (.8 + load * tile.vectors)
     passes = -(-geometry.channels // geometry.groups // tile.channels)  # in which the sums are read and written
-    sums = geometry.outputs * 2.1 * passes * tile.vectors
-    written = tile.abreast * (13.5 + 4 * tile.rows + 5 * _lines(tile, out_width))
-    finish = geometry.outputs * (written + 6 * tile.vectors)
+    sums = geometry.outputs * passes * (7.5 + 1.7 * tile.vectors)
+    written = tile.abreast * (10 + 5 * tile.rows + 5 * _lines(tile, out_width))
+    finish = geometry.outputs * (written + 7 * tile.vectors)
     blocks = -(-tile.columns // lanes)
     lines = tile.columns * geometry.stride[1] / LINE + 1
     rows = tile.abreast * len(panel_rows(geometry, tile.rows)[0])
-    pack = geometry.channels * rows * (2.5 * geometry.kernel[1] * blocks + 6.4 * lines)
+    pack = geometry.channels * rows * (geometry.kernel[1] * blocks + 8 * lines)
     return count * (multiply + sums + finish + pack)
 
 
