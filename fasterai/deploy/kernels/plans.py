@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fasterai.deploy.kernels import loading as kernels
-from fasterai.deploy.kernels.tiling import Geometry, Tile, panel_rows
+from fasterai.deploy.kernels.tiling import Geometry, Tile, panel_rows, plane_floats
 
 ITEMS = 4  # pieces of work for each thread, or the last one is waited for
 ROW_COST = 4  # weights that take as long as an output channel does without any
@@ -77,7 +77,8 @@ class ConvolutionPlan(_Plan):
         self.tile, self.code = tile, code
         out_height, out_width = geometry.out_size(*shape[1:])
         inputs, first = panel_rows(geometry, tile.rows)
-        arrays = _packed(geometry, tile, weights, len(inputs), np.array(first))
+        plane = plane_floats(len(inputs), tile.row_length, int(code.lanes()))
+        arrays = _packed(geometry, tile, weights, plane, np.array(first) * tile.row_length)
         arrays |= {'input_rows': np.array(inputs, dtype=np.int64), 'bias': weights.bias}
         chunk = arrays['chunk']
         arguments = kernels.Convolution(
@@ -105,7 +106,7 @@ class ConvolutionPlan(_Plan):
         return self._cut(threads, 1 if enough else min(threads, self.arguments.outputs))
 
 
-def _packed(geometry, tile, weights, rows, first_row):
+def _packed(geometry, tile, weights, plane, row_offset):
     "Return a convolution's arrays: chunks of channels, and in each the weights by output channel."
     of_group, outputs = geometry.channels // geometry.groups, geometry.outputs // geometry.groups
     height, width = geometry.kernel
@@ -117,7 +118,7 @@ def _packed(geometry, tile, weights, rows, first_row):
     channel += output // outputs * of_group
     found = np.searchsorted(chunk[:, 1], channel, 'right')  # the chunk of each weight
     in_panel = (channel - chunk[found, 0]) * width + place % width
-    offset = (in_panel * rows + first_row[place // width]) * tile.row_length
+    offset = in_panel * plane + row_offset[place // width]
     order = np.argsort(found, kind='stable')
     slot = chunk[found, 4] + output - chunk[found, 2] + 1
     begin = np.cumsum(np.bincount(slot, minlength=begins[-1]))

@@ -137,7 +137,10 @@ typedef struct {
 } Move;
 
 static int64_t blocks_of(const Convolution *p) { return (p->columns + LANES - 1) / LANES; }
-static int64_t channel_floats(const Convolution *p) { return p->kernel_width * p->panel_rows * p->row_length; }
+
+// what a column of the kernel reads of a channel; the next one begins with a whole vector, or more loads are misaligned
+static int64_t plane_floats(const Convolution *p) { return round_up(p->panel_rows * p->row_length, LANES); }
+static int64_t channel_floats(const Convolution *p) { return p->kernel_width * plane_floats(p); }
 static int64_t tile_floats(const Convolution *p) { return p->vectors * LANES; }
 static int64_t moves_bytes(const Convolution *p) { return round_up(p->kernel_width * blocks_of(p) * sizeof(Move), 64); }
 
@@ -153,7 +156,7 @@ static int64_t worker_bytes(const Convolution *p) {
 typedef void (*Accumulate)(const float *, float *, const int32_t *, int64_t, const uint16_t *, const float *, int);
 
 // Add to the tiles of `outputs` channels what the weights of one chunk make of the panel. A multiplication waits four
-// cycles for the one before it on the same register, so small tiles have several registers for each vector: WAYS.
+// cycles for the one before it on the same register, so the smallest tiles have several registers a vector: WAYS.
 #define ACCUMULATE(T, WAYS) \
 static void accumulate_##T(const float *restrict panel, float *restrict sums, const int32_t *restrict begin, \
                            int64_t outputs, const uint16_t *restrict offset, const float *restrict value, int opens) { \
@@ -180,7 +183,7 @@ static void accumulate_##T(const float *restrict panel, float *restrict sums, co
         UNROLL for (int t = 0; t < T; t++) *(Vector *)(sums + t * LANES) = sum[0][t]; \
     } \
 }
-ACCUMULATE(1, 4) ACCUMULATE(2, 4) ACCUMULATE(3, 4) ACCUMULATE(4, 2) ACCUMULATE(5, 2) ACCUMULATE(6, 2) ACCUMULATE(7, 2)
+ACCUMULATE(1, 4) ACCUMULATE(2, 2) ACCUMULATE(3, 2) ACCUMULATE(4, 1) ACCUMULATE(5, 1) ACCUMULATE(6, 1) ACCUMULATE(7, 1)
 ACCUMULATE(8, 1) ACCUMULATE(9, 1) ACCUMULATE(10, 1) ACCUMULATE(11, 1) ACCUMULATE(12, 1) ACCUMULATE(13, 1) ACCUMULATE(14, 1)
 #if MANY_REGISTERS
 ACCUMULATE(16, 1) ACCUMULATE(18, 1) ACCUMULATE(20, 1) ACCUMULATE(21, 1) ACCUMULATE(24, 1) ACCUMULATE(28, 1)
@@ -254,7 +257,8 @@ INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t p
                            int64_t stride, int64_t blocks, int64_t abreast, int whole) {
     const int64_t kernel_width = p->kernel_width, panel_rows = p->panel_rows;
     const int64_t columns = p->columns, row_length = p->row_length;
-    for (int64_t k = 0; k < kernel_width; k++, moves += blocks) {
+    const int64_t gap = plane_floats(p) - panel_rows * row_length;
+    for (int64_t k = 0; k < kernel_width; k++, moves += blocks, to += gap) {
         for (int64_t r = 0; r < panel_rows; r++, to += row_length) {
             int64_t from = source->rows[r];
             for (int64_t q = 0; q < abreast; q++) {
@@ -352,7 +356,7 @@ INLINE void turn(const float *from, int64_t step, Quarter out[4]) {
 
 // Fill the panel with channels of items that lie one after the other.
 static void pack_items(const Convolution *p, const float *x, int64_t items, int64_t channels, float *to) {
-    const int64_t row_length = p->row_length, step = p->channels;
+    const int64_t row_length = plane_floats(p), step = p->channels;
     int64_t j = 0;
     for (; j + 4 <= items; j += 4, x += 4 * step) {
         int64_t c = 0;
@@ -508,7 +512,7 @@ static int check_tile(const Convolution *p) {
     if (!between(p->panel_rows, 1, MOST_ROWS) || !between(p->panel_channels, 1, p->channels)) return 0;
     if (!between(p->row_length, times(p->abreast, p->columns), 1 << 16)) return 0;
     if (times(p->rows, p->row_length) < 0 || p->rows * p->row_length > tile_floats(p)) return 0;
-    if (times(times(p->kernel_width, p->panel_rows), times(p->row_length, p->panel_channels)) < 0) return 0;
+    if (times(times(p->kernel_width, plane_floats(p)), p->panel_channels) < 0) return 0;
     if (times(p->kernel_width * blocks_of(p), sizeof(Move)) < 0) return 0;
     if (!between(p->most_outputs, 1, p->outputs)) return 0;
     for (int64_t r = 0; r < p->panel_rows; r++) if (!between(p->input_rows[r], 0, 1 << 24)) return 0;

@@ -55,6 +55,11 @@ def panel_rows(
     return inputs, [first[phase] + step for step, phase in steps]
 
 
+def plane_floats(rows, row_length, lanes):
+    "Return the floats of a panel that a column of the kernel reads of a channel: whole vectors."
+    return _round_up(rows * row_length, lanes)
+
+
 @cache
 def l1_bytes() -> int:
     "Return the size of this processor's first cache, or that which most have."
@@ -105,7 +110,7 @@ def _tile(geometry, rows, columns, abreast, row_length, lanes, registers):
     vectors = -(-rows * row_length // lanes)
     if vectors not in registers: return None
     count = len(panel_rows(geometry, rows)[0])
-    floats = geometry.kernel[1] * count * row_length  # of a channel
+    floats = geometry.kernel[1] * plane_floats(count, row_length, lanes)  # of a channel
     if count > MOST_PANEL_ROWS or floats > MOST_FLOATS: return None
     budget = min(int(l1_bytes() * L1_SHARE) // 4, MOST_FLOATS)
     return Tile(rows, columns, abreast, row_length, vectors, _channels(geometry, max(1, budget // floats)))
