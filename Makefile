@@ -22,6 +22,7 @@ docs: .venv/installed-dev
 bench: .venv/installed
 	$(RUN) benchmarks/speed.py
 	$(RUN) benchmarks/deploy.py
+	$(RUN) benchmarks/kernels.py
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; try make PYTHON=python3.12')"

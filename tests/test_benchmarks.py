@@ -17,3 +17,10 @@ def test_deploy_measures_every_row_and_leaves_other_parts_alone(tmp_path):
     subprocess.run([sys.executable, script, '--small', '--out', tmp_path / 'R.md'], check=True, capture_output=True)
     text = (tmp_path / 'R.md').read_text()
     assert text.startswith('# Results\n\n## Other\n\ntext\n\n## What zeros turn into\n\nBy') and 'old' not in text and text.count('\n|') == 6
+
+
+def test_kernels_measures_its_rows(tmp_path):
+    script = Path(__file__).parent.parent / 'benchmarks' / 'kernels.py'
+    subprocess.run([sys.executable, script, '--small', '--out', tmp_path / 'R.md'], check=True, capture_output=True)
+    text = (tmp_path / 'R.md').read_text()
+    assert text.startswith('# Results\n\n## Zeros that run\n\nBy') and text.count('\n|') == 6
