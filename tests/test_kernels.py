@@ -17,7 +17,7 @@ from torch import nn
 
 from fasterai.deploy import kernels
 from fasterai.deploy.kernels import MaxPool, SparseConv, SparseLinearKernel, build, loading
-from fasterai.deploy.kernels.layers import PLANS, TILINGS
+from fasterai.deploy.kernels.layers import ACTIVATED, PLANS, TILINGS
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, cuts
 from fasterai.deploy.kernels.tiling import Geometry, panel_rows, tiles
 
@@ -65,14 +65,14 @@ def convolutions(draw):
 
 @needs_kernels
 @cases
-@given(convolutions(), st.sampled_from(TILINGS), st.sampled_from([1, 2, 3, 8]), st.booleans(), st.booleans())
-def test_a_convolution_computes_the_same(case, tiling, threads, relu, add):
+@given(convolutions(), st.sampled_from(TILINGS), st.sampled_from([1, 2, 3, 8]), st.sampled_from(list(ACTIVATED)), st.booleans())
+def test_a_convolution_computes_the_same(case, tiling, threads, activation, add):
     layer, x = case
     exact = expected(layer, x)
     added = torch.randn(exact.shape) if add else None
     if add: exact = exact + added
     torch.set_num_threads(threads)
-    assert_close(SparseConv(layer, relu, tiling)(x, added), exact.relu() if relu else exact)
+    assert_close(SparseConv(layer, activation, tiling)(x, added), ACTIVATED[activation](exact))
 
 
 @needs_kernels
@@ -84,7 +84,8 @@ def test_a_linear_computes_the_same(inputs, outputs, seed, count, share, tiling,
     layer, x = zeroed(nn.Linear(inputs, outputs, bias), share), torch.randn(count, inputs)
     torch.set_num_threads(threads)
     assert_close(SparseLinearKernel(layer, tiling=tiling)(x), expected(layer, x))
-    assert_close(SparseLinearKernel(layer, relu=True)(x), expected(layer, x).relu())
+    for activation, function in ACTIVATED.items():
+        assert_close(SparseLinearKernel(layer, activation)(9 * x), function(expected(layer, 9 * x)))
 
 
 @needs_kernels
@@ -147,7 +148,7 @@ def test_activations_that_are_not_finite():
     layer.weight.data = torch.tensor([[1., 0], [0, 2]])
     assert SparseLinearKernel(layer)(torch.tensor([[torch.inf, 1]])).tolist() == [[torch.inf, 2]]
     assert layer(torch.tensor([[torch.inf, 1]])).isnan().any()
-    assert SparseLinearKernel(layer, relu=True)(torch.tensor([torch.nan, 1])).isnan().tolist() == [True, False]
+    assert SparseLinearKernel(layer, 'relu')(torch.tensor([torch.nan, 1])).isnan().tolist() == [True, False]
 
 
 # As a module
@@ -207,6 +208,7 @@ def test_few_plans_are_kept():
     (lambda m, x: SparseConv(nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect')), ValueError, 'padding_mode'),
     (lambda m, x: SparseConv(nn.ConvTranspose2d(3, 4, 3)), TypeError, 'expected a Conv1d or Conv2d'),
     (lambda m, x: SparseConv(nn.Conv2d(3, 4, 3).half()), TypeError, 'layer: got weights of torch.float16'),
+    (lambda m, x: SparseConv(nn.Conv2d(3, 4, 3), 'gelu'), ValueError, "activation: got 'gelu'"),
     (lambda m, x: SparseConv(nn.Conv2d(3, 4, 3), tiling='x'), ValueError, "tiling: got 'x'"),
     (lambda m, x: SparseLinearKernel(nn.Linear(3, 4))(x), ValueError, r'expected \(..., 3\)'),
     (lambda m, x: SparseLinearKernel(nn.Conv2d(3, 4, 3)), TypeError, 'expected a Linear'),
@@ -277,7 +279,7 @@ def test_a_plan_that_does_not_fit_is_refused():
     plan = sparse._packed(code, (1, 8, 9, 9))
     assert code.check_convolution(plan.pointer) == 0
     huge, fields = 2 ** 62, {name for name, kind in plan.arguments._fields_ if kind is ctypes.c_int64}
-    for name in sorted(fields - {'relu', 'nonzeros', 'begins'}):
+    for name in sorted(fields - {'activation', 'transposed', 'nonzeros', 'begins'}):
         for value in (-1, huge, 2 ** 31):
             before = getattr(plan.arguments, name)
             setattr(plan.arguments, name, value)

@@ -22,7 +22,8 @@ def fold_norms(
 
     A weight that is zero stays zero, for its output channel is only scaled."""
     new = deepcopy(model)
-    pairs = _pairs(new, inputs)
+    found = followers(new, inputs, tuple(NORMS), tuple(NORMS.values())).items()
+    pairs = {conv: norm for conv, norm in found if _fits(conv, norm)}
     with evaluation_mode(new):
         for conv, norm in pairs.items():
             fused = fuse_conv_bn_eval(conv, norm)
@@ -34,30 +35,35 @@ def fold_norms(
     except ValueError: return model
 
 
-def _pairs(model, inputs):
-    "Run a model, and return {convolution: the BatchNorm that read its output}, each called once."
-    kinds = (*NORMS, *NORMS.values())
+def _fits(conv, norm): return type(norm) is NORMS[type(conv)] and norm.running_var is not None
+
+
+def followers(
+    model: nn.Module,
+    inputs: Inputs,
+    first: tuple,  # types of modules
+    second: tuple,  # types of modules
+) -> dict:  # {module of a first type: that of a second type which read its output}, each called once
+    "Run a model, and find the modules that come directly behind others."
     calls, made, pairs = {}, {}, {}
 
-    def note_output(conv, args, output):
-        calls[conv] = calls.get(conv, 0) + 1
-        made[id(output)] = conv, weakref.ref(output)  # an id may be that of another tensor later
+    def note_output(module, args, output):
+        calls[module] = calls.get(module, 0) + 1
+        made[id(output)] = module, weakref.ref(output)  # an id may be that of another tensor later
 
-    def note_input(norm, args):
-        calls[norm] = calls.get(norm, 0) + 1
-        conv, output = made.get(id(args[0]), (None, None)) if args else (None, None)
-        if conv is None or output() is not args[0] or NORMS[type(conv)] is not type(norm): return
-        pairs[conv] = norm
+    def note_input(module, args):
+        calls[module] = calls.get(module, 0) + 1
+        found = made.get(id(args[0])) if args else None
+        if found and found[1]() is args[0]: pairs[found[0]] = module
 
     hooks = []
     for module in model.modules():
-        if type(module) not in kinds: continue
-        if type(module) in NORMS: hooks.append(module.register_forward_hook(note_output))
-        elif module.running_var is not None: hooks.append(module.register_forward_pre_hook(note_input))
+        if type(module) in first: hooks.append(module.register_forward_hook(note_output))
+        if type(module) in second: hooks.append(module.register_forward_pre_hook(note_input))
     try: outputs(model, inputs)
     finally:
         for hook in hooks: hook.remove()
-    return {conv: norm for conv, norm in pairs.items() if calls[conv] == calls[norm] == 1}
+    return {before: module for before, module in pairs.items() if calls[before] == calls[module] == 1}
 
 
 def replace(

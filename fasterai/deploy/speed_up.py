@@ -10,7 +10,8 @@ from torch import nn
 from fasterai.arguments import Inputs, seconds_of
 from fasterai.deploy import kernels
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, outputs
-from fasterai.deploy.folding import fold_norms, replace
+from fasterai.deploy.folding import fold_norms, followers, replace
+from fasterai.deploy.kernels.layers import FUSED
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.snapshot import evaluation_mode
 from fasterai.tables import as_text
@@ -18,6 +19,7 @@ from fasterai.tables import as_text
 BLOCKS = (32, 16, 8, 4)  # sides of the blocks that are tried, the first that fits is taken
 MOST_NONZERO = .6  # share of the weights up to which a layer is tried
 MOST_STORED = 1.25  # numbers in the blocks that are stored, of the weights that are not zero
+SPARSE = nn.Linear, nn.Conv1d, nn.Conv2d
 HALF = frozenset((torch.float16, torch.bfloat16))
 TOLERANCE = 1e-4  # sums in another order, relative to the largest output
 
@@ -101,7 +103,7 @@ def realisations(
 ) -> dict:  # {name: function that builds it}
     "Find the other forms that a layer could take, on the device where it is."
     if type(layer) is nn.MaxPool2d: return _pooling(layer)
-    if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d): return {}  # a subclass may compute something else
+    if type(layer) not in SPARSE: return {}  # a subclass may compute something else
     weight = layer.weight.detach().flatten(1)
     if weight.is_cuda: return _on_gpu(layer, weight)
     if weight.device.type != 'cpu' or weight.dtype != torch.float32 or not weight.numel(): return {}
@@ -195,7 +197,9 @@ def speed_up(
         if kept in built: chosen[layer] = built[kept]
         tried = [*failed, *(f'{kind} {_ms(t)}' for kind, t in zip(built, times))]
         rows.append((names[0], _zeros(layer), _ms(dense), ', '.join(tried), kept))
+    activations = followers(new, inputs, SPARSE, tuple(FUSED)) if chosen else {}
     for layer, replacement in chosen.items(): new = replace(new, layer, replacement)
+    if chosen: new = _fused(new, chosen, activations, inputs, expected)
     if chosen: new, conclusion = _check(model, folded, new, inputs, expected, device, seconds)
     else: new, conclusion = model, NOTHING_FASTER
     if device.type == 'cpu' and not uses_kernels: conclusion += f'\nno sparse kernels: {kernels.why_not()}'
@@ -241,6 +245,20 @@ def _latencies(models, inputs, seconds, device):
 def _ms(latency): return f'{1e3 * latency.seconds:.3f} ms'
 
 
+def _fused(model, chosen, activations, inputs, expected):
+    "Return a copy whose sparse layers take over the activations behind them, or the model if that is wrong."
+    pairs = [(chosen[layer], activation) for layer, activation in activations.items() if layer in chosen]
+    pairs = [(layer, activation) for layer, activation in pairs if hasattr(layer, 'fuse')]
+    memo = {}
+    new = deepcopy(model, memo)
+    for layer, activation in pairs:
+        memo[id(layer)].fuse(activation)
+        replace(new, memo[id(activation)], nn.Identity())
+    # something else may have read what a layer returned before its activation
+    try: return new if pairs and agree(outputs(new, inputs), expected, 10 * TOLERANCE) else model
+    except ValueError: return model
+
+
 def _zeros(layer):
     weight = getattr(layer, 'weight', None)
     if weight is None: return ''
@@ -248,16 +266,25 @@ def _zeros(layer):
 
 
 def _check(model, folded, new, inputs, expected, device, seconds):
-    "Return the new model if it is right and faster as a whole, else the old one; and a sentence on it."
+    """Return the new model if it is right and faster as a whole, else a dense one; and a sentence on it.
+
+    Convolutions are compared in torch's other memory format too, which may be faster than their own."""
     try: correct = agree(outputs(new, inputs), expected, 10 * TOLERANCE)
     except ValueError: return model, READS_WEIGHTS
     if not correct: return model, OTHER_OUTPUTS
-    with evaluation_mode(folded, new):
-        old, now = _latencies([folded, new], inputs, max(1., seconds), device)
+    rivals = [folded]
+    if any(isinstance(m, nn.Conv2d) for m in folded.modules()):
+        rivals.append(deepcopy(folded).to(memory_format=torch.channels_last))
+    with evaluation_mode(*rivals, new):
+        *dense, now = _latencies([*rivals, new], inputs, max(1., seconds), device)
+    old, last = dense[0], dense[-1]
     conclusion = f'the whole model: {_ms(old)} before, {_ms(now)} after'
-    if not faster(now, old):
-        return model, f'{conclusion}, within the noise or slower, so all layers stay dense'
-    return new, f'{conclusion}: {old.seconds / now.seconds:.2f} × as fast'
+    if len(dense) > 1: conclusion += f' ({_ms(last)} in channels_last)'
+    if all(faster(now, rival) for rival in dense):
+        return new, f'{conclusion}: {old.seconds / now.seconds:.2f} × as fast'
+    if len(dense) > 1 and faster(last, old):
+        return rivals[-1], f'{conclusion}, so all layers stay dense and are in channels_last'
+    return model, f'{conclusion}, within the noise or slower, so all layers stay dense'
 
 
 def _table(rows, conclusion):

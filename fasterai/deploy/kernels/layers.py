@@ -8,13 +8,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasterai.deploy.kernels import loading as kernels
-from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, checked_weights
+from fasterai.deploy.kernels.plans import (
+    ACTIVATIONS,
+    ConvolutionPlan,
+    MatrixPlan,
+    PoolPlan,
+    Weights,
+    checked_weights,
+)
 from fasterai.deploy.kernels.tiling import Geometry, tiles
 
 PLANS = 4  # sizes of inputs that a layer keeps plans for
 MOST_VECTORS = 64  # candidates for the registers of a tile; the kernels say which there are
 FEW = 1  # inputs of a Linear up to which they are multiplied one by one
 TILINGS = 'default', 'other'
+ACTIVATED = {None: nn.Identity(), 'relu': F.relu, 'relu6': F.relu6}
+FUSED = {nn.ReLU: 'relu', nn.ReLU6: 'relu6'}
 
 
 class _Kernel(nn.Module):
@@ -86,8 +95,10 @@ _UNCHANGED = torch.zeros(0)
 class _Sparse(_Kernel):
     "Hold the weights that are not zero, by output channel."
 
-    def __init__(self, layer, relu, tiling):
+    def __init__(self, layer, activation, tiling):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {activation!r}, expected None, 'relu' or 'relu6'")
         if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
         if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu':
             raise TypeError(f'layer: got weights of {layer.weight.dtype} on {layer.weight.device}, '
@@ -99,8 +110,15 @@ class _Sparse(_Kernel):
         self.register_buffer('columns', position.int())
         self.register_buffer('values', weight[output, position])
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
-        self.size, self.relu, self.tiling = tuple(weight.shape), relu, tiling
+        self.size, self.activation, self.tiling = tuple(weight.shape), activation, tiling
         self.eval()
+
+    def fuse(self,
+        activation: nn.Module,  # a ReLU or ReLU6 that nothing else comes before
+    ):
+        "Take over what an activation does with the outputs."
+        self.activation = FUSED[type(activation)]
+        self._forget()
 
     @property
     def unstored(self):
@@ -150,11 +168,11 @@ class SparseConv(_Sparse):
 
     def __init__(self,
         layer: nn.Conv1d | nn.Conv2d,  # the dense layer; its padding is with zeros
-        relu: bool = False,  # set negative outputs to zero
+        activation: str | None = None,  # 'relu' or 'relu6': what is done with the outputs
         tiling: str = 'default',  # 'default' or 'other': a second way to split the outputs, faster for some sizes
     ):
         _check_convolution(layer)
-        super().__init__(layer, relu, tiling)
+        super().__init__(layer, activation, tiling)
         self.axes = layer.weight.ndim - 2
         kernel, stride, dilation = (_two(getattr(layer, n)) for n in ('kernel_size', 'stride', 'dilation'))
         padding = _four(layer.padding, kernel, dilation)
@@ -195,7 +213,7 @@ class SparseConv(_Sparse):
         if _reads_each_place_once(geometry): height, width = 1, height * width  # the map is one row
         shape = images, height, width
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
-                               weights, self.relu)
+                               weights, self.activation)
 
     def _dense(self, x, y, add):
         geometry = self.geometry
@@ -205,13 +223,13 @@ class SparseConv(_Sparse):
         found = F.conv2d(F.pad(images, (left, right, top, bottom)), weight, self.bias, geometry.stride, 0,
                          geometry.dilation, geometry.groups).view(y.shape)
         if add is not None: found += add
-        y.copy_(found.relu() if self.relu else found)
+        y.copy_(ACTIVATED[self.activation](found))
 
     def extra_repr(self):
         g = self.geometry
         return (f'{g.channels}, {g.outputs}, kernel_size={g.kernel}, stride={g.stride}, '
                 f'padding={g.padding[:2]}, groups={g.groups}, values={self.values.numel()}, '
-                f'relu={self.relu}, tiling={self.tiling!r}')
+                f'activation={self.activation!r}, tiling={self.tiling!r}')
 
 
 def _check_convolution(layer):
@@ -264,12 +282,12 @@ class SparseLinearKernel(_Sparse):
 
     def __init__(self,
         layer: nn.Linear,  # the dense layer
-        relu: bool = False,  # set negative outputs to zero
+        activation: str | None = None,  # 'relu' or 'relu6': what is done with the outputs
         tiling: str = 'default',  # 'default' or 'other', as of SparseConv
     ):
         if type(layer) is not nn.Linear:
             raise TypeError(f'layer: got {type(layer).__name__}, expected a Linear')
-        super().__init__(layer, relu, tiling)
+        super().__init__(layer, activation, tiling)
 
     def _new_plan(self, x):  # (..., inputs) → (..., outputs)
         outputs, inputs = self.size
@@ -278,7 +296,7 @@ class SparseLinearKernel(_Sparse):
         count, code = math.prod(x.shape[:-1]), kernels.library()
         if not count or not outputs: run = _nothing
         elif code is None: run = self._dense
-        elif count <= FEW: run = MatrixPlan(code, inputs, count, self._weights(), self.relu).run
+        elif count <= FEW: run = MatrixPlan(code, inputs, count, self._weights(), self.activation).run
         else: run = self._packed(code, count).run
         return _Call(run, (*x.shape[:-1], outputs), self.values)
 
@@ -286,15 +304,15 @@ class SparseLinearKernel(_Sparse):
         geometry, weights = Geometry(self.size[1], self.size[0], (1, 1)), self._weights()
         shape = 1, 1, count  # the items of a batch are the places of one row
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
-                               weights, self.relu, transposed=True)
+                               weights, self.activation, transposed=True)
 
     def _dense(self, x, y, add):
         found = F.linear(x, self._dense_weight(self.size), self.bias)
-        y.copy_(found.relu() if self.relu else found)
+        y.copy_(ACTIVATED[self.activation](found))
 
     def extra_repr(self):
         return (f'in_features={self.size[1]}, out_features={self.size[0]}, values={self.values.numel()}, '
-                f'relu={self.relu}, tiling={self.tiling!r}')
+                f'activation={self.activation!r}, tiling={self.tiling!r}')
 
 
 class MaxPool(_Kernel):

@@ -25,14 +25,14 @@ class Convolution(ctypes.Structure):
         *_integers('images channels height width outputs out_height out_width'),
         *_integers('kernel_width stride_y stride_x dilation_x top left'),
         *_integers('rows columns abreast row_length vectors'),
-        *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs relu transposed'),
+        *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs activation transposed'),
         ('input_rows', c_void_p), ('chunk', c_void_p), ('begin', c_void_p),
         ('offset', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
 
 
 class Matrix(ctypes.Structure):
     "Hold the arguments of a matrix-vector product as the C code has them."
-    _fields_ = [*_integers('inputs outputs nonzeros wide relu'),
+    _fields_ = [*_integers('inputs outputs nonzeros wide activation'),
                 ('begin', c_void_p), ('column', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from fasterai.deploy.kernels import loading as kernels
 from fasterai.deploy.kernels.tiling import Geometry, Tile, panel_rows, plane_floats
 
+ACTIVATIONS = {None: 0, 'relu': 1, 'relu6': 2}  # as the C code has them
 ITEMS = 4  # pieces of work for each thread, or the last one is waited for
 ROW_COST = 4  # weights that take as long as an output channel does without any
 
@@ -71,7 +72,7 @@ class ConvolutionPlan(_Plan):
         shape: tuple,  # of the input: images, height, width
         tile: Tile,
         weights: Weights,
-        relu: bool = False,
+        activation: str | None = None,  # a key of `ACTIVATIONS`
         transposed: bool = False,  # inputs and outputs are those of a Linear: (places, channels)
     ):
         self.tile, self.code = tile, code
@@ -86,7 +87,8 @@ class ConvolutionPlan(_Plan):
             geometry.kernel[1], *geometry.stride, geometry.dilation[1], *geometry.padding[:2],
             tile.rows, tile.columns, tile.abreast, tile.row_length, tile.vectors,
             len(inputs), tile.channels, len(chunk), len(arrays['begin']), len(arrays['value']),
-            int((chunk[:, 3] - chunk[:, 2]).max()), relu, transposed)
+            int((chunk[:, 3] - chunk[:, 2]).max()), ACTIVATIONS[activation],
+            transposed)
         super().__init__(arguments, weights.begin, arrays)
         kernels.checked(code.check_convolution(self.pointer))
         self.scratch = code.convolution_scratch(self.pointer)
@@ -144,12 +146,12 @@ def _chunks(geometry, tile):
 class MatrixPlan(_Plan):
     "Hold the weights of a Linear for few inputs at a time, and call it."
 
-    def __init__(self, code, inputs, vectors, weights, relu=False):
+    def __init__(self, code, inputs, vectors, weights, activation=None):
         self.code, self.vectors = code, vectors
         wide = inputs > 1 << 16
         column = weights.position.astype(np.uint32 if wide else np.uint16)
         outputs = len(weights.begin) - 1
-        arguments = kernels.Matrix(inputs, outputs, len(column), wide, relu)
+        arguments = kernels.Matrix(inputs, outputs, len(column), wide, ACTIVATIONS[activation])
         arrays = {'begin': weights.begin, 'column': column, 'value': weights.value, 'bias': weights.bias}
         super().__init__(arguments, weights.begin, arrays)
         kernels.checked(code.check_matrix(self.pointer))

@@ -36,6 +36,22 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+// What is done with an output: negative ones become zero, and those above six become six. NaN stays NaN.
+enum Activation { NONE, RELU, RELU6 };
+INLINE float activated(float v, int64_t activation) {
+    if (activation != NONE && v < 0) v = 0;
+    if (activation == RELU6 && v > 6) v = 6;
+    return v;
+}
+#define ACTIVATE(Type, v, activation) { \
+    const Type six = 6 - (Type){0}; \
+    if (activation != NONE) v = (Type)((Type##Mask)v & ~(Type##Mask)(v < (Type){0})); \
+    if (activation == RELU6) { \
+        Type##Mask above = (Type##Mask)(v > six); \
+        v = (Type)(((Type##Mask)v & ~above) | ((Type##Mask)six & above)); \
+    } \
+}
+
 // Vectors that may lie anywhere in memory, so `aligned(4)`; the compiler makes of them what the processor has.
 #define VECTOR(name, lanes) \
     typedef float name __attribute__((vector_size(4 * (lanes)), aligned(4), may_alias)); \
@@ -119,7 +135,7 @@ typedef struct {
     int64_t kernel_width, stride_y, stride_x, dilation_x, top, left;  // top, left: of the padding
     int64_t rows, columns, abreast;  // a tile: rows × columns of outputs, of as many images abreast
     int64_t row_length, vectors;  // floats of a row in the panel; vectors of a tile in registers
-    int64_t panel_rows, panel_channels, chunks, begins, nonzeros, most_outputs, relu;
+    int64_t panel_rows, panel_channels, chunks, begins, nonzeros, most_outputs, activation;
     int64_t transposed;  // 1 for a map of one row whose places come first in memory, then channels: items of a Linear
     const int64_t *input_rows;  // of each panel row, relative to the tile's first
     const Chunk *chunk;
@@ -318,14 +334,14 @@ static void find_whole(const Convolution *p, Source *source, int64_t before, con
 #define FINISH(Type, j) { \
     Type v = *(const Type *)(sums + (j)) + bias; \
     if (add) v += *(const Type *)(add + (j)); \
-    if (relu) v = (Type)((Type##Mask)v & ~(Type##Mask)(v < (Type){0})); \
+    ACTIVATE(Type, v, activation) \
     *(Type *)(y + (j)) = v; \
 }
 
-// Write n outputs: add a bias and a row of another tensor, set what is negative to zero. NaN stays NaN.
+// Write n outputs: add a bias and a row of another tensor, and activate them.
 // The last block overlaps the one before, so that no output is computed alone.
 INLINE void finish_row(float *restrict y, const float *restrict sums, const float *restrict add,
-                       int64_t n, float bias, int relu) {
+                       int64_t n, float bias, int activation) {
     int64_t j = 0;
     if (n >= LANES) {
         for (; j + LANES <= n; j += LANES) FINISH(Vector, j)
@@ -337,8 +353,7 @@ INLINE void finish_row(float *restrict y, const float *restrict sums, const floa
         for (; j + 4 <= n; j += 4) FINISH(Quarter, j)
         if (j < n) FINISH(Quarter, n - 4)
     } else for (; j < n; j++) {
-        float v = sums[j] + bias + (add ? add[j] : 0);
-        y[j] = relu && v < 0 ? 0 : v;
+        y[j] = activated(sums[j] + bias + (add ? add[j] : 0), activation);
     }
 }
 
@@ -372,7 +387,7 @@ static void pack_items(const Convolution *p, const float *x, int64_t items, int6
 
 // Write outputs of items that lie one after the other, four items and four outputs at once.
 INLINE void finish_items(const Convolution *p, float *y, const float *sums, int64_t first, int64_t end, int64_t items,
-                         int relu) {
+                         int activation) {
     const int64_t step = p->outputs, tile = tile_floats(p);
     const float *bias = p->bias;
     for (int64_t start = first; start < end; start += 16) {  // outputs of a cache line
@@ -384,18 +399,18 @@ INLINE void finish_items(const Convolution *p, float *y, const float *sums, int6
                 turn(sums + (o - first) * tile + j, tile, turned);
                 for (int i = 0; i < 4; i++) {
                     Quarter v = turned[i] + add;
-                    if (relu) v = (Quarter)((QuarterMask)v & ~(QuarterMask)(v < (Quarter){0}));
+                    ACTIVATE(Quarter, v, activation)
                     *(Quarter *)(y + (j + i) * step + o) = v;
                 }
             }
             for (; o < stop; o++) for (int i = 0; i < 4; i++) {
                 float v = sums[(o - first) * tile + j + i] + (bias ? bias[o] : 0);
-                y[(j + i) * step + o] = relu && v < 0 ? 0 : v;
+                y[(j + i) * step + o] = activated(v, activation);
             }
         }
         for (; j < items; j++) for (int64_t o = start; o < stop; o++) {
             float v = sums[(o - first) * tile + j] + (bias ? bias[o] : 0);
-            y[j * step + o] = relu && v < 0 ? 0 : v;
+            y[j * step + o] = activated(v, activation);
         }
     }
 }
@@ -414,7 +429,8 @@ static Place place_of(const Convolution *p, int64_t tile) {
     return place;
 }
 
-INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_t output, const float *sums, int relu) {
+INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_t output, const float *sums,
+                          int activation) {
     float bias = p->bias ? p->bias[output] : 0;
     int64_t columns = p->out_width - at.x < p->columns ? p->out_width - at.x : p->columns;
     int64_t rows = p->out_height - at.y < p->rows ? p->out_height - at.y : p->rows;
@@ -427,7 +443,7 @@ INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_
         for (int64_t r = 0; r < rows; r++) {
             int64_t to = first + r * p->out_width;
             const float *add = job->add ? job->add + to : 0;
-            finish_row(job->y + to, sums + r * p->row_length + q * p->columns, add, columns, bias, relu);
+            finish_row(job->y + to, sums + r * p->row_length + q * p->columns, add, columns, bias, activation);
         }
     }
 }
@@ -466,8 +482,11 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
             int64_t items = p->width - at.x < p->columns ? p->width - at.x : p->columns;
             pack_items(p, job->x + at.x * p->channels + chunk->first_channel, items, channels, panel);
             accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
-            if (chunk->closes && p->relu) finish_items(p, job->y + at.x * p->outputs, sums, first, end, items, 1);
-            else if (chunk->closes) finish_items(p, job->y + at.x * p->outputs, sums, first, end, items, 0);
+            float *y = job->y + at.x * p->outputs;
+            if (!chunk->closes) continue;
+            if (p->activation == NONE) finish_items(p, y, sums, first, end, items, NONE);
+            else if (p->activation == RELU) finish_items(p, y, sums, first, end, items, RELU);
+            else finish_items(p, y, sums, first, end, items, RELU6);
             continue;
         }
         source.whole_from = 0, source.whole_to = channels;
@@ -481,8 +500,9 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
         if (!chunk->closes) continue;
         for (int64_t o = first; o < end; o++) {
             const float *tile = sums + (o - first) * tile_floats(p);
-            if (p->relu) finish_output(job, p, at, o, tile, 1);
-            else finish_output(job, p, at, o, tile, 0);
+            if (p->activation == NONE) finish_output(job, p, at, o, tile, NONE);
+            else if (p->activation == RELU) finish_output(job, p, at, o, tile, RELU);
+            else finish_output(job, p, at, o, tile, RELU6);
         }
     }
 }
@@ -553,7 +573,7 @@ int64_t convolution_scratch(const Convolution *p) { return round_up(worker_bytes
 
 int64_t convolution_tiles(const Convolution *p) { return tiles_of(p); }
 
-// Compute y = relu(convolution(x) + bias + add); the plan was checked, lengths are in floats.
+// Compute y = activation(convolution(x) + bias + add); the plan was checked, lengths are in floats.
 int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *y, int64_t y_length, const float *add,
                  const int64_t *cuts, int64_t pieces, char *scratch, int64_t scratch_bytes, int64_t threads, Start start) {
     if (x_length != p->images * p->channels * p->height * p->width) return BAD_LENGTH;
@@ -573,7 +593,7 @@ int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *
 // --- matrix-vector product -----------------------------------------------------------------------------------------
 
 typedef struct {
-    int64_t inputs, outputs, nonzeros, wide, relu;  // wide: columns have 32 bits, else 16
+    int64_t inputs, outputs, nonzeros, wide, activation;  // wide: columns have 32 bits, else 16
     const int32_t *begin;  // outputs + 1
     const void *column;
     const float *value;
@@ -608,7 +628,7 @@ static void multiply_item(const Job *job, int64_t item, char *scratch) {
     float *y = job->y + vector * p->outputs;
     for (int64_t o = job->cuts[piece]; o < job->cuts[piece + 1]; o++) {
         float sum = dot(p, x, p->begin[o], p->begin[o + 1]) + (p->bias ? p->bias[o] : 0);
-        y[o] = p->relu && sum < 0 ? 0 : sum;
+        y[o] = activated(sum, p->activation);
     }
 }
 
@@ -623,7 +643,7 @@ int64_t check_matrix(const Matrix *p) {
     return FINE;
 }
 
-// Compute y = relu(matrix @ x + bias) for each of `vectors` rows x; the matrix was checked.
+// Compute y = activation(matrix @ x + bias) for each of `vectors` rows x; the matrix was checked.
 int64_t multiply(const Matrix *p, const float *x, int64_t x_length, float *y, int64_t y_length, int64_t vectors,
                  const int64_t *cuts, int64_t pieces, int64_t threads, Start start) {
     if (vectors < 1 || x_length != times(vectors, p->inputs) || y_length != times(vectors, p->outputs)) return BAD_LENGTH;
