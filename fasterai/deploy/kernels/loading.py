@@ -26,7 +26,7 @@ class Convolution(ctypes.Structure):
         *_integers('kernel_width stride_y stride_x dilation_x top left'),
         *_integers('rows columns abreast row_length vectors'),
         *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs activation transposed'),
-        ('input_rows', c_void_p), ('chunk', c_void_p), ('begin', c_void_p),
+        ('input_rows', c_void_p), ('chunk', c_void_p), ('used', c_void_p), ('begin', c_void_p),
         ('offset', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
 
 

@@ -124,8 +124,9 @@ def _packed(geometry, tile, weights, plane, row_offset):
     order = np.argsort(found, kind='stable')
     slot = chunk[found, 4] + output - chunk[found, 2] + 1
     begin = np.cumsum(np.bincount(slot, minlength=begins[-1]))
-    return {'chunk': chunk, 'begin': begin.astype(np.int32), 'offset': offset[order].astype(np.uint16),
-            'value': weights.value[order]}
+    used = np.bincount(channel * width + place % width, minlength=geometry.channels * width) > 0
+    return {'chunk': chunk, 'used': used.astype(np.uint8), 'begin': begin.astype(np.int32),
+            'offset': offset[order].astype(np.uint16), 'value': weights.value[order]}
 
 
 def _chunks(geometry, tile):

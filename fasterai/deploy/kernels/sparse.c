@@ -139,6 +139,7 @@ typedef struct {
     int64_t transposed;  // 1 for a map of one row whose places come first in memory, then channels: items of a Linear
     const int64_t *input_rows;  // of each panel row, relative to the tile's first
     const Chunk *chunk;
+    const uint8_t *used;  // of each channel and column of the kernel: whether any weight reads it; others are not packed
     const int32_t *begin;
     const uint16_t *offset;  // in floats from the panel's begin
     const float *value;
@@ -269,12 +270,15 @@ typedef struct {
 } Source;
 
 // Vectors are written to the panel, and may be anything to the compiler: what is read between is in variables.
-INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t plane, const Move *moves, float *to,
-                           int64_t stride, int64_t blocks, int64_t abreast, int whole) {
+INLINE float *pack_channel(const Convolution *p, const Source *source, const uint8_t *used, int64_t plane,
+                           const Move *moves, float *to, int64_t stride, int64_t blocks, int64_t abreast, int whole) {
     const int64_t kernel_width = p->kernel_width, panel_rows = p->panel_rows;
     const int64_t columns = p->columns, row_length = p->row_length;
-    const int64_t gap = plane_floats(p) - panel_rows * row_length;
-    for (int64_t k = 0; k < kernel_width; k++, moves += blocks, to += gap) {
+    const int64_t length = plane_floats(p);
+    float *after = to;
+    for (int64_t k = 0; k < kernel_width; k++, moves += blocks) {
+        to = after, after += length;
+        if (!used[k]) continue;
         for (int64_t r = 0; r < panel_rows; r++, to += row_length) {
             int64_t from = source->rows[r];
             for (int64_t q = 0; q < abreast; q++) {
@@ -288,24 +292,26 @@ INLINE float *pack_channel(const Convolution *p, const Source *source, int64_t p
             }
         }
     }
-    return to;
+    return after;
 }
 
-INLINE void pack_channels(const Convolution *p, const Source *source, int64_t channels, const Move *moves, float *to,
+INLINE void pack_channels(const Convolution *p, const Source *source, const Chunk *chunk, const Move *moves, float *to,
                           int64_t stride, int64_t blocks, int64_t abreast) {
-    for (int64_t c = 0; c < channels; c++) {
+    const uint8_t *used = p->used + chunk->first_channel * p->kernel_width;
+    int64_t channels = chunk->end_channel - chunk->first_channel;
+    for (int64_t c = 0; c < channels; c++, used += p->kernel_width) {
         int64_t plane = c * p->height * p->width;
         if (c >= source->whole_from && c < source->whole_to)
-            to = pack_channel(p, source, plane, moves, to, stride, blocks, abreast, 1);
+            to = pack_channel(p, source, used, plane, moves, to, stride, blocks, abreast, 1);
         else
-            to = pack_channel(p, source, plane, moves, to, stride, blocks, abreast, 0);
+            to = pack_channel(p, source, used, plane, moves, to, stride, blocks, abreast, 0);
     }
 }
 
 // Fill the panel; the usual strides and numbers of blocks are constants to the compiler.
-static void pack(const Convolution *p, const Source *source, int64_t channels, const Move *moves, float *to) {
+static void pack(const Convolution *p, const Source *source, const Chunk *chunk, const Move *moves, float *to) {
     int64_t blocks = blocks_of(p);
-    #define PACK(condition, ...) if (condition) { pack_channels(p, source, channels, moves, to, __VA_ARGS__); return; }
+    #define PACK(condition, ...) if (condition) { pack_channels(p, source, chunk, moves, to, __VA_ARGS__); return; }
     PACK(p->stride_x == 1 && blocks == 1 && p->abreast == 1, 1, 1, 1)
     PACK(p->stride_x == 1 && blocks == 2 && p->abreast == 1, 1, 2, 1)
     PACK(p->stride_x == 1 && blocks == 4 && p->abreast == 1, 1, 4, 1)
@@ -495,7 +501,7 @@ static void convolve_item(const Job *job, int64_t item, char *scratch) {
             source.image[q] = at.image + q < p->images ? job->x + before : 0;
             if (source.image[q]) find_whole(p, &source, before, moves, first_row, last_row);
         }
-        pack(p, &source, channels, moves, panel);
+        pack(p, &source, chunk, moves, panel);
         accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
         if (!chunk->closes) continue;
         for (int64_t o = first; o < end; o++) {

@@ -1,6 +1,7 @@
 "Choose how many outputs a convolution computes at once."
 from collections.abc import Iterator
 from functools import cache
+from math import exp
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +141,9 @@ def _cycles(tile, geometry, shape, nonzeros, lanes):
     blocks = -(-tile.columns // lanes)
     lines = tile.columns * geometry.stride[1] / LINE + 1
     rows = tile.abreast * len(panel_rows(geometry, tile.rows)[0])
-    pack = geometry.channels * rows * (geometry.kernel[1] * blocks + 8 * lines)
+    planes = geometry.channels * geometry.kernel[1]
+    used = 1 - exp(-nonzeros / planes)  # share of the planes that any weight reads, where weights are anywhere
+    pack = used * geometry.channels * rows * (geometry.kernel[1] * blocks + 8 * lines)
     return count * (multiply + sums + finish + pack)
 
 
