@@ -37,7 +37,9 @@ def built(
             # another process may have been faster
             if not _is_whole(library): _compile(compiler, flags, library)
         return library
-    except OSError as error: raise Unavailable(f'the cache cannot be used: {error}') from error
+    # without a home folder there is a RuntimeError
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f'the cache cannot be used: {error}') from error
 
 
 def _key(compiler, flags):

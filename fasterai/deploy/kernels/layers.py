@@ -39,7 +39,7 @@ class _Kernel(nn.Module):
     def _forget(self): self._plans, self._lock = {}, threading.Lock()
 
     def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k not in ('_plans', '_lock')}
+        return {name: value for name, value in self.__dict__.items() if name not in ('_plans', '_lock')}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -105,7 +105,7 @@ class _Sparse(_Kernel):
                             'expected torch.float32 on cpu')
         weight = layer.weight.detach().flatten(1)
         output, position = weight.nonzero(as_tuple=True)
-        begin = torch.searchsorted(output, torch.arange(len(weight) + 1))
+        begin = torch.searchsorted(output, torch.arange(len(weight) + 1, device=weight.device))
         self.register_buffer('rows', begin.int())
         self.register_buffer('columns', position.int())
         self.register_buffer('values', weight[output, position])
@@ -153,9 +153,9 @@ class _Sparse(_Kernel):
         "Return the weight with its zeros, for a machine that has no kernels."
         kernels.warn_once(f'no sparse kernels, so layers are computed dense: {kernels.why_not()}')
         weights = self._weights()
-        weight = torch.zeros(self.size)
-        output = torch.repeat_interleave(torch.arange(self.size[0]), torch.from_numpy(np.diff(weights.begin)))
-        weight[output, self.columns.long()] = self.values
+        weight = self.values.new_zeros(self.size)
+        output = np.repeat(np.arange(self.size[0]), np.diff(weights.begin))
+        weight[torch.from_numpy(output), self.columns.long()] = self.values
         return weight.view(shape)
 
 

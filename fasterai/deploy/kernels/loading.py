@@ -131,7 +131,7 @@ def scratch(
     try: found = _memory.scratch
     except AttributeError: found = 0, 0
     if found[1] < count:
-        _memory.tensor = torch.empty(count, dtype=torch.uint8)
+        _memory.tensor = torch.empty(count, dtype=torch.uint8, device='cpu')
         _memory.scratch = found = _memory.tensor.data_ptr(), count
     return found
 

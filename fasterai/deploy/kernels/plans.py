@@ -48,14 +48,15 @@ class _Plan:
     "Hold arguments of the C code, and the arrays that they point to."
 
     def __init__(self, arguments, begin, arrays):
-        self.arguments, self._begin, self._arrays, self._pieces = arguments, begin, arrays, {}
+        self.arguments, self._begin, self._arrays = arguments, begin, arrays
+        self._cuts, self._pieces = {}, {}
         for name, array in arrays.items(): setattr(arguments, name, address(array))
         self.pointer = ctypes.addressof(arguments)
 
     def _cut(self, threads, pieces):
         "Return where the pieces of the outputs begin, as the C code has it, and how many there are."
-        found = cuts(self._begin, pieces)
-        self._arrays[threads] = found  # the C code has a pointer
+        # the C code has a pointer, so what another thread has put there must not be replaced
+        found = self._cuts.setdefault(threads, cuts(self._begin, pieces))
         self._pieces[threads] = found.ctypes.data, pieces
         return self._pieces[threads]
 
