@@ -11,8 +11,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent / 'sparse.c'
 FLAGS = ('-std=gnu11', '-O3', '-fPIC', '-shared', '-fno-math-errno', '-fno-trapping-math')
-# how compilers are asked for all that this processor has; the first that the compiler takes. Without the second
-# flag clang computes vectors of 512 bits in halves.
+# how compilers are asked for all that this processor has; the first that the compiler takes. Without the
+# second flag clang computes vectors of 512 bits in halves.
 NATIVE = (('-march=native', '-mprefer-vector-width=512'), ('-march=native',), ('-mcpu=native',), ())
 VARIANTS = {'native': (), 'avx2': ('-mno-avx512f', '-DLANES=8'), 'plain': ('-DLANES=4',)}
 PATIENCE = 120  # seconds that a compiler may take
