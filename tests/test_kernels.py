@@ -166,7 +166,7 @@ def test_it_is_copied_pickled_and_runs_elsewhere():
     y = layer(x)
     assert torch.equal(deepcopy(layer)(x), y) and torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
     with torch.inference_mode(): assert torch.equal(layer(x), y) and torch.equal(deepcopy(layer)(x), y)
-    with ThreadPoolExecutor(4) as pool: assert all(torch.equal(found, y) for found in pool.map(layer, [x] * 20))
+    with ThreadPoolExecutor(4) as pool: assert all(torch.equal(found, y) for found in pool.map(deepcopy(layer), [x] * 20))
     for way in ('fork', 'spawn'):
         with multiprocessing.get_context(way).Pool(1) as pool:
             assert torch.equal(pool.apply(in_child, (layer, x)), y), way
@@ -271,6 +271,26 @@ def test_a_convolution_writes_only_its_outputs(case, which, pieces):
         place_after = np.append(place, 10 ** 6)  # one piece more ends behind the outputs
         wrong[6] = place_after.ctypes.data
         assert code.convolve(*wrong) != 0 and (y.all == MARK).all()
+
+
+@needs_kernels
+@cases
+@given(size, st.integers(1, 40), st.integers(1, 140), st.sampled_from(TILINGS))
+def test_a_linear_writes_only_its_outputs(inputs, outputs, count, tiling):
+    torch.manual_seed(count)
+    layer, x, code = zeroed(nn.Linear(inputs, outputs), .5), torch.randn(count, inputs), kernels.library()
+    sparse, exact = SparseLinearKernel(layer, tiling=tiling), expected(layer, x)
+    plan = sparse._packed(code, count)
+    y, scratch = Guarded(exact.numel()), Guarded(plan.scratch // 4)
+    place = cuts(sparse._weights().begin, 1)
+    arguments = [plan.pointer, x.data_ptr(), x.numel(), y.pointer, exact.numel(), None, place.ctypes.data, 1, scratch.pointer, plan.scratch, 1, None]
+    assert code.convolve(*arguments) == 0 and y.untouched() and scratch.untouched()
+    assert_close(y.inside.view(exact.shape), exact)
+    y = Guarded(outputs)
+    plan = MatrixPlan(code, inputs, 1, sparse._weights())
+    assert code.multiply(plan.pointer, x.data_ptr(), inputs, y.pointer, outputs, 1, place.ctypes.data, 1, 1, None) == 0
+    assert y.untouched()
+    assert_close(y.inside, exact[0])
 
 
 @needs_kernels
