@@ -267,6 +267,7 @@ typedef struct {
     const float *image[MOST_ABREAST];  // of each image abreast the chunk's first channel, or null
     int64_t whole_from, whole_to;  // channels of the chunk of which whole vectors may be read
     int64_t rows[MOST_ROWS];  // of each panel row: offset of the input's row, or -1
+    int64_t first_row, last_row;  // the smallest and the largest of them
 } Source;
 
 // Vectors are written to the panel, and may be anything to the compiler: what is read between is in variables.
@@ -327,12 +328,11 @@ static void pack(const Convolution *p, const Source *source, const Chunk *chunk,
 }
 
 // Find the channels of a chunk of which whole vectors may be read: such a read may leave its row, not the tensor.
-static void find_whole(const Convolution *p, Source *source, int64_t before, const Move *moves,
-                       int64_t first_row, int64_t last_row) {
+static void find_whole(const Convolution *p, Source *source, int64_t before, const Move *moves) {
     int64_t plane = p->height * p->width, total = p->images * p->channels * plane;
     int64_t lowest = moves[0].from, reach = p->stride_x <= 2 ? p->stride_x * LANES : 1;
     int64_t highest = moves[p->kernel_width * blocks_of(p) - 1].from + reach;
-    int64_t start = before + first_row + lowest, stop = before + last_row + highest;
+    int64_t start = before + source->first_row + lowest, stop = before + source->last_row + highest;
     while (source->whole_from < source->whole_to && start + source->whole_from * plane < 0) source->whole_from++;
     while (source->whole_to > source->whole_from && stop + (source->whole_to - 1) * plane > total) source->whole_to--;
 }
@@ -375,10 +375,11 @@ INLINE void turn(const float *from, int64_t step, Quarter out[4]) {
     out[3] = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
 }
 
-// Fill the panel with channels of items that lie one after the other.
-static void pack_items(const Convolution *p, const float *x, int64_t items, int64_t channels, float *to) {
-    const int64_t row_length = plane_floats(p), step = p->channels;
+// Fill the panel with a chunk's channels of items that lie one after the other.
+static void pack_items(const Convolution *p, const float *x, int64_t first, int64_t items, const Chunk *chunk, float *to) {
+    const int64_t row_length = plane_floats(p), step = p->channels, channels = chunk->end_channel - chunk->first_channel;
     int64_t j = 0;
+    x += first * step + chunk->first_channel;
     for (; j + 4 <= items; j += 4, x += 4 * step) {
         int64_t c = 0;
         for (; c + 4 <= channels; c += 4) {
@@ -454,62 +455,75 @@ INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_
     }
 }
 
+// Say which rows of the input a tile reads.
+static void find_rows(const Convolution *p, Place at, Source *source) {
+    source->first_row = -1, source->last_row = 0;
+    for (int64_t r = 0; r < p->panel_rows; r++) {
+        int64_t row = p->stride_y * at.y - p->top + p->input_rows[r];
+        source->rows[r] = row < 0 || row >= p->height ? -1 : row * p->width;
+        if (source->rows[r] < 0) continue;
+        if (source->first_row < 0 || source->rows[r] < source->first_row) source->first_row = source->rows[r];
+        if (source->rows[r] > source->last_row) source->last_row = source->rows[r];
+    }
+    if (source->first_row < 0) source->first_row = 0;
+}
+
+// Say where the images of a chunk are.
+static void find_images(const Job *job, Place at, const Chunk *chunk, const Move *moves, Source *source) {
+    const Convolution *p = job->plan;
+    source->whole_from = 0, source->whole_to = chunk->end_channel - chunk->first_channel;
+    for (int64_t q = 0; q < p->abreast; q++) {
+        int64_t before = ((at.image + q) * p->channels + chunk->first_channel) * p->height * p->width;
+        source->image[q] = at.image + q < p->images ? job->x + before : 0;
+        if (source->image[q]) find_whole(p, source, before, moves);
+    }
+}
+
+static int64_t items_of(const Convolution *p, Place at) {
+    return p->width - at.x < p->columns ? p->width - at.x : p->columns;
+}
+
+// Write the outputs from `first` to `end`, whose sums are complete.
+INLINE void finish(const Job *job, Place at, int64_t first, int64_t end, const float *sums, int activation) {
+    const Convolution *p = job->plan;
+    if (p->transposed) {
+        finish_items(p, job->y + at.x * p->outputs, sums, first, end, items_of(p, at), activation);
+        return;
+    }
+    for (int64_t o = first; o < end; o++)
+        finish_output(job, p, at, o, sums + (o - first) * tile_floats(p), activation);
+}
+
+// Compute one tile for one piece of the outputs.
 static void convolve_item(const Job *job, int64_t item, char *scratch) {
     const Convolution *p = job->plan;
-    int64_t tiles = job->items / job->pieces, plane = p->height * p->width;
+    const Accumulate accumulate = ACCUMULATES[p->vectors];
+    int64_t tiles = job->items / job->pieces;
     int64_t first_output = job->cuts[item / tiles], end_output = job->cuts[item / tiles + 1];
     Place at = place_of(p, item % tiles);
-    char *free_from = aligned(scratch);
-    Move *moves = (Move *)free_from;
-    float *panel = (float *)(free_from + moves_bytes(p));
-    float *sums = (float *)(free_from + moves_bytes(p) + panel_bytes(p));
-    int64_t first_row = -1, last_row = 0;
+    Move *moves = (Move *)aligned(scratch);
+    float *panel = (float *)((char *)moves + moves_bytes(p));
+    float *sums = (float *)((char *)panel + panel_bytes(p));
     Source source;
 
     find_moves(p, at.x, moves);
-    for (int64_t r = 0; r < p->panel_rows; r++) {
-        int64_t row = p->stride_y * at.y - p->top + p->input_rows[r];
-        source.rows[r] = row < 0 || row >= p->height ? -1 : row * p->width;
-        if (source.rows[r] < 0) continue;
-        if (first_row < 0 || source.rows[r] < first_row) first_row = source.rows[r];
-        if (source.rows[r] > last_row) last_row = source.rows[r];
-    }
-    if (first_row < 0) first_row = 0;
-
+    find_rows(p, at, &source);
     for (int64_t c = 0; c < p->chunks; c++) {
         const Chunk *chunk = p->chunk + c;
         int64_t first = chunk->first_output > first_output ? chunk->first_output : first_output;
         int64_t end = chunk->end_output < end_output ? chunk->end_output : end_output;
-        int64_t channels = chunk->end_channel - chunk->first_channel;
         if (first >= end) continue;
+        if (p->transposed) pack_items(p, job->x, at.x, items_of(p, at), chunk, panel);
+        else {
+            find_images(job, at, chunk, moves, &source);
+            pack(p, &source, chunk, moves, panel);
+        }
         const int32_t *begin = p->begin + chunk->begins + (first - chunk->first_output);
-        Accumulate accumulate = ACCUMULATES[p->vectors];
-        if (p->transposed) {
-            int64_t items = p->width - at.x < p->columns ? p->width - at.x : p->columns;
-            pack_items(p, job->x + at.x * p->channels + chunk->first_channel, items, channels, panel);
-            accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
-            float *y = job->y + at.x * p->outputs;
-            if (!chunk->closes) continue;
-            if (p->activation == NONE) finish_items(p, y, sums, first, end, items, NONE);
-            else if (p->activation == RELU) finish_items(p, y, sums, first, end, items, RELU);
-            else finish_items(p, y, sums, first, end, items, RELU6);
-            continue;
-        }
-        source.whole_from = 0, source.whole_to = channels;
-        for (int64_t q = 0; q < p->abreast; q++) {
-            int64_t before = ((at.image + q) * p->channels + chunk->first_channel) * plane;
-            source.image[q] = at.image + q < p->images ? job->x + before : 0;
-            if (source.image[q]) find_whole(p, &source, before, moves, first_row, last_row);
-        }
-        pack(p, &source, chunk, moves, panel);
         accumulate(panel, sums, begin, end - first, p->offset, p->value, (int)chunk->opens);
         if (!chunk->closes) continue;
-        for (int64_t o = first; o < end; o++) {
-            const float *tile = sums + (o - first) * tile_floats(p);
-            if (p->activation == NONE) finish_output(job, p, at, o, tile, NONE);
-            else if (p->activation == RELU) finish_output(job, p, at, o, tile, RELU);
-            else finish_output(job, p, at, o, tile, RELU6);
-        }
+        if (p->activation == NONE) finish(job, at, first, end, sums, NONE);
+        else if (p->activation == RELU) finish(job, at, first, end, sums, RELU);
+        else finish(job, at, first, end, sums, RELU6);
     }
 }
 
