@@ -1,13 +1,16 @@
-// Sparse layers for inference on a CPU: convolution, matrix-vector product and max pooling of float32 tensors in NCHW.
+// Sparse layers for inference on a CPU: convolution, matrix-vector product and max pooling of float32 tensors
+// in NCHW.
 //
-// Nothing is allocated here and no library is linked: the caller gives all memory, and the function that starts threads.
-// Every function that is exported checks sizes before it writes, and returns 0, or one of the numbers of `enum Refused`.
+// Nothing is allocated here and no library is linked: the caller gives all memory, and the function that
+// starts threads. Every function that is exported checks sizes before it writes, and returns 0, or one of the
+// numbers of `enum Refused`.
 //
-// The convolution packs a tile of the input into a panel that fits L1, then runs over the weights that are not zero.
-// The panel has one copy of the tile for each column of the kernel, shifted by that column. So a weight is one offset
-// into the panel, the same for all outputs of the tile, and the loads at that offset are aligned. A load from L1 that is
-// aligned costs nothing beside a multiplication; from L2, or across a cache line, it costs as much again.
-// For each output channel the tile of outputs stays in registers while its weights pass.
+// The convolution packs a tile of the input into a panel that fits L1, then runs over the weights that are
+// not zero. The panel has one copy of the tile for each column of the kernel, shifted by that column. So a
+// weight is one offset into the panel, the same for all outputs of the tile, and the loads at that offset are
+// aligned. A load from L1 that is aligned costs nothing beside a multiplication; from L2, or across a cache
+// line, it costs as much again. For each output channel the tile of outputs stays in registers while its
+// weights pass.
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -52,7 +55,8 @@ INLINE float activated(float v, int64_t activation) {
     } \
 }
 
-// Vectors that may lie anywhere in memory, so `aligned(4)`; the compiler makes of them what the processor has.
+// Vectors that may lie anywhere in memory, so `aligned(4)`; the compiler makes of them what the processor
+// has.
 #define VECTOR(name, lanes) \
     typedef float name __attribute__((vector_size(4 * (lanes)), aligned(4), may_alias)); \
     typedef int32_t name##Mask __attribute__((vector_size(4 * (lanes)), aligned(4), may_alias))
@@ -63,9 +67,10 @@ VECTOR(Quarter, 4);
 enum Refused { FINE, BAD_SIZE, BAD_TILE, BAD_CHUNK, BAD_OFFSET, BAD_LENGTH, BAD_CUT, SMALL_SCRATCH };
 
 
-// --- threads -------------------------------------------------------------------------------------------------------
-// Work is split into items of their own output. Threads take the next item by one counter: where the system lets one
-// wait, the others go on. `start` is GOMP_parallel of the OpenMP that torch has loaded, or null for one thread.
+// --- threads -------------------------------------------------------------------------------------
+// Work is split into items of their own output. Threads take the next item by one counter: where the system
+// lets one wait, the others go on. `start` is GOMP_parallel of the OpenMP that torch has loaded, or null for
+// one thread.
 
 typedef void (*Start)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 
@@ -103,8 +108,9 @@ static int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / t
 
 static char *aligned(char *at) { return at + (-(uintptr_t)at & 63); }
 
-// A product of sizes; -1 if one is negative or the product is beyond 2^44, which no memory has. (The limit leaves room
-// for a multiplication by sizes below 2^18 without overflow; larger sizes are refused one by one.)
+// A product of sizes; -1 if one is negative or the product is beyond 2^44, which no memory has. (The limit
+// leaves room for a multiplication by sizes below 2^18 without overflow; larger sizes are refused one by
+// one.)
 #define LARGEST ((int64_t)1 << 44)
 static int64_t times(int64_t a, int64_t b) {
     int64_t product;
@@ -120,7 +126,7 @@ static int good_cuts(const int64_t *cuts, int64_t pieces, int64_t outputs) {
 }
 
 
-// --- convolution ---------------------------------------------------------------------------------------------------
+// --- convolution ---------------------------------------------------------------------------------
 
 typedef struct {
     int64_t first_channel, end_channel;  // of the input, that the panel holds at once
@@ -155,11 +161,14 @@ typedef struct {
 
 static int64_t blocks_of(const Convolution *p) { return (p->columns + LANES - 1) / LANES; }
 
-// what a column of the kernel reads of a channel; the next one begins with a whole vector, or more loads are misaligned
+// what a column of the kernel reads of a channel; the next one begins with a whole vector, or more loads are
+// misaligned
 static int64_t plane_floats(const Convolution *p) { return round_up(p->panel_rows * p->row_length, LANES); }
 static int64_t channel_floats(const Convolution *p) { return p->kernel_width * plane_floats(p); }
 static int64_t tile_floats(const Convolution *p) { return p->vectors * LANES; }
-static int64_t moves_bytes(const Convolution *p) { return round_up(p->kernel_width * blocks_of(p) * sizeof(Move), 64); }
+static int64_t moves_bytes(const Convolution *p) {
+    return round_up(p->kernel_width * blocks_of(p) * sizeof(Move), 64);
+}
 
 // a block may write beyond its row, and a tile read beyond its last one: two vectors stand behind the panel
 static int64_t panel_bytes(const Convolution *p) {
@@ -170,13 +179,16 @@ static int64_t worker_bytes(const Convolution *p) {
     return moves_bytes(p) + panel_bytes(p) + 4 * p->most_outputs * tile_floats(p) + 128;
 }
 
-typedef void (*Accumulate)(const float *, float *, const int32_t *, int64_t, const uint16_t *, const float *, int);
+typedef void (*Accumulate)(const float *panel, float *sums, const int32_t *begin, int64_t outputs,
+                           const uint16_t *offset, const float *value, int opens);
 
-// Add to the tiles of `outputs` channels what the weights of one chunk make of the panel. A multiplication waits four
-// cycles for the one before it on the same register, so the smallest tiles have several registers a vector: WAYS.
+// Add to the tiles of `outputs` channels what the weights of one chunk make of the panel. A multiplication
+// waits four cycles for the one before it on the same register, so the smallest tiles have several registers
+// a vector: WAYS.
 #define ACCUMULATE(T, WAYS) \
 static void accumulate_##T(const float *restrict panel, float *restrict sums, const int32_t *restrict begin, \
-                           int64_t outputs, const uint16_t *restrict offset, const float *restrict value, int opens) { \
+                           int64_t outputs, const uint16_t *restrict offset, const float *restrict value, \
+                           int opens) { \
     for (int64_t o = 0; o < outputs; o++, sums += T * LANES) { \
         Vector sum[WAYS][T]; \
         int64_t k = begin[o], end = begin[o + 1]; \
@@ -200,8 +212,9 @@ static void accumulate_##T(const float *restrict panel, float *restrict sums, co
         UNROLL for (int t = 0; t < T; t++) *(Vector *)(sums + t * LANES) = sum[0][t]; \
     } \
 }
-ACCUMULATE(1, 4) ACCUMULATE(2, 2) ACCUMULATE(3, 2) ACCUMULATE(4, 1) ACCUMULATE(5, 1) ACCUMULATE(6, 1) ACCUMULATE(7, 1)
-ACCUMULATE(8, 1) ACCUMULATE(9, 1) ACCUMULATE(10, 1) ACCUMULATE(11, 1) ACCUMULATE(12, 1) ACCUMULATE(13, 1) ACCUMULATE(14, 1)
+ACCUMULATE(1, 4) ACCUMULATE(2, 2) ACCUMULATE(3, 2) ACCUMULATE(4, 1) ACCUMULATE(5, 1) ACCUMULATE(6, 1)
+ACCUMULATE(7, 1) ACCUMULATE(8, 1) ACCUMULATE(9, 1) ACCUMULATE(10, 1) ACCUMULATE(11, 1) ACCUMULATE(12, 1)
+ACCUMULATE(13, 1) ACCUMULATE(14, 1)
 #if MANY_REGISTERS
 ACCUMULATE(16, 1) ACCUMULATE(18, 1) ACCUMULATE(20, 1) ACCUMULATE(21, 1) ACCUMULATE(24, 1) ACCUMULATE(28, 1)
 #endif
@@ -210,7 +223,8 @@ static const Accumulate ACCUMULATES[] = {
     0, accumulate_1, accumulate_2, accumulate_3, accumulate_4, accumulate_5, accumulate_6, accumulate_7,
     accumulate_8, accumulate_9, accumulate_10, accumulate_11, accumulate_12, accumulate_13, accumulate_14,
 #if MANY_REGISTERS
-    0, accumulate_16, 0, accumulate_18, 0, accumulate_20, accumulate_21, 0, 0, accumulate_24, 0, 0, 0, accumulate_28,
+    0, accumulate_16, 0, accumulate_18, 0, accumulate_20, accumulate_21,
+    0, 0, accumulate_24, 0, 0, 0, accumulate_28,
 #endif
 };
 #define MOST_VECTORS ((int64_t)(sizeof(ACCUMULATES) / sizeof(ACCUMULATES[0])) - 1)
@@ -270,9 +284,11 @@ typedef struct {
     int64_t first_row, last_row;  // the smallest and the largest of them
 } Source;
 
-// Vectors are written to the panel, and may be anything to the compiler: what is read between is in variables.
+// Vectors are written to the panel, and may be anything to the compiler: what is read between is in
+// variables.
 INLINE float *pack_channel(const Convolution *p, const Source *source, const uint8_t *used, int64_t plane,
-                           const Move *moves, float *to, int64_t stride, int64_t blocks, int64_t abreast, int whole) {
+                           const Move *moves, float *to, int64_t stride, int64_t blocks, int64_t abreast,
+                           int whole) {
     const int64_t kernel_width = p->kernel_width, panel_rows = p->panel_rows;
     const int64_t columns = p->columns, row_length = p->row_length;
     const int64_t length = plane_floats(p);
@@ -296,8 +312,8 @@ INLINE float *pack_channel(const Convolution *p, const Source *source, const uin
     return after;
 }
 
-INLINE void pack_channels(const Convolution *p, const Source *source, const Chunk *chunk, const Move *moves, float *to,
-                          int64_t stride, int64_t blocks, int64_t abreast) {
+INLINE void pack_channels(const Convolution *p, const Source *source, const Chunk *chunk, const Move *moves,
+                          float *to, int64_t stride, int64_t blocks, int64_t abreast) {
     const uint8_t *used = p->used + chunk->first_channel * p->kernel_width;
     int64_t channels = chunk->end_channel - chunk->first_channel;
     for (int64_t c = 0; c < channels; c++, used += p->kernel_width) {
@@ -327,14 +343,17 @@ static void pack(const Convolution *p, const Source *source, const Chunk *chunk,
     #undef PACK
 }
 
-// Find the channels of a chunk of which whole vectors may be read: such a read may leave its row, not the tensor.
+// Find the channels of a chunk of which whole vectors may be read: such a read may leave its row, not the
+// tensor.
 static void find_whole(const Convolution *p, Source *source, int64_t before, const Move *moves) {
     int64_t plane = p->height * p->width, total = p->images * p->channels * plane;
     int64_t lowest = moves[0].from, reach = p->stride_x <= 2 ? p->stride_x * LANES : 1;
     int64_t highest = moves[p->kernel_width * blocks_of(p) - 1].from + reach;
     int64_t start = before + source->first_row + lowest, stop = before + source->last_row + highest;
-    while (source->whole_from < source->whole_to && start + source->whole_from * plane < 0) source->whole_from++;
-    while (source->whole_to > source->whole_from && stop + (source->whole_to - 1) * plane > total) source->whole_to--;
+    int64_t from = source->whole_from, to = source->whole_to;
+    while (from < to && start + from * plane < 0) from++;
+    while (to > from && stop + (to - 1) * plane > total) to--;
+    source->whole_from = from, source->whole_to = to;
 }
 
 #define FINISH(Type, j) { \
@@ -376,8 +395,10 @@ INLINE void turn(const float *from, int64_t step, Quarter out[4]) {
 }
 
 // Fill the panel with a chunk's channels of items that lie one after the other.
-static void pack_items(const Convolution *p, const float *x, int64_t first, int64_t items, const Chunk *chunk, float *to) {
-    const int64_t row_length = plane_floats(p), step = p->channels, channels = chunk->end_channel - chunk->first_channel;
+static void pack_items(const Convolution *p, const float *x, int64_t first, int64_t items,
+                       const Chunk *chunk, float *to) {
+    const int64_t row_length = plane_floats(p), step = p->channels;
+    const int64_t channels = chunk->end_channel - chunk->first_channel;
     int64_t j = 0;
     x += first * step + chunk->first_channel;
     for (; j + 4 <= items; j += 4, x += 4 * step) {
@@ -424,16 +445,18 @@ INLINE void finish_items(const Convolution *p, float *y, const float *sums, int6
 
 typedef struct { int64_t image, y, x; } Place;
 
+static int64_t shares(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 static int64_t tiles_of(const Convolution *p) {
-    int64_t groups = (p->images + p->abreast - 1) / p->abreast;
-    int64_t down = (p->out_height + p->rows - 1) / p->rows, across = (p->out_width + p->columns - 1) / p->columns;
+    int64_t groups = shares(p->images, p->abreast);
+    int64_t down = shares(p->out_height, p->rows), across = shares(p->out_width, p->columns);
     return times(times(groups, down), across);
 }
 
 static Place place_of(const Convolution *p, int64_t tile) {
-    int64_t down = (p->out_height + p->rows - 1) / p->rows, across = (p->out_width + p->columns - 1) / p->columns;
-    Place place = {tile / (down * across) * p->abreast, tile / across % down * p->rows, tile % across * p->columns};
-    return place;
+    int64_t down = shares(p->out_height, p->rows), across = shares(p->out_width, p->columns);
+    int64_t image = tile / (down * across), y = tile / across % down, x = tile % across;
+    return (Place){image * p->abreast, y * p->rows, x * p->columns};
 }
 
 INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_t output, const float *sums,
@@ -562,9 +585,9 @@ static int check_tile(const Convolution *p) {
 static int check_chunk(const Convolution *p, const Chunk *chunk) {
     int64_t outputs = chunk->end_output - chunk->first_output;
     int64_t channels = chunk->end_channel - chunk->first_channel;
-    if (chunk->first_output < 0 || chunk->end_output > p->outputs || outputs > p->most_outputs) return BAD_CHUNK;
-    if (chunk->first_channel < 0 || chunk->end_channel > p->channels || channels > p->panel_channels) return BAD_CHUNK;
-    if (outputs < 1 || channels < 1) return BAD_CHUNK;
+    if (chunk->first_output < 0 || chunk->end_output > p->outputs) return BAD_CHUNK;
+    if (chunk->first_channel < 0 || chunk->end_channel > p->channels) return BAD_CHUNK;
+    if (!between(outputs, 1, p->most_outputs) || !between(channels, 1, p->panel_channels)) return BAD_CHUNK;
     if (chunk->begins < 0 || chunk->begins > p->begins - outputs - 1) return BAD_CHUNK;
     const int32_t *begin = p->begin + chunk->begins;
     int64_t furthest = channels * channel_floats(p) + LANES - tile_floats(p);
@@ -576,7 +599,8 @@ static int check_chunk(const Convolution *p, const Chunk *chunk) {
     return FINE;
 }
 
-// Check a plan once, when it is made: with it, no call reads or writes outside of the tensors and the scratch.
+// Check a plan once, when it is made: with it, no call reads or writes outside of the tensors and the
+// scratch.
 int64_t check_convolution(const Convolution *p) {
     if (!check_sizes(p)) return BAD_SIZE;
     if (!check_tile(p)) return BAD_TILE;
@@ -594,8 +618,9 @@ int64_t convolution_scratch(const Convolution *p) { return round_up(worker_bytes
 int64_t convolution_tiles(const Convolution *p) { return tiles_of(p); }
 
 // Compute y = activation(convolution(x) + bias + add); the plan was checked, lengths are in floats.
-int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *y, int64_t y_length, const float *add,
-                 const int64_t *cuts, int64_t pieces, char *scratch, int64_t scratch_bytes, int64_t threads, Start start) {
+int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *y, int64_t y_length,
+                 const float *add, const int64_t *cuts, int64_t pieces, char *scratch, int64_t scratch_bytes,
+                 int64_t threads, Start start) {
     if (x_length != p->images * p->channels * p->height * p->width) return BAD_LENGTH;
     if (y_length != p->images * p->outputs * p->out_height * p->out_width) return BAD_LENGTH;
     if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
@@ -603,14 +628,15 @@ int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *
     if (threads < 1 || times(threads, convolution_scratch(p)) < 0) return SMALL_SCRATCH;
     if (threads * convolution_scratch(p) > scratch_bytes) return SMALL_SCRATCH;
     Job job = {.work = convolve_item, .plan = p, .x = x, .add = add, .y = y, .cuts = cuts,
-               .items = tiles_of(p) * pieces, .pieces = pieces, .per_worker = convolution_scratch(p), .scratch = scratch,
+               .items = tiles_of(p) * pieces, .pieces = pieces,
+               .per_worker = convolution_scratch(p), .scratch = scratch,
                .cleared = moves_bytes(p) + panel_bytes(p) + 64};
     run(&job, threads, start);
     return FINE;
 }
 
 
-// --- matrix-vector product -----------------------------------------------------------------------------------------
+// --- matrix-vector product -----------------------------------------------------------------------
 
 typedef struct {
     int64_t inputs, outputs, nonzeros, wide, activation;  // wide: columns have 32 bits, else 16
@@ -666,7 +692,8 @@ int64_t check_matrix(const Matrix *p) {
 // Compute y = activation(matrix @ x + bias) for each of `vectors` rows x; the matrix was checked.
 int64_t multiply(const Matrix *p, const float *x, int64_t x_length, float *y, int64_t y_length, int64_t vectors,
                  const int64_t *cuts, int64_t pieces, int64_t threads, Start start) {
-    if (vectors < 1 || x_length != times(vectors, p->inputs) || y_length != times(vectors, p->outputs)) return BAD_LENGTH;
+    if (vectors < 1 || x_length != times(vectors, p->inputs)) return BAD_LENGTH;
+    if (y_length != times(vectors, p->outputs)) return BAD_LENGTH;
     if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
     Job job = {.work = multiply_item, .plan = p, .x = x, .y = y, .cuts = cuts,
                .items = vectors * pieces, .pieces = pieces};
@@ -675,7 +702,7 @@ int64_t multiply(const Matrix *p, const float *x, int64_t x_length, float *y, in
 }
 
 
-// --- max pooling ---------------------------------------------------------------------------------------------------
+// --- max pooling ---------------------------------------------------------------------------------
 
 typedef struct {
     int64_t planes, height, width, out_height, out_width;
@@ -730,7 +757,8 @@ static int check_pool(const Pool *p) {
                        p->stride_y, p->stride_x, p->dilation_y, p->dilation_x};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) if (!between(sizes[i], 1, most)) return 0;
     if (!between(p->top, 0, most) || !between(p->left, 0, most) || p->planes < 1) return 0;
-    return times(p->planes, times(p->height, p->width)) > 0 && times(p->planes, times(p->out_height, p->out_width)) > 0;
+    if (times(p->planes, times(p->height, p->width)) < 0) return 0;
+    return times(p->planes, times(p->out_height, p->out_width)) > 0;
 }
 
 // Return the bytes of scratch that each thread needs, or 0 if the sizes are none.
