@@ -23,6 +23,7 @@ docs: .venv/installed-dev
 bench: .venv/installed
 	$(RUN) benchmarks/speed.py
 	$(RUN) benchmarks/deploy.py
+	$(RUN) benchmarks/kernels.py
 
 science: .venv/installed-science
 	$(RUN) benchmarks/science.py --data $(DATA) $(PARTS)

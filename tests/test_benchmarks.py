@@ -54,3 +54,8 @@ def test_obs_deletes_a_weight_of_xor_that_is_not_needed(monkeypatch):
     monkeypatch.setattr(xor, 'SEEDS', 8)
     goals = [found for found in xor.run(None) if hasattr(found, 'goal')]
     assert goals and all(goal.reached for goal in goals)
+def test_kernels_measures_its_rows(tmp_path):
+    script = Path(__file__).parent.parent / 'benchmarks' / 'kernels.py'
+    subprocess.run([sys.executable, script, '--small', '--out', tmp_path / 'R.md'], check=True, capture_output=True)
+    text = (tmp_path / 'R.md').read_text()
+    assert text.startswith('# Results\n\n## Zeros that run\n\nBy') and text.count('\n|') == 6

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from fasterai.deploy import kernels
+from fasterai.deploy.kernels import SparseLinearKernel
 from fasterai.deploy.payoff import payoff
 from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import Latency
@@ -98,11 +100,13 @@ def test_the_training_side_is_not_needed():
     assert done.stdout.strip() == '[]'
 
 
-def test_layers_that_are_stored_sparse_are_counted_as_such(clock):
+@pytest.mark.parametrize('kind', [SparseLinear, SparseLinearKernel])
+def test_layers_that_are_stored_sparse_are_counted_as_such(clock, kind):
+    if kind is SparseLinearKernel and kernels.library() is None: pytest.skip(kernels.why_not())
     dense = mlp()
     with torch.no_grad(): dense[0].weight[:8] = 0
     sparse = deepcopy(dense)
-    sparse[0] = SparseLinear(dense[0])
+    sparse[0] = kind(dense[0])
     found = payoff(dense, sparse, torch.randn(3, 8))
     assert rows(found)['multiply-adds'] == (192, 128)
     assert rows(found)['multiply-adds with a weight that is not zero'] == (128, 128)

@@ -1,3 +1,4 @@
+import pickle
 from copy import deepcopy
 from importlib import import_module
 
@@ -6,11 +7,18 @@ import torch
 from torch import nn
 
 from fasterai.arguments import Inputs
+from fasterai.deploy import kernels, load_sparse, save_sparse
 from fasterai.deploy.compare import agree, outputs
 from fasterai.deploy.speed_up import SparseLinear, realisations, speed_up
-from fasterai.deploy.timing import Latency, side_by_side
+from fasterai.deploy.timing import Latency, faster, side_by_side
 
 MODULE = import_module('fasterai.deploy.speed_up')  # as an attribute of the package, `speed_up` is the function
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    "A machine without a compiler."
+    monkeypatch.setenv('FASTERAI_KERNELS', 'off')
 
 
 def zeroed(layer, share=.95):
@@ -54,10 +62,10 @@ def test_it_saves_and_loads(tmp_path):
     (nn.Linear(32, 32), []), (zeroed(nn.Conv2d(32, 32, 1)), ['CSR']), (zeroed(nn.Conv2d(32, 32, 3)), []),
     (zeroed(nn.Conv2d(32, 32, 1, groups=2)), []), (zeroed(nn.Conv2d(32, 32, 1, padding=1)), []),
     (zeroed(nn.Linear(32, 32)).double(), []), (nn.ReLU(), [])], ids=str)
-def test_what_a_layer_could_be(layer, kinds): assert list(realisations(layer)) == kinds
+def test_what_a_layer_could_be(layer, kinds, without_kernels): assert list(realisations(layer)) == kinds
 
 
-def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
+def test_what_is_faster_and_right_is_kept(monkeypatch, capsys, without_kernels):
     "The clock is pretended, so that the choice can be checked."
     model = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU(), zeroed(nn.Linear(32, 16)), nn.Linear(16, 4))
     x = torch.randn(3, 16)
@@ -77,7 +85,7 @@ def test_what_is_faster_and_right_is_kept(monkeypatch, capsys):
     assert 'nothing here is faster than dense' in (speed_up(model, x), capsys.readouterr().out)[1]  # within the noise
 
 
-def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys):
+def test_what_is_slower_as_a_whole_or_wrong_is_given_up(monkeypatch, capsys, without_kernels):
     model, x = nn.Sequential(zeroed(nn.Linear(16, 32)), nn.ReLU()), torch.randn(3, 16)
     answers = iter([(1., .5), (1., 1.5), (1.,)])
     monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *rest, **more: [Latency(s, s, s) for s in next(answers)])
@@ -143,3 +151,117 @@ def test_a_single_layer(monkeypatch):
 def test_times_that_are_none_are_refused(seconds):
     with pytest.raises((TypeError, ValueError), match='seconds: got .*expected a number of seconds'):
         speed_up(zeroed(nn.Linear(16, 16)), torch.randn(2, 16), seconds=seconds)
+
+
+# With kernels
+
+needs_kernels = pytest.mark.skipif(kernels.library() is None, reason=str(kernels.why_not()))
+HALVES = [1., .5, .4, .3]  # pretended times: dense, and each other form faster than the one before
+
+
+def pretend(monkeypatch, times=HALVES):
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *a, **k: [Latency(s, s, s) for s in times[:len(calls)]])
+
+
+def resnet_like():
+    model = nn.Sequential(zeroed(nn.Conv2d(3, 8, 3, padding=1, bias=False), .7), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+                          zeroed(nn.Conv2d(8, 8, 3, groups=2), .7), nn.Flatten(), zeroed(nn.Linear(8 * 4, 5), .7))
+    model(torch.randn(20, 3, 8, 8))  # statistics
+    return model.eval()
+
+
+@needs_kernels
+@pytest.mark.parametrize('layer, kinds', [
+    (zeroed(nn.Linear(32, 32)), ['CSR', 'kernel', 'kernel 2']), (zeroed(nn.Conv2d(32, 32, 3)), ['kernel', 'kernel 2']),
+    (zeroed(nn.Conv1d(32, 32, 3)), ['kernel', 'kernel 2']), (zeroed(nn.Conv2d(32, 32, 3, groups=4)), ['kernel', 'kernel 2']),
+    (zeroed(nn.Conv2d(32, 32, 3, padding=1, padding_mode='circular')), []), (nn.Conv2d(32, 32, 3), []),
+    (zeroed(nn.Conv2d(32, 32, 3)).double(), []), (zeroed(nn.ConvTranspose2d(32, 32, 3)), []),
+    (nn.MaxPool2d(2), ['kernel']), (nn.MaxPool2d(2, return_indices=True), [])], ids=str)
+def test_what_a_layer_could_be_with_kernels(layer, kinds): assert list(realisations(layer)) == kinds
+
+
+@needs_kernels
+def test_convolutions_poolings_and_linears_are_replaced_and_norms_folded(monkeypatch, capsys):
+    pretend(monkeypatch)
+    model, x = resnet_like(), torch.randn(2, 3, 8, 8)
+    before, expected = deepcopy(model), outputs(model, Inputs((x,)))
+    new = speed_up(model, x)
+    assert [type(m).__name__ for m in new] == ['SparseConv', 'Identity', 'Identity', 'MaxPool', 'SparseConv', 'Flatten', 'SparseLinearKernel']
+    assert agree(outputs(new, Inputs((x,))), expected, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
+    said = capsys.readouterr().out
+    head, _, first, *_ = said.splitlines()
+    assert head.split() == ['layer', 'zeros', 'dense', 'tried', 'kept'] and 'no sparse' not in said
+    assert '1000.000 ms before, 400.000 ms after (500.000 ms in channels_last): 2.50 × as fast' in said
+    zeros = 100 * float((model[0].weight == 0).float().mean())
+    assert ' '.join(first.split()) == f'0 {zeros:.1f} % 1000.000 ms kernel 500.000 ms, kernel 2 400.000 ms kernel 2'
+    for other in (deepcopy(new), pickle.loads(pickle.dumps(new))): assert agree(outputs(other, Inputs((x,))), expected, 1e-5)
+
+
+@needs_kernels
+def test_its_file_is_packed_and_read_without_pickle(monkeypatch, tmp_path):
+    pretend(monkeypatch)
+    x = torch.randn(2, 3, 8, 8)
+    new = speed_up(resnet_like(), x, verbose=False)
+    other = deepcopy(new)
+    for tensor in other.state_dict().values(): tensor.zero_()
+    save_sparse(new, tmp_path / 'fast')
+    load_sparse(other, tmp_path / 'fast')
+    with torch.inference_mode(): assert torch.equal(other(x), new(x))
+
+
+@needs_kernels
+def test_the_other_memory_format_is_kept_where_it_is_fastest(monkeypatch, capsys):
+    answers = iter([(1., .9, .8, .7)] * 4 + [(1., .5, .6)])
+    monkeypatch.setattr(MODULE, 'side_by_side', lambda calls, *a, **k: [Latency(s, s, s) for s in next(answers)[:len(calls)]])
+    model, x = resnet_like(), torch.randn(2, 3, 8, 8)
+    new = speed_up(model, x)
+    assert type(new[0]) is nn.Conv2d and new[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert agree(outputs(new, Inputs((x,))), outputs(model, Inputs((x,))), 1e-5)
+    assert 'so all layers stay dense and are in channels_last' in capsys.readouterr().out
+
+
+@needs_kernels
+def test_activations_are_fused_where_nothing_else_reads_before_them(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self, ways):
+            super().__init__()
+            self.conv, self.act, self.ways = zeroed(nn.Conv2d(3, 3, 3, padding=1), .7), nn.ReLU6(), ways
+        def forward(self, x):
+            y = self.conv(x)
+            return self.act(y) + y if self.ways == 'read twice' else self.act(y) + (self.act(x) if self.ways == 'called twice' else 0)
+    pretend(monkeypatch)
+    x = 9 * torch.randn(2, 3, 8, 8)
+    for ways, kind in (('once', 'Identity'), ('read twice', 'ReLU6'), ('called twice', 'ReLU6')):
+        model = Block(ways)
+        new = speed_up(model, x, verbose=False)
+        assert (type(new.conv).__name__, type(new.act).__name__) == ('SparseConv', kind), ways
+        assert agree(outputs(new, Inputs((x,))), outputs(model, Inputs((x,))), 1e-5)
+
+
+@needs_kernels
+def test_nothing_is_folded_where_nothing_is_faster(monkeypatch):
+    pretend(monkeypatch, [1., 2., 2., 2.])
+    assert [type(m).__name__ for m in speed_up(resnet_like(), torch.randn(2, 3, 8, 8), verbose=False)][:2] == ['Conv2d', 'BatchNorm2d']
+
+
+@needs_kernels
+def test_training_is_refused_in_words(monkeypatch):
+    pretend(monkeypatch)
+    new = speed_up(resnet_like(), torch.randn(2, 3, 8, 8), verbose=False)
+    with pytest.raises(RuntimeError, match='SparseConv: got training mode, expected eval'): new.train()(torch.randn(2, 3, 8, 8))
+
+
+def test_without_kernels_a_line_says_why(monkeypatch, capsys, without_kernels):
+    speed_up(resnet_like(), torch.randn(2, 3, 8, 8), seconds=0)
+    assert '\nno sparse kernels: FASTERAI_KERNELS is off' in capsys.readouterr().out
+
+
+def test_rounds_decide():
+    "Times that vary more than they differ."
+    old = [1., 2, 3, 4, 5, 6, 7, 8]
+    def latency(rounds): return Latency(4., 2., 6., tuple(rounds))
+    assert faster(latency([t * .99 for t in old]), latency(old))
+    assert not faster(latency(old), latency(old))
+    assert not faster(latency([t * (.9 if i < 6 else 1.1) for i, t in enumerate(old)]), latency(old))  # by chance, as six of eight
+    assert faster(Latency(1., .9, 1.1), Latency(2., 1.5, 2.5)) and not faster(Latency(1., .9, 1.6), Latency(2., 1.5, 2.5))

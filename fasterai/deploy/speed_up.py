@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from fasterai.arguments import Inputs, seconds_of
+from fasterai.deploy import kernels
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, outputs
+from fasterai.deploy.folding import fold_norms, followers, replace
+from fasterai.deploy.kernels.layers import FUSED
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.snapshot import evaluation_mode
 from fasterai.tables import as_text
@@ -16,12 +19,13 @@ from fasterai.tables import as_text
 BLOCKS = (32, 16, 8, 4)  # sides of the blocks that are tried, the first that fits is taken
 MOST_NONZERO = .6  # share of the weights up to which a layer is tried
 MOST_STORED = 1.25  # numbers in the blocks that are stored, of the weights that are not zero
+SPARSE = nn.Linear, nn.Conv1d, nn.Conv2d
 HALF = frozenset((torch.float16, torch.bfloat16))
 TOLERANCE = 1e-4  # sums in another order, relative to the largest output
 
 # why a model stays dense
-NOTHING_FASTER = ('nothing here is faster than dense: CSR pays from about 80 % zeros on, '
-                  'in large Linear or 1 × 1 layers on a CPU, the pattern 2:4 on a GPU')
+NOTHING_FASTER = ('nothing here is faster than dense: on a CPU sparse kernels pay from about 60 % zeros on, '
+                  'CSR from about 80 % in large Linear or 1 × 1 layers, on a GPU the pattern 2:4')
 READS_WEIGHTS = 'the model reaches into its layers and does not run with others, so all stay dense'
 OTHER_OUTPUTS = 'the whole model would not compute the same with them, so all layers stay dense'
 
@@ -97,21 +101,40 @@ class SparseLinear(nn.Module):
 def realisations(
     layer: nn.Module,  # any layer; for most types there is no other form
 ) -> dict:  # {name: function that builds it}
-    "Find the sparse forms that a layer could take, on the device where it is."
-    if not _is_matrix(layer): return {}
+    "Find the other forms that a layer could take, on the device where it is."
+    if type(layer) is nn.MaxPool2d: return _pooling(layer)
+    if type(layer) not in SPARSE: return {}  # a subclass may compute something else
     weight = layer.weight.detach().flatten(1)
     if weight.is_cuda: return _on_gpu(layer, weight)
-    if weight.dtype != torch.float32 or not weight.numel(): return {}
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32 or not weight.numel(): return {}
     if torch.count_nonzero(weight) > MOST_NONZERO * weight.numel(): return {}
+    return _products(layer, weight) | _kernels(layer)
+
+
+def _products(layer, weight):
+    "Return the forms that call torch's own sparse products."
+    if not _is_matrix(layer): return {}
     found = {'CSR': partial(SparseLinear, layer)}
     side = next((side for side in BLOCKS if _is_of_blocks(weight, side)), None)
     if side: found[f'BSR {side} × {side}'] = partial(SparseLinear, layer, side)
     return found
 
 
+def _kernels(layer):
+    "Return the forms that call the kernels, in two tilings, where there are kernels."
+    kind = kernels.SparseLinearKernel if type(layer) is nn.Linear else kernels.SparseConv
+    if kernels.library() is None or getattr(layer, 'padding_mode', 'zeros') != 'zeros': return {}
+    return {'kernel': partial(kind, layer), 'kernel 2': partial(kind, layer, tiling='other')}
+
+
+def _pooling(layer):
+    # whether it is faster does not depend on zeros; what it replaces is slow where inputs are contiguous
+    if kernels.library() is None or layer.return_indices: return {}
+    return {'kernel': partial(kernels.MaxPool, layer)}
+
+
 def _is_matrix(layer):
     "Tell whether a layer multiplies by one matrix: a Linear or a 1 × 1 convolution, no padding, no groups."
-    # the very types: a subclass may compute something else
     if type(layer) is nn.Linear: return True
     if type(layer) is not nn.Conv2d: return False
     return layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), 'valid')
@@ -152,12 +175,18 @@ def speed_up(
     verbose: bool = True,  # print the forms that were tried, and their latencies
     seconds: float = .3,  # time to spend on each layer, about
 ) -> nn.Module:  # a copy with faster layers, for inference
-    "Replace each layer by the fastest form that computes the same; keep it if none is faster here."
+    """Replace each layer by the fastest form that computes the same; keep it if none is faster here.
+
+    On a CPU, BatchNorms are folded into convolutions first, also in the network that it is compared with, and
+    max poolings are tried too. The copy computes in eval mode."""
     check_copyable(model)
     seconds = seconds_of(seconds)
     inputs, model = example_inputs(example, model), deepcopy(model)
-    expected, new = outputs(model, inputs), deepcopy(model)
+    expected = outputs(model, inputs)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    uses_kernels = device.type == 'cpu' and kernels.library() is not None
+    folded = fold_norms(model, inputs, expected) if uses_kernels else model
+    new = deepcopy(folded)
     rows, chosen = [], {}
     for layer, (names, x) in _layers_that_run(new, inputs).items():
         built, failed = _build(layer, x)
@@ -167,19 +196,22 @@ def speed_up(
         kept = best[1] if best and faster(best[0], dense) else 'dense'
         if kept in built: chosen[layer] = built[kept]
         tried = [*failed, *(f'{kind} {_ms(t)}' for kind, t in zip(built, times))]
-        rows.append((names[0], _ms(dense), ', '.join(tried), kept))
-    for layer, replacement in chosen.items(): new = _replace(new, layer, replacement)
-    if chosen: new, conclusion = _check(model, new, inputs, expected, device, seconds)
-    else: conclusion = NOTHING_FASTER
+        rows.append((names[0], _zeros(layer), _ms(dense), ', '.join(tried), kept))
+    activations = followers(new, inputs, SPARSE, tuple(FUSED)) if chosen else {}
+    for layer, replacement in chosen.items(): new = replace(new, layer, replacement)
+    if chosen: new = _fused(new, chosen, activations, inputs, expected)
+    if chosen: new, conclusion = _check(model, folded, new, inputs, expected, device, seconds)
+    else: new, conclusion = model, NOTHING_FASTER
+    if device.type == 'cpu' and not uses_kernels: conclusion += f'\nno sparse kernels: {kernels.why_not()}'
     if verbose: print(_table(rows, conclusion))
     return new
 
 
 def _layers_that_run(model, inputs):
-    "Run a model, and return its Linears and convolutions as they are called: {layer: (names, first input)}."
+    "Run a model, and return the layers with other forms as they are called: {layer: (names, first input)}."
     names, first_inputs = {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, nn.Conv2d)): names.setdefault(module, []).append(name)
+        if module in names or realisations(module): names.setdefault(module, []).append(name)
 
     def note(module, args):
         if len(args) == 1: first_inputs.setdefault(module, (names[module], args[0].detach().clone()))
@@ -200,7 +232,8 @@ def _build(layer, x):
             candidate = make()
             if agree([candidate(x)], expected, TOLERANCE): built[kind] = candidate
             else: failed.append(f'{kind}: other outputs')
-        except RuntimeError as error: failed.append(f'{kind}: {str(error).splitlines()[0][:60]}')
+        except (RuntimeError, TypeError, ValueError) as error:
+            failed.append(f'{kind}: {str(error).splitlines()[0][:60]}')
     return built, failed
 
 
@@ -212,30 +245,50 @@ def _latencies(models, inputs, seconds, device):
 def _ms(latency): return f'{1e3 * latency.seconds:.3f} ms'
 
 
-def _replace(model, layer, replacement):
-    "Replace a layer wherever the model has it, and return the model; the model may be the layer itself."
-    replacement.train(layer.training)
-    if model is layer: return replacement
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if child is layer: module._modules[name] = replacement
-    return model
+def _fused(model, chosen, activations, inputs, expected):
+    "Return a copy whose sparse layers take over the activations behind them, or the model if that is wrong."
+    pairs = [(chosen[layer], activation) for layer, activation in activations.items() if layer in chosen]
+    pairs = [(layer, activation) for layer, activation in pairs if hasattr(layer, 'fuse')]
+    memo = {}
+    new = deepcopy(model, memo)
+    for layer, activation in pairs:
+        memo[id(layer)].fuse(activation)
+        replace(new, memo[id(activation)], nn.Identity())
+    # something else may have read what a layer returned before its activation
+    try: return new if pairs and agree(outputs(new, inputs), expected, 10 * TOLERANCE) else model
+    except ValueError: return model
 
 
-def _check(model, new, inputs, expected, device, seconds):
-    "Return the new model if it is right and faster as a whole, else the old one; and a sentence on it."
+def _zeros(layer):
+    weight = getattr(layer, 'weight', None)
+    if weight is None: return ''
+    return f'{100 - 100 * int(torch.count_nonzero(weight)) / weight.numel():.1f} %'
+
+
+def _check(model, folded, new, inputs, expected, device, seconds):
+    """Return the new model if it is right and faster as a whole, else a dense one; and a sentence on it.
+
+    Convolutions are compared in torch's other memory format too, which may be faster than their own."""
     try: correct = agree(outputs(new, inputs), expected, 10 * TOLERANCE)
     except ValueError: return model, READS_WEIGHTS
     if not correct: return model, OTHER_OUTPUTS
-    with evaluation_mode(model, new): old, now = _latencies([model, new], inputs, max(1., seconds), device)
+    rivals = [folded]
+    if any(isinstance(m, nn.Conv2d) for m in folded.modules()):
+        rivals.append(deepcopy(folded).to(memory_format=torch.channels_last))
+    with evaluation_mode(*rivals, new):
+        *dense, now = _latencies([*rivals, new], inputs, max(1., seconds), device)
+    old, last = dense[0], dense[-1]
     conclusion = f'the whole model: {_ms(old)} before, {_ms(now)} after'
-    if not faster(now, old):
-        return model, f'{conclusion}, within the noise or slower, so all layers stay dense'
-    return new, f'{conclusion}: {old.seconds / now.seconds:.2f} × as fast'
+    if len(dense) > 1: conclusion += f' ({_ms(last)} in channels_last)'
+    if all(faster(now, rival) for rival in dense):
+        return new, f'{conclusion}: {old.seconds / now.seconds:.2f} × as fast'
+    if len(dense) > 1 and faster(last, old):
+        return rivals[-1], f'{conclusion}, so all layers stay dense and are in channels_last'
+    return model, f'{conclusion}, within the noise or slower, so all layers stay dense'
 
 
 def _table(rows, conclusion):
-    table = [as_text([('layer', 'dense', 'tried', 'kept'), *rows], left=4)] if rows else []
+    table = [as_text([('layer', 'zeros', 'dense', 'tried', 'kept'), *rows], left=5)] if rows else []
     return '\n'.join([*table, f'speed_up: {conclusion}'])
 
 

@@ -1,0 +1,140 @@
+"Load the kernels and call them."
+import ctypes
+import os
+import threading
+import warnings
+from ctypes import c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fasterai.deploy.kernels.build import VARIANTS, Unavailable, built
+
+VARIABLE = 'FASTERAI_KERNELS'  # of the environment: a key of `VARIANTS`, or 'off'
+# what a kernel refuses, by the number that it returns; a plan that was checked is refused nowhere
+REFUSED = {1: 'sizes', 2: 'tiles', 3: 'chunks', 4: 'offsets', 5: 'lengths', 6: 'cuts', 7: 'scratch memory'}
+
+
+def _integers(names): return [(name, c_int64) for name in names.split()]
+
+
+class Convolution(ctypes.Structure):
+    "Hold the arguments of a convolution as the C code has them; it says what they mean."
+    _fields_ = [
+        *_integers('images channels height width outputs out_height out_width'),
+        *_integers('kernel_width stride_y stride_x dilation_x top left'),
+        *_integers('rows columns abreast row_length vectors'),
+        *_integers('panel_rows panel_channels chunks begins nonzeros most_outputs activation transposed'),
+        ('input_rows', c_void_p), ('chunk', c_void_p), ('used', c_void_p), ('begin', c_void_p),
+        ('offset', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
+
+
+class Matrix(ctypes.Structure):
+    "Hold the arguments of a matrix-vector product as the C code has them."
+    _fields_ = [*_integers('inputs outputs nonzeros wide activation'),
+                ('begin', c_void_p), ('column', c_void_p), ('value', c_void_p), ('bias', c_void_p)]
+
+
+class Pool(ctypes.Structure):
+    "Hold the arguments of a max pooling as the C code has them."
+    _fields_ = _integers('planes height width out_height out_width kernel_y kernel_x '
+                         'stride_y stride_x dilation_y dilation_x top left')
+
+
+_data = [c_void_p, c_int64, c_void_p, c_int64]  # x and its length in floats, y and its length
+_cuts = [c_void_p, c_int64]
+_scratch = [c_void_p, c_int64]
+_threads = [c_int64, c_void_p]
+FUNCTIONS = {
+    'lanes': [], 'has_tile': [c_int64],
+    'check_convolution': [c_void_p], 'convolution_scratch': [c_void_p], 'convolution_tiles': [c_void_p],
+    'convolve': [c_void_p, *_data, c_void_p, *_cuts, *_scratch, *_threads],
+    'check_matrix': [c_void_p], 'multiply': [c_void_p, *_data, c_int64, *_cuts, *_threads],
+    'pool_scratch': [c_void_p], 'max_pool': [c_void_p, *_data, *_scratch, *_threads],
+}
+
+
+@cache
+def _find(variant):
+    "Return the loaded kernels and None, or None and why there are none."
+    if variant == 'off': return None, f'{VARIABLE} is off'
+    if variant not in VARIANTS:
+        return None, f'{VARIABLE}: got {variant!r}, expected {", ".join(map(repr, VARIANTS))} or \'off\''
+    try: return _declared(ctypes.CDLL(str(built(variant)))), None
+    except Unavailable as error: return None, str(error)
+    except OSError as error: return None, f'the kernels cannot be loaded: {error}'
+
+
+def _declared(library):
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int64
+    return library
+
+
+def _chosen(): return os.environ.get(VARIABLE) or 'native'
+
+
+def library():
+    "Return the kernels, loaded and perhaps compiled at the first call, or None if there can be none here."
+    return _find(_chosen())[0]
+
+
+def why_not() -> str | None:  # None if they are there
+    "Say in one line why there are no kernels here."
+    return _find(_chosen())[1]
+
+
+def checked(number):
+    "Raise a `RuntimeError` for what a kernel has refused."
+    if number: raise RuntimeError(f'kernels: got wrong {REFUSED[number]}, expected those of a plan')
+
+
+@cache
+def _start():
+    """Return the function of torch's OpenMP that starts threads, or None.
+
+    A second OpenMP in one process has threads of its own, and then twice as many run as there are cores. So
+    none is linked: the one that torch has loaded is asked, under whatever name it came. GCC's and LLVM's have
+    this function, on Linux; elsewhere one thread computes."""
+    torch_library = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
+    try: return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, c_void_p)
+    except (OSError, AttributeError): return None
+
+
+_forked = False
+
+
+def _note_fork():
+    global _forked
+    _forked = True
+
+
+# GCC's OpenMP waits for ever in a forked process, for threads that were not copied
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_note_fork)
+
+
+def threads():
+    "Return how many threads shall compute, and the function that starts them."
+    count = torch.get_num_threads()
+    return (1, None) if count == 1 or _forked else (count, _start())
+
+
+_memory = threading.local()
+
+
+def scratch(
+    count: int,  # bytes
+) -> tuple:  # its address, and how long it is
+    "Return memory to compute in, kept for the next call of this thread."
+    try: found = _memory.scratch
+    except AttributeError: found = 0, 0
+    if found[1] < count:
+        _memory.tensor = torch.empty(count, dtype=torch.uint8, device='cpu')
+        _memory.scratch = found = _memory.tensor.data_ptr(), count
+    return found
+
+
+@cache
+def warn_once(text): warnings.warn(text, stacklevel=3)
