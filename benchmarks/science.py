@@ -3,13 +3,20 @@
 Name parts to run these alone: `science.py xor monks`. A part replaces its own section."""
 import argparse
 import importlib
+import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from experiments.rows import Row, as_text
 from results import machine, write
 
-SCIENCE = Path(__file__).parent / 'SCIENCE.md'
+SCIENCE, HEADING = Path(__file__).parent / 'SCIENCE.md', 'Ours beside the published'
+LONGEST_FIRST = 'minilm resnet20 lenet monks synflow memory xor paper'.split()
 PARTS = {  # module in `experiments`: (title, what it needs of the data)
     'xor': ('XOR, Optimal Brain Surgeon', None),
     'monks': ("MONK's problems, Optimal Brain Surgeon", 'monks'),
@@ -33,12 +40,29 @@ def main():
     parts = given.parts or list(PARTS)
     missing = [needed for _, needed in map(PARTS.get, parts) if needed and not (given.data / needed).is_dir()]
     if missing: parser.error(_how_to_get(given.data, missing))
-    for part in parts: _run(part, given.data, given.out)
+    if len(parts) == 1: _run(parts[0], given.data, given.out)
+    else: _run_each(parts, given)
 
 
 def _how_to_get(folder, missing):
     return (f'data: {folder.resolve()} has no {", ".join(missing)}; put them there, or name another folder by '
             '--data (make science DATA=…); benchmarks/experiments/__init__.py says what each holds')
+
+
+def _run_each(parts, given):
+    "Run each part in a process of its own with one thread, as many at a time as there are cores, longest first."
+    order = sorted(parts, key=LONGEST_FIRST.index)
+    with ThreadPoolExecutor(os.cpu_count()) as pool: done = pool.map(partial(_run_apart, given), order)
+    for part, text in zip(order, done): write(PARTS[part][0], text, given.out, HEADING)
+
+
+def _run_apart(given, part):
+    "Return the text of a part."
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / 'part.md'
+        command = [sys.executable, __file__, part, '--data', str(given.data), '--out', str(out)]
+        subprocess.run(command, check=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+        return out.read_text(encoding='utf-8').split(f'## {PARTS[part][0]}', 1)[1].strip()
 
 
 def _run(part, data, out):
@@ -48,7 +72,7 @@ def _run(part, data, out):
         found.append(one)
         if isinstance(one, Row): print(f'{one.experiment}: {one.setting}: {one.ours}', flush=True)
     took = f'By `make science`, in {time.perf_counter() - start:.0f} s; {machine()}.'
-    write(title, f'{took}\n\n{as_text(found)}', out, 'Ours beside the published')
+    write(title, f'{took}\n\n{as_text(found)}', out, HEADING)
 
 
 if __name__ == '__main__': main()

@@ -35,6 +35,12 @@ def test_science_replaces_a_part_and_leaves_others_alone(tmp_path):
     assert '## Other\n\ntext\n\n## A model of 7 billion' in text and text.count('\n| down |') == 1
 
 
+def test_several_parts_run_side_by_side_and_each_has_its_section(tmp_path):
+    science('paper', 'paper', '--out', tmp_path / 'S.md').check_returncode()
+    text = (tmp_path / 'S.md').read_text()
+    assert text.count('\n## A model of 7 billion') == 1 and text.count('\n| down |') == 1
+
+
 def test_science_says_where_data_go(tmp_path):
     found = science('monks', 'lenet', '--data', tmp_path)
     assert found.returncode and f'{tmp_path} has no monks, mnist' in found.stderr and 'DATA=' in found.stderr
