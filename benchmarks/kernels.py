@@ -1,7 +1,7 @@
 """How fast zeros run on a CPU: whole networks with unstructured zeros, by `speed_up`, against torch's better layout.
 
 BatchNorms are folded in the dense networks too. Times are taken side by side, in a random order each round; a ratio is the median of the rounds'
-ratios. `--data DIR` is a folder with `cifar10/` as shared/data has it; without it the rows of the trained ResNet-20 are left out. Run it
+ratios. `--data DIR` is a folder with `cifar10/` with the pictures and the ResNet-20; without it the rows of the trained ResNet-20 are left out. Run it
 on a machine that does nothing else."""
 import argparse
 import json
@@ -17,6 +17,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from experiments.resnet20 import load, pictures
 from results import RESULTS, machine, table, write
 from torch import nn
 from torch.nn import functional as F
@@ -35,35 +36,6 @@ AVX2 = {'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'MKL_ENABLE
 
 
 # Networks
-
-class Block(nn.Module):
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.stride, self.more = stride, outputs - inputs
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        x = F.pad(x[..., ::self.stride, ::self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
-        return F.relu(x + y)
-
-
-class ResNet20(nn.Module):
-    "The ResNet-20 for CIFAR, with the names of the file in shared/data."
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-
 
 class Attention(nn.Module):
     def __init__(self, width, heads=12):
@@ -118,13 +90,8 @@ def trained(model, x, y, sparsity, epochs, path):
 def cifar(folder, count):
     "Normalized images and labels, and the ResNet-20."
     data = np.load(folder / 'cifar10/cifar10_5k.npz')
-    x = torch.from_numpy(data['x_train'][:count]).permute(0, 3, 1, 2).float() / 255
-    mean, deviation = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
-    x = (x - mean[:, None, None]) / deviation[:, None, None]
-    state = torch.load(folder / 'cifar10/resnet20-12fca82f.th', map_location='cpu', weights_only=True)['state_dict']
-    model = ResNet20()
-    model.load_state_dict({name.removeprefix('module.'): value for name, value in state.items()})
-    return x, torch.from_numpy(data['y_train'][:count]).long(), model
+    labels = torch.from_numpy(data['y_train'][:count]).long()
+    return pictures(data['x_train'][:count]), labels, load(folder / 'cifar10')
 
 
 # Times

@@ -8,6 +8,8 @@ from math import isfinite, isnan
 from numbers import Integral, Real
 from typing import NamedTuple
 
+import torch
+
 from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
 
 
@@ -132,6 +134,13 @@ def _shape_of(value):
     "Return the shape of a tensor, else the name of a type, as a text."
     shape = getattr(value, 'shape', None)
     return type(value).__name__ if shape is None else str(tuple(shape))
+
+
+def is_function(
+    example,  # as the user gave it
+) -> bool:
+    "Tell whether an example is a function that returns one. Some tensors are callable."
+    return callable(example) and not isinstance(example, torch.Tensor)
 
 
 def read_example(

@@ -7,15 +7,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fasterai.arguments import Inputs, name_of, read_example, takes
+from fasterai.arguments import Inputs, is_function, name_of, read_example, takes
 from fasterai.data import read_labelled, real_positions
-from fasterai.inputs import Watching
+from fasterai.inputs import Stop, Watching
 from fasterai.progress import progress
 from fasterai.snapshot import undisturbed
-
-
-class _Stop(Exception):
-    "All that was to be seen of a batch was seen."
 
 
 class _Counted:
@@ -26,7 +22,7 @@ class _Counted:
     def __call__(self, read):
         self.report(read)
         self.n += 1
-        if self.n == self.calls: raise _Stop
+        if self.n == self.calls: raise Stop
 
 
 class Calibration:
@@ -67,7 +63,7 @@ class Calibration:
             raise ValueError('example: got None, expected one batch of inputs, or batches with data=; '
                              'nothing was changed')
         if self.example is None: return self.batches[0][0]
-        return read_example(self.example() if _is_function(self.example) else self.example, self.model)
+        return read_example(self.example() if is_function(self.example) else self.example, self.model)
 
     def reads(self,
         weights: list,  # parameters of the model
@@ -81,7 +77,7 @@ class Calibration:
             for inputs, _ in progress(self.batches):
                 counted = _Counted(report, calls)
                 watching = Watching(wanted, counted, real_positions(inputs, self.model))
-                with suppress(_Stop), watching: inputs.call(self.model)
+                with suppress(Stop), watching: inputs.call(self.model)
                 calls = calls or counted.n
 
     def are_read(self,
@@ -128,7 +124,6 @@ class Calibration:
         raise ValueError(f'loss_func: got {came} from {name_of(self.loss_func)}, expected a tensor of one '
                          'number, with a gradient; nothing was changed')
 
-
     def _of_output(self, output):
         "Return the loss of a batch that has no label."
         called = getattr(self.loss_func, 'forward', self.loss_func)  # of a module
@@ -163,6 +158,3 @@ def learning(
         yield
     finally:
         for weight in frozen: weight.requires_grad_(False)
-
-
-def _is_function(example): return callable(example) and not isinstance(example, torch.Tensor)

@@ -13,13 +13,15 @@ from fasterai.arguments import name_of, nearest, one_of
 from fasterai.curvature import adjusted
 from fasterai.inputs import as_matrix, from_matrix
 from fasterai.kinds import EVIDENCE, widened
+from fasterai.least_squares import DAMPING
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
 """A function of evidence about one layer, named by its arguments, that returns scores of the weight's
 shape; larger = keep. An argument `name` gets the layer's name, `support` a function from scores to the mask
 that the layer would have by them, if it were alone."""
 BESIDE = 'name', 'support'  # what a criterion may ask for beside evidence
-DAMPING = .01  # of the mean of the diagonal of a Gram matrix
+ADMM_STEPS = 300  # of `alps`, at most
+PENALTY_GROWTH = (.1, 1.3), (.005, 1.2), (-1, 1.1)  # of `alps`, where more than this share of the support has changed
 
 
 def elementwise(criterion: Callable) -> Callable:
@@ -39,10 +41,6 @@ def matrixwise(criterion: Callable) -> Callable:
     for the Gram matrix, of linear layers and of convolutions, with one group where they are not grouped."""
     criterion.matrixwise = True
     return criterion
-
-
-ADMM_STEPS = 300  # of `alps`, at most
-PENALTY_GROWTH = (.1, 1.3), (.005, 1.2), (-1, 1.1)  # where more than this share of the support has changed
 
 
 # Criteria
@@ -257,7 +255,6 @@ class CriterionInfo:
     repairs: tuple = ()  # names in `repair.REPAIRS`: its own part of an event, after the masks
     adjust: Callable | None = None  # (layers, {layer's name: mask}, calibration) -> {layer's name: new weight}, before the masks
     round_keeps: Fraction | None = None  # an event is made in rounds, of which each keeps so much of what is left; None: in one
-
 
     @property
     def needs_data(self) -> bool:

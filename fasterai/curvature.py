@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 WHOLE = 2048  # weights: so many together have one matrix, across layers; more are split into blocks
-BLOCK = 128  # neighbouring weights of a layer that make a block
+BLOCK = 128  # neighbouring weights that make a block
 SAMPLES = 16  # whose products are added up at a time
 MEMORY = 1 << 28  # bytes that the blocks of several layers may take together; a layer has what it needs
 DAMPING = .01  # of the mean of the diagonal; with less, nets of few samples lose what they learned

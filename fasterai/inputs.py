@@ -147,6 +147,10 @@ TRANSPOSED = 'stride padding output_padding groups dilation'.split()
 DEFAULTS = {'stride': 1, 'padding': 0, 'dilation': 1, 'groups': 1, 'output_padding': 0}
 
 
+class Stop(Exception):
+    "End a forward pass, of which all was seen that was to be seen."
+
+
 class Watching(TorchFunctionMode):
     """Report what layers read, inside a `with` block. No hook is left on the model.
 

@@ -37,7 +37,6 @@ class Kind:
     weight_shaped: bool = True  # the tensor has the weight's shape, so that it can be read in chunks
     at_once: bool = False  # it starts when the Sparsifier is made; else where it is first updated or read
 
-
     @property
     def of_data(self) -> bool:
         "Tell whether only data can supply it, not the steps of a training."

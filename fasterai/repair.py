@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fasterai.arguments import one_of
 from fasterai.data import held_out, joined, read_data, real_positions
-from fasterai.inputs import Read, Watching, only_real
+from fasterai.inputs import Read, Stop, Watching, only_real
+from fasterai.kinds import widened
 from fasterai.layers import LOOKUPS
 from fasterai.least_squares import solve_kept
 from fasterai.names import bare, named_modules
@@ -140,10 +141,6 @@ def _by_position(output): return output.flatten(2) if output.ndim > 2 else outpu
 
 
 # Least squares
-
-class _Stop(Exception):
-    "All that was to be seen of a forward pass was seen."
-
 
 class _Layer(NamedTuple):
     "Name a layer that can be solved: a weight, or the rows of it that meet one input."
@@ -274,10 +271,10 @@ def _reads(
         missing[key] -= 1
         left -= read.input.numel() * read.input.element_size()
         is_full = left <= 0 and not missing[keys[0]]
-        if is_full or not any(missing.values()): raise _Stop
+        if is_full or not any(missing.values()): raise Stop
     try:
         with Watching({key[0] for key in keys}, take, real_positions(batch, model)): batch.call(model)
-    except _Stop: pass
+    except Stop: pass
     if most == torch.inf: return list(found.values())
     n_complete = next((i for i, key in enumerate(keys) if missing[key]), len(keys))
     return [found[key] for key in keys[:max(1, n_complete)]]
@@ -295,7 +292,7 @@ class _Grams:
             for piece, dense_piece in zip(read.pieces(), twin.pieces()): self._add(piece, dense_piece)
 
     def _add(self, read, twin):
-        rows, dense_rows = _float(read.rows()), _float(twin.rows())
+        rows, dense_rows = widened(read.rows()), widened(twin.rows())
         if dense_rows.shape != rows.shape: return
         self.gram = self.gram + (rows.transpose(1, 2) @ rows).double()
         self.cross = self.cross + (rows.transpose(1, 2) @ dense_rows).double()
@@ -308,11 +305,6 @@ class _Grams:
         "Tell whether inputs are zero that were not in the dense network."
         dead = self.gram.diagonal(dim1=1, dim2=2) == 0
         return bool((dead & self.alive).any())
-
-
-def _float(rows):
-    "Return rows in float32 at least, for sums of their products."
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 # BatchNorm
@@ -345,7 +337,7 @@ class _Statistics(TorchFunctionMode):
         self.sums[name] = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
         self.calls[name] = self.calls.get(name, 0) + 1
         if self.at_once is not None: self.at_once(name)
-        if self.calls[name] == self.uses: raise _Stop
+        if self.calls[name] == self.uses: raise Stop
 
     def read(self, model, batches):
         "Run a model on batches."
@@ -353,7 +345,7 @@ class _Statistics(TorchFunctionMode):
             self.real, self.calls = real_positions(batch, model), {}
             try:
                 with self: batch.call(model)
-            except _Stop: pass
+            except Stop: pass
         return self
 
     def of(self, name):

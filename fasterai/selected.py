@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fasterai.arguments import callable_with, read_example
+from fasterai.arguments import callable_with, is_function, read_example
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping, weights_of
 from fasterai.layers import check_masked_along, choose
@@ -69,7 +69,7 @@ class Selected:
         rules: Rules,
         example=None,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords; or a function that returns one when needed
     ):
-        if _is_function(example):
+        if is_function(example):
             callable_with('example', example, 0, 'a batch, or a function without arguments')
         self.model, self.rules, self.example = model, rules, example
         self.choice = choose(model, rules.layers, rules.exclude)
@@ -84,7 +84,7 @@ class Selected:
         self._note_places()
         self.notice()
         self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
-        if not _is_function(example): self.resolve()
+        if not is_function(example): self.resolve()
 
     @property
     def layers(self) -> dict:  # name: `Layer`
@@ -208,7 +208,7 @@ class Selected:
     def resolve(self):
         "Find the data flow, once, where whole filters are pruned, and leave out what cannot be pruned so."
         if self.resolved: return
-        example = self.example() if _is_function(self.example) else self.example
+        example = self.example() if is_function(self.example) else self.example
         flow = _flow(bare(self.model), example)
         if flow is not None: self._leave_out(self._without_filters(flow))
         self.flow, self.example = None if flow is None else Known(flow, self.candidates, self.model), None
@@ -276,9 +276,6 @@ class Selected:
                 if bias is None or bias.shape != dead[id(weight)].shape: continue
                 found.setdefault(module, {})[name] = dead[id(weight)]
         return found
-
-
-def _is_function(example): return callable(example) and not isinstance(example, torch.Tensor)
 
 
 def _shared(model, layers):
