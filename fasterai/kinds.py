@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fasterai.curvature import inverse_diagonals
+from fasterai.curvature import BLOCK, inverse_diagonals
 from fasterai.inputs import as_matrix, form_of, from_matrix
 from fasterai.peers import ALONE
 from fasterai.synflow import synaptic_flow
@@ -249,7 +249,17 @@ def _add_sample(layer, state, grad):
 
 def _add_rows(layer, state, grad):
     "Return the sum of the products of the gradients of all pairs of weights of an output."
-    rows = as_matrix(widened(grad), *form_of(layer.grouping.axes)).flatten(0, 1)
+    return _add_pairs(as_matrix(widened(grad), *form_of(layer.grouping.axes)).flatten(0, 1), state)
+
+
+def _add_blocks(layer, state, grad):
+    "Return the sum of the products of the gradients of all pairs of weights of a block of neighbours."
+    flat = widened(grad).flatten()
+    size = min(BLOCK, len(flat))
+    return _add_pairs(torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size), state)
+
+
+def _add_pairs(rows, state):
     products = rows[:, :, None] * rows[:, None, :]
     steps, total = (0, torch.zeros_like(products)) if state is None else state
     return Gathered(steps + 1, total.add_(products))
@@ -259,7 +269,7 @@ def _sample_mean(layer, state):
     return Computed(partial(_divided, state.steps), {'grad_squares': state.total})
 
 
-def _mean_of_rows(layer, state): return state.total / state.steps
+def _mean_of_pairs(layer, state): return state.total / state.steps
 
 
 # Others
@@ -295,7 +305,8 @@ EVIDENCE = {
     'input_norm': Kind(read=_input_norm, on_input=_add_squares),
     'gram': Kind(read=_gram, on_input=_add_products, large=True, weight_shaped=False),
     'grad_squares': Kind(read=_sample_mean, on_sample=_add_sample),
-    'fisher_rows': Kind(read=_mean_of_rows, on_sample=_add_rows, large=True, weight_shaped=False),
+    'fisher_rows': Kind(read=_mean_of_pairs, on_sample=_add_rows, large=True, weight_shaped=False),
+    'fisher_blocks': Kind(read=_mean_of_pairs, on_sample=_add_blocks, large=True, weight_shaped=False),
     'inverse_diagonal': Kind(read=_of_model, of_model=inverse_diagonals, needs_loss=True),
     'flow': Kind(read=_of_model, of_model=synaptic_flow),
 }

@@ -139,6 +139,18 @@ def test_the_fisher_information_by_rows(net):
     assert torch.allclose(rows, torch.einsum('soi,soj->oij', grads, grads) / 8, atol=1e-6)
 
 
+def test_the_fisher_information_by_blocks():
+    "200 weights are a block of 128, and one of 72 that is filled up with zeros."
+    model, data = nn.Sequential(nn.Linear(20, 10)), [(torch.randn(3, 20), torch.randint(10, (3,)))]
+    grads = torch.stack([torch.autograd.grad(LOSS(model(x[None]), y[None]), model[0].weight)[0].flatten() for x, y in zip(*data[0])])
+    blocks = evidence_of(model, 'fisher_blocks', '0', data, layers='0', loss_func=LOSS)
+    fisher = grads.T @ grads / 3
+    assert blocks.shape == (2, 128, 128) and torch.allclose(blocks[0], fisher[:128, :128], atol=1e-7)
+    assert torch.allclose(blocks[1, :72, :72], fisher[128:, 128:], atol=1e-7) and not blocks[1, 72:].any()
+    small = nn.Sequential(nn.Linear(2, 3))
+    assert evidence_of(small, 'fisher_blocks', '0', [(torch.randn(3, 2), torch.randint(3, (3,)))], layers='0', loss_func=LOSS).shape == (1, 6, 6)
+
+
 def test_the_mean_saliency_of_batches_needs_no_step(net):
     data = batches()
     net.eval()
