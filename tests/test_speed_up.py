@@ -191,10 +191,10 @@ def test_convolutions_poolings_and_linears_are_replaced_and_norms_folded(monkeyp
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
     said = capsys.readouterr().out
     head, _, first, *_ = said.splitlines()
-    assert head.split() == ['layer', 'zeros', 'dense', 'tried', 'kept'] and 'no sparse' not in said
+    assert head.split() == ['layer', 'zeros', 'dense', 'tried', 'kept', 'of', 'peak'] and 'no sparse' not in said
     assert '1000.000 ms before, 400.000 ms after (500.000 ms in channels_last): 2.50 × as fast' in said
     zeros = 100 * float((model[0].weight == 0).float().mean())
-    assert ' '.join(first.split()) == f'0 {zeros:.1f} % 1000.000 ms kernel 500.000 ms, kernel 2 400.000 ms kernel 2'
+    assert ' '.join(first.split()) == f'0 {zeros:.1f} % 1000.000 ms kernel 500.000 ms, kernel 2 400.000 ms kernel 2 0 %'
     for other in (deepcopy(new), pickle.loads(pickle.dumps(new))): assert agree(outputs(other, Inputs((x,))), expected, 1e-5)
 
 

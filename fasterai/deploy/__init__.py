@@ -1,8 +1,9 @@
 "Turn zeros into a smaller file, a smaller network or faster layers, for any dense PyTorch model."
 from fasterai.deploy.export import export_onnx
+from fasterai.deploy.fast import load_fast, save_fast
 from fasterai.deploy.files import load_sparse, save_sparse
 from fasterai.deploy.payoff import payoff
 from fasterai.deploy.shrink import shrink
 from fasterai.deploy.speed_up import speed_up
 
-__all__ = ['save_sparse', 'load_sparse', 'shrink', 'speed_up', 'export_onnx', 'payoff']
+__all__ = ['save_sparse', 'load_sparse', 'shrink', 'speed_up', 'save_fast', 'load_fast', 'export_onnx', 'payoff']

@@ -22,7 +22,15 @@ def save_sparse(
     `load_sparse` restores every bit. What is no model, has tensors that a file cannot hold, or is no path
     raises a `TypeError`; a device or a pipe at the path raises a `ValueError`, and what the system refuses
     an `OSError` that names the path."""
-    state = _state(model)
+    save_state(state_of(model), path)
+
+
+def save_state(
+    state: dict,  # {name: tensor}, as `state_of` returns it
+    path: str | Path,  # the file to write
+    forms: str | None = None,  # which form each layer has, as `save_fast` writes it
+):
+    "Write tensors to one safetensors file, each packed where that is smaller."
     path = checked_path(path)
     destination(path)  # before the work: it may be no place for a file
     tensors, descriptions = {}, {}
@@ -31,8 +39,9 @@ def save_sparse(
         source = first.setdefault(memory_key(tensor), name)
         if source != name: descriptions[name] = {'same': source}  # tied
         else: descriptions[name] = pack(name, tensor, tensors)
-    found = digest(tensors, descriptions)
+    found = digest(tensors, descriptions, forms)
     metadata = {'format': FORMAT, 'tensors': json.dumps(descriptions), 'sha256': found}
+    if forms is not None: metadata['forms'] = forms
     with replacing(path) as file: write_tensors(file, tensors, metadata)
 
 
@@ -44,7 +53,7 @@ def load_sparse(
 
     A file that is damaged, foreign or does not fit raises a `ValueError`, a model whose tensors cannot be
     written a `TypeError`, and what the system refuses an `OSError`. In each case the model is not changed."""
-    state = _state(model)
+    state = state_of(model)
     _check_writable(state)
     path = checked_path(path)
     with named_errors(path), open_plain(path) as file:
@@ -53,7 +62,8 @@ def load_sparse(
         sources = check_fit(state, descriptions, path)
         check_entries(state, descriptions, entries, path)
         stored = {name: read_tensor(file, entry, path) for name, entry in entries.items()}  # sizes are the model's
-    if digest(stored, descriptions) != metadata.get('sha256'): raise altered(path, 'its digest is another')
+    if digest(stored, descriptions, metadata.get('forms')) != metadata.get('sha256'):
+        raise altered(path, 'its digest is another')
     values = _unpacked(state, descriptions, sources, stored, path)
     check_tied(state, values, path)
     check_overlaps(state, values, path)
@@ -72,7 +82,10 @@ def _unpacked(state, descriptions, sources, stored, path):
     return {name: found[source] for name, source in sources.items()}
 
 
-def _state(model):
+def state_of(
+    model: nn.Module,
+) -> dict:  # {name: tensor}
+    "Return a model's tensors; a `TypeError` where a file cannot hold them."
     check_module(model)
     state = model.state_dict(keep_vars=True)
     own = {id(t) for t in (*model.parameters(), *model.buffers())}

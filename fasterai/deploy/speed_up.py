@@ -88,6 +88,20 @@ class SparseLinear(nn.Module):
     def __getstate__(self): return self.__dict__ | {'_ready': None}
 
     @property
+    def options(self):
+        "Return what the layer was built with, beside the dense one."
+        return {'block': self.block}
+
+    def dense(self) -> nn.Module:  # a Linear or a 1 × 1 convolution
+        "Return the dense layer, with the weights that are zero."
+        outputs, inputs = self.size
+        if self.stride is None: layer = nn.Linear(inputs, outputs, self.bias is not None)
+        else: layer = nn.Conv2d(inputs, outputs, 1, self.stride, bias=self.bias is not None)
+        layer.weight.data = self._weight().to_dense().view(layer.weight.shape)
+        if self.bias is not None: layer.bias.data = self.bias.clone()
+        return layer.train(self.training)
+
+    @property
     def unstored(self):
         "Return the share of the weight that is not stored, 0 to 1."
         return 1 - self.values.numel() / (self.size[0] * self.size[1])
@@ -178,7 +192,8 @@ def speed_up(
     """Replace each layer by the fastest form that computes the same; keep it if none is faster here.
 
     On a CPU, BatchNorms are folded into convolutions first, also in the network that it is compared with, and
-    max poolings are tried too. The copy computes in eval mode."""
+    max poolings are tried too. The copy computes in eval mode. `of peak` is the work of the weights that are
+    not zero, as a share of what the processor could compute in that time."""
     check_copyable(model)
     seconds = seconds_of(seconds)
     inputs, model = example_inputs(example, model), deepcopy(model)
@@ -196,7 +211,8 @@ def speed_up(
         kept = best[1] if best and faster(best[0], dense) else 'dense'
         if kept in built: chosen[layer] = built[kept]
         tried = [*failed, *(f'{kind} {_ms(t)}' for kind, t in zip(built, times))]
-        rows.append((names[0], _zeros(layer), _ms(dense), ', '.join(tried), kept))
+        near = _of_peak(layer, x, best[0] if kept in built else dense) if uses_kernels else ''
+        rows.append((names[0], _zeros(layer), _ms(dense), ', '.join(tried), kept, near))
     activations = followers(new, inputs, SPARSE, tuple(FUSED)) if chosen else {}
     for layer, replacement in chosen.items(): new = replace(new, layer, replacement)
     if chosen: new = _fused(new, chosen, activations, inputs, expected)
@@ -265,6 +281,16 @@ def _zeros(layer):
     return f'{100 - 100 * int(torch.count_nonzero(weight)) / weight.numel():.1f} %'
 
 
+@torch.no_grad()
+def _of_peak(layer, x, latency):
+    "Return how near a layer comes to the peak, when only multiplications by weights that are not zero count."
+    weight = getattr(layer, 'weight', None)
+    if weight is None: return ''
+    places = layer(x).numel() / len(weight)  # that each weight is used for
+    operations = 2 * int(torch.count_nonzero(weight)) * places
+    return f'{100 * operations / kernels.peak() / latency.seconds:.0f} %'
+
+
 def _check(model, folded, new, inputs, expected, device, seconds):
     """Return the new model if it is right and faster as a whole, else a dense one; and a sentence on it.
 
@@ -288,7 +314,7 @@ def _check(model, folded, new, inputs, expected, device, seconds):
 
 
 def _table(rows, conclusion):
-    table = [as_text([('layer', 'zeros', 'dense', 'tried', 'kept'), *rows], left=5)] if rows else []
+    table = [as_text([('layer', 'zeros', 'dense', 'tried', 'kept', 'of peak'), *rows], left=5)] if rows else []
     return '\n'.join([*table, f'speed_up: {conclusion}'])
 
 

@@ -19,9 +19,11 @@ def altered(
 def digest(
     tensors: dict,  # {name: tensor} as they are in the file
     descriptions: dict,  # {name: how to unpack it}
+    forms: str | None = None,  # of the layers
 ) -> str:
     "Return a digest of all that a file says of a model. It finds damage; it is no signature."
     found = hashlib.sha256(json.dumps(descriptions).encode())
+    if forms is not None: found.update(forms.encode())
     for name in sorted(tensors):
         found.update(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}'.encode())
         found.update(bytes_of(tensors[name]))

@@ -125,6 +125,11 @@ class _Sparse(_Kernel):
         "Return the share of the weight that is not stored, 0 to 1."
         return 1 - self.values.numel() / max(1, self.size[0] * self.size[1])
 
+    @property
+    def options(self):
+        "Return what the layer was built with, beside the dense one."
+        return {'activation': self.activation, 'tiling': self.tiling}
+
     def _weights(self):
         """Return the weights as arrays, checked, and copied: a plan must not change under the kernels.
 
@@ -149,9 +154,14 @@ class _Sparse(_Kernel):
         self._forget()
         return super()._apply(*args, **kwargs)
 
+    def _filled(self, layer, shape):
+        "Give a new dense layer the weight and the bias."
+        layer.weight.data = self._dense_weight(shape)
+        if self.bias is not None: layer.bias.data = self.bias.clone()
+        return layer.train(self.training)
+
     def _dense_weight(self, shape):
-        "Return the weight with its zeros, for a machine that has no kernels."
-        kernels.warn_once(f'no sparse kernels, so layers are computed dense: {kernels.why_not()}')
+        "Return the weight with its zeros."
         weights = self._weights()
         weight = self.values.new_zeros(self.size)
         output = np.repeat(np.arange(self.size[0]), np.diff(weights.begin))
@@ -215,7 +225,21 @@ class SparseConv(_Sparse):
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
                                weights, self.activation)
 
+    def dense(self) -> nn.Module:  # a Conv1d or Conv2d
+        "Return the dense layer, with the weights that are zero. It has no activation."
+        g, axes = self.geometry, self.axes
+        padding = self._padding()
+        kind = nn.Conv1d if axes == 1 else nn.Conv2d
+        layer = kind(g.channels, g.outputs, g.kernel[-axes:], g.stride[-axes:], padding, g.dilation[-axes:],
+                     g.groups, bias=self.bias is not None)
+        return self._filled(layer, layer.weight.shape)
+
+    def _padding(self):
+        top, left, bottom, right = self.geometry.padding
+        return (top, left)[-self.axes:] if (top, left) == (bottom, right) else 'same'
+
     def _dense(self, x, y, add):
+        _warn_of_dense()
         geometry = self.geometry
         images = x.reshape(-1, geometry.channels, *(1, *x.shape[-self.axes:])[-2:])
         top, left, bottom, right = geometry.padding
@@ -249,6 +273,10 @@ def _four(padding, kernel, dilation):
     total = [d * (k - 1) for d, k in zip(dilation, kernel)]
     before = [t // 2 for t in total]
     return (*before, *(t - b for t, b in zip(total, before)))
+
+
+def _warn_of_dense():
+    kernels.warn_once(f'no sparse kernels, so layers are computed dense: {kernels.why_not()}')
 
 
 def _nothing(x, y, add): "Compute no outputs, where there are none."
@@ -306,7 +334,12 @@ class SparseLinearKernel(_Sparse):
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
                                weights, self.activation, transposed=True)
 
+    def dense(self) -> nn.Linear:
+        "Return the dense layer, with the weights that are zero. It has no activation."
+        return self._filled(nn.Linear(self.size[1], self.size[0], self.bias is not None), self.size)
+
     def _dense(self, x, y, add):
+        _warn_of_dense()
         found = F.linear(x, self._dense_weight(self.size), self.bias)
         y.copy_(ACTIVATED[self.activation](found))
 

@@ -2,6 +2,7 @@
 import ctypes
 import os
 import threading
+import time
 import warnings
 from ctypes import c_int64, c_void_p
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 from fasterai.deploy.kernels.build import VARIANTS, Unavailable, built
 
 VARIABLE = 'FASTERAI_KERNELS'  # of the environment: a key of `VARIANTS`, or 'off'
+PEAK_TRIES, PEAK_ROUNDS = 20, 20000  # a try takes .1 ms, about
 # what a kernel refuses, by the number that it returns; a plan that was checked is refused nowhere
 REFUSED = {1: 'sizes', 2: 'tiles', 3: 'chunks', 4: 'offsets', 5: 'lengths', 6: 'cuts', 7: 'scratch memory'}
 
@@ -51,6 +53,7 @@ FUNCTIONS = {
     'check_convolution': [c_void_p], 'convolution_scratch': [c_void_p], 'convolution_tiles': [c_void_p],
     'convolve': [c_void_p, *_data, c_void_p, *_cuts, *_scratch, *_threads],
     'check_matrix': [c_void_p], 'multiply': [c_void_p, *_data, c_int64, *_cuts, *_threads],
+    'compute': [c_int64, c_void_p],
     'pool_scratch': [c_void_p], 'max_pool': [c_void_p, *_data, *_scratch, *_threads],
 }
 
@@ -101,6 +104,23 @@ def _start():
     torch_library = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
     try: return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, c_void_p)
     except (OSError, AttributeError): return None
+
+
+@cache
+def _peak(variant):
+    code, number = _find(variant)[0], ctypes.c_float(.5)
+    best = 0.
+    for _ in range(PEAK_TRIES):
+        start = time.perf_counter()
+        operations = code.compute(PEAK_ROUNDS, ctypes.addressof(number))
+        best = max(best, operations / (time.perf_counter() - start))
+    return best
+
+
+def peak() -> float:  # floating-point operations a second
+    "Measure how fast numbers in registers are multiplied and added, in all threads that torch uses."
+    count, start = threads()
+    return _peak(_chosen()) * (count if start else 1)
 
 
 _forked = False

@@ -776,3 +776,21 @@ int64_t max_pool(const Pool *p, const float *x, int64_t x_length, float *y, int6
     run(&job, threads, start);
     return FINE;
 }
+
+
+// --- peak ----------------------------------------------------------------------------------------
+
+#define CHAINS 12  // enough that no multiplication waits for another
+
+// Multiply and add in registers alone, `rounds` times; return the floating-point operations that this takes.
+int64_t compute(int64_t rounds, float *out) {
+    Vector sum[CHAINS], factor = out[0] - (Vector){0};
+    UNROLL for (int c = 0; c < CHAINS; c++) sum[c] = factor + (float)c;
+    for (int64_t i = 0; i < rounds; i++) {
+        UNROLL for (int c = 0; c < CHAINS; c++) sum[c] = sum[c] * factor + factor;
+        __asm__ volatile("" ::: "memory");
+    }
+    UNROLL for (int c = 1; c < CHAINS; c++) sum[0] += sum[c];
+    *out = sum[0][0];
+    return rounds * CHAINS * LANES * 2;
+}
