@@ -94,16 +94,28 @@ def checked(number):
     if number: raise RuntimeError(f'kernels: got wrong {REFUSED[number]}, expected those of a plan')
 
 
+class Team(ctypes.Structure):
+    "Hold the functions of an OpenMP that start threads and number them, as the C code has them."
+    _fields_ = [('start', c_void_p), ('number', c_void_p)]
+
+
 @cache
-def _start():
-    """Return the function of torch's OpenMP that starts threads, or None.
+def _team():
+    """Return torch's OpenMP as a `Team`, or None.
 
     A second OpenMP in one process has threads of its own, and then twice as many run as there are cores. So
     none is linked: the one that torch has loaded is asked, under whatever name it came. GCC's and LLVM's have
-    this function, on Linux; elsewhere one thread computes."""
+    these functions, on Linux; elsewhere one thread computes."""
     torch_library = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
-    try: return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, c_void_p)
+    try:
+        openmp = ctypes.CDLL(str(torch_library))
+        functions = openmp.GOMP_parallel, openmp.omp_get_thread_num
     except (OSError, AttributeError): return None
+    return Team(*(ctypes.cast(function, c_void_p) for function in functions))
+
+
+@cache
+def _team_address(): return None if _team() is None else ctypes.addressof(_team())
 
 
 @cache
@@ -119,8 +131,8 @@ def _peak(variant):
 
 def peak() -> float:  # floating-point operations a second
     "Measure how fast numbers in registers are multiplied and added, in all threads that torch uses."
-    count, start = threads()
-    return _peak(_chosen()) * (count if start else 1)
+    count, team = threads()
+    return _peak(_chosen()) * (count if team else 1)
 
 
 _forked = False
@@ -136,9 +148,9 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_note_for
 
 
 def threads():
-    "Return how many threads shall compute, and the function that starts them."
+    "Return how many threads shall compute, and the address of the `Team` that they are, None for one thread."
     count = torch.get_num_threads()
-    return (1, None) if count == 1 or _forked else (count, _start())
+    return (1, None) if count == 1 or _forked else (count, _team_address())
 
 
 _memory = threading.local()

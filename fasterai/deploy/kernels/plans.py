@@ -96,12 +96,12 @@ class ConvolutionPlan(_Plan):
         self.tiles = code.convolution_tiles(self.pointer)
 
     def run(self, x, y, add=None):  # contiguous tensors
-        threads, start = kernels.threads()
+        threads, team = kernels.threads()
         pieces = self._pieces.get(threads) or self._split(threads)
         at, size = kernels.scratch(self.scratch * threads)
         add = None if add is None else add.data_ptr()
         kernels.checked(self.code.convolve(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
-                                           add, *pieces, at, size, threads, start))
+                                           add, *pieces, at, size, threads, team))
 
     def _split(self, threads):
         # every piece packs its inputs anew, so there is one if there are enough tiles
@@ -159,10 +159,10 @@ class MatrixPlan(_Plan):
         kernels.checked(code.check_matrix(self.pointer))
 
     def run(self, x, y, add=None):  # contiguous tensors, (n, inputs) and (n, outputs)
-        threads, start = kernels.threads()
+        threads, team = kernels.threads()
         pieces = self._pieces.get(threads) or self._split(threads)
         kernels.checked(self.code.multiply(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
-                                           self.vectors, *pieces, threads, start))
+                                           self.vectors, *pieces, threads, team))
 
     def _split(self, threads):
         return self._cut(threads, 1 if threads == 1 else min(ITEMS * threads, self.arguments.outputs))
@@ -177,7 +177,7 @@ class PoolPlan:
         self.scratch = code.pool_scratch(self.pointer)
 
     def run(self, x, y, add=None):  # contiguous tensors
-        threads, start = kernels.threads()
+        threads, team = kernels.threads()
         at, size = kernels.scratch(self.scratch * threads)
         kernels.checked(self.code.max_pool(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
-                                           at, size, threads, start))
+                                           at, size, threads, team))

@@ -1,8 +1,8 @@
 // Sparse layers for inference on a CPU: convolution, matrix-vector product and max pooling of float32 tensors
 // in NCHW.
 //
-// Nothing is allocated here and no library is linked: the caller gives all memory, and the function that
-// starts threads. Every function that is exported checks sizes before it writes, and returns 0, or one of the
+// Nothing is allocated here and no library is linked: the caller gives all memory, and the functions that
+// start threads. Every function that is exported checks sizes before it writes, and returns 0, or one of the
 // numbers of `enum Refused`.
 //
 // The convolution packs a tile of the input into a panel that fits L1, then runs over the weights that are
@@ -68,11 +68,17 @@ enum Refused { FINE, BAD_SIZE, BAD_TILE, BAD_CHUNK, BAD_OFFSET, BAD_LENGTH, BAD_
 
 
 // --- threads -------------------------------------------------------------------------------------
-// Work is split into items of their own output. Threads take the next item by one counter: where the system
-// lets one wait, the others go on. `start` is GOMP_parallel of the OpenMP that torch has loaded, or null for
-// one thread.
+// Work is split into items of their own output. Each thread begins with a share of its own, the same one in
+// every layer, for it finds in its caches what it has written in the layer before. Then it takes what is left
+// of the others' shares: where the system lets one wait, the others go on.
 
-typedef void (*Start)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+// Functions of the OpenMP that torch has loaded: GOMP_parallel and omp_get_thread_num.
+typedef struct {
+    void (*start)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+    int (*number)(void);
+} Team;
+
+typedef struct { int64_t next, end; char line[48]; } Share;  // of the items; a cache line of its own
 
 typedef struct Job {
     void (*work)(const struct Job *job, int64_t item, char *scratch);
@@ -83,24 +89,41 @@ typedef struct Job {
     int64_t items, pieces, per_worker;  // per_worker: bytes of scratch
     int64_t cleared;  // bytes of it that are set to zero first: lanes that belong to no output are computed with too
     char *scratch;
-    int64_t next_item, next_worker;
+    const Team *team;  // null for one thread
+    int64_t threads;
+    Share *share;  // of each thread
 } Job;
 
 static void run_worker(void *data) {
-    Job *job = data;
-    int64_t worker = __atomic_fetch_add(&job->next_worker, 1, __ATOMIC_RELAXED);
+    const Job *job = data;
+    int64_t worker = job->team ? job->team->number() : 0;
+    if (worker >= job->threads) return;
     char *scratch = job->scratch ? job->scratch + worker * job->per_worker : 0;
     if (scratch) memset(scratch, 0, job->cleared);
-    for (;;) {
-        int64_t item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED);
-        if (item >= job->items) return;
-        job->work(job, item, scratch);
+    for (int64_t i = 0; i < job->threads; i++) {
+        Share *share = job->share + (worker + i) % job->threads;
+        for (;;) {
+            int64_t item = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED);
+            if (item >= share->end) break;
+            job->work(job, item, scratch);
+        }
     }
 }
 
-static void run(Job *job, int64_t threads, Start start) {
+#define MOST_THREADS 1024
+
+static void run(Job *job, int64_t threads, const Team *team) {
     if (threads > job->items) threads = job->items;
-    if (threads > 1 && start) start(run_worker, job, (unsigned)threads, 0);
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads < 1 || !team) threads = 1;
+    Share share[threads];
+    for (int64_t i = 0; i < threads; i++) {
+        share[i].next = job->items * i / threads;
+        share[i].end = job->items * (i + 1) / threads;
+    }
+    job->threads = threads, job->share = share;
+    job->team = threads > 1 ? team : 0;
+    if (job->team) team->start(run_worker, job, (unsigned)threads, 0);
     else run_worker(job);
 }
 
@@ -620,7 +643,7 @@ int64_t convolution_tiles(const Convolution *p) { return tiles_of(p); }
 // Compute y = activation(convolution(x) + bias + add); the plan was checked, lengths are in floats.
 int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *y, int64_t y_length,
                  const float *add, const int64_t *cuts, int64_t pieces, char *scratch, int64_t scratch_bytes,
-                 int64_t threads, Start start) {
+                 int64_t threads, const Team *team) {
     if (x_length != p->images * p->channels * p->height * p->width) return BAD_LENGTH;
     if (y_length != p->images * p->outputs * p->out_height * p->out_width) return BAD_LENGTH;
     if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
@@ -631,7 +654,7 @@ int64_t convolve(const Convolution *p, const float *x, int64_t x_length, float *
                .items = tiles_of(p) * pieces, .pieces = pieces,
                .per_worker = convolution_scratch(p), .scratch = scratch,
                .cleared = moves_bytes(p) + panel_bytes(p) + 64};
-    run(&job, threads, start);
+    run(&job, threads, team);
     return FINE;
 }
 
@@ -691,13 +714,13 @@ int64_t check_matrix(const Matrix *p) {
 
 // Compute y = activation(matrix @ x + bias) for each of `vectors` rows x; the matrix was checked.
 int64_t multiply(const Matrix *p, const float *x, int64_t x_length, float *y, int64_t y_length, int64_t vectors,
-                 const int64_t *cuts, int64_t pieces, int64_t threads, Start start) {
+                 const int64_t *cuts, int64_t pieces, int64_t threads, const Team *team) {
     if (vectors < 1 || x_length != times(vectors, p->inputs)) return BAD_LENGTH;
     if (y_length != times(vectors, p->outputs)) return BAD_LENGTH;
     if (!good_cuts(cuts, pieces, p->outputs)) return BAD_CUT;
     Job job = {.work = multiply_item, .plan = p, .x = x, .y = y, .cuts = cuts,
                .items = vectors * pieces, .pieces = pieces};
-    run(&job, threads, start);
+    run(&job, threads, team);
     return FINE;
 }
 
@@ -765,7 +788,7 @@ static int check_pool(const Pool *p) {
 int64_t pool_scratch(const Pool *p) { return check_pool(p) ? round_up(4 * pool_floats(p) + 64, 64) : 0; }
 
 int64_t max_pool(const Pool *p, const float *x, int64_t x_length, float *y, int64_t y_length,
-                 char *scratch, int64_t scratch_bytes, int64_t threads, Start start) {
+                 char *scratch, int64_t scratch_bytes, int64_t threads, const Team *team) {
     int64_t needed = pool_scratch(p);
     if (!needed) return BAD_SIZE;
     if (x_length != p->planes * p->height * p->width) return BAD_LENGTH;
@@ -773,7 +796,7 @@ int64_t max_pool(const Pool *p, const float *x, int64_t x_length, float *y, int6
     if (threads < 1 || times(threads, needed) < 0 || threads * needed > scratch_bytes) return SMALL_SCRATCH;
     Job job = {.work = pool_item, .plan = p, .x = x, .y = y, .items = p->planes, .pieces = 1,
                .per_worker = needed, .scratch = scratch};
-    run(&job, threads, start);
+    run(&job, threads, team);
     return FINE;
 }
 
