@@ -1,0 +1,59 @@
+"Draw images/speed.png: milliseconds of networks with unstructured zeros, as benchmarks/RESULTS.md has them."
+import re
+from pathlib import Path
+
+import matplotlib
+from results import RESULTS
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+PICTURE = Path(__file__).parent.parent / 'images' / 'speed.png'
+NETWORKS = {  # what a row of the table begins with: what the picture calls it
+    'ResNet-18, {} %, 224 px, batch 1, one thread': 'ResNet-18\n1 image of 224 px',
+    'ResNet-50, {} %, 224 px, batch 1, one thread': 'ResNet-50\n1 image of 224 px',
+    'MobileNetV2 trained to {} %, 224 px, batch 1, one thread': 'MobileNetV2\n1 image of 224 px',
+    "MiniLM's encoder, Linears {} %, batch 32, sequence 64, one thread": 'sentence encoder\n32 × 64 tokens',
+    'MLP 784-4096-4096-10, {} %, batch 64, one thread': 'MLP 784-4096-4096-10\n64 rows',
+}
+COLOURS = {90: '#6aaed6', 95: '#1f5f9f'}
+DENSE = '#c8c8c8'
+
+
+def measured(
+    path: Path,  # of RESULTS.md
+) -> dict:  # {name of a network: {sparsity: (milliseconds dense, sparse)}}
+    "Read the rows that the picture shows."
+    rows = dict(re.findall(r'^\| (.*?) \| .*? × \((.*? → .*?) ms\)', path.read_text(), re.MULTILINE))
+    found = {}
+    for row, name in NETWORKS.items():
+        times = {sparsity: rows.get(row.format(sparsity)) for sparsity in COLOURS}
+        found[name] = {sparsity: tuple(map(float, text.split(' → '))) for sparsity, text in times.items() if text}
+    return {name: times for name, times in found.items() if times}
+
+
+def draw(found, path):
+    "Draw a group of bars for each network: dense, and each sparsity, as a share of the dense time."
+    figure, ax = plt.subplots(figsize=(9, .62 * sum(1 + len(times) for times in found.values()) / 2 + 1.2), layout='constrained')
+    y, ticks = 0., []
+    for name, times in found.items():
+        top = y
+        dense = next(iter(times.values()))[0]
+        ax.barh(y, 100, .8, color=DENSE)
+        ax.text(99, y, f'dense {dense:.3g} ms', ha='right', va='center', color='#404040')
+        for sparsity, (before, after) in times.items():
+            y += .9
+            ax.barh(y, 100 * after / before, .8, color=COLOURS[sparsity])
+            ax.text(100 * after / before + 1, y, f'{sparsity} % zeros  {after:.3g} ms,  {before / after:.1f} × as fast', va='center')
+        ticks.append(((top + y) / 2, name))
+        y += 1.5
+    ax.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    ax.tick_params(left=False)
+    ax.set(xlim=(0, 100), xlabel='% of the dense time')
+    ax.invert_yaxis()
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.set_title('Zeros that run: unstructured sparsity on one CPU core', loc='left', weight='bold')
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == '__main__': draw(measured(RESULTS), PICTURE)
