@@ -6,7 +6,7 @@ import matplotlib
 from results import RESULTS
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PICTURE = Path(__file__).parent.parent / 'images' / 'speed.png'
 NETWORKS = {  # what a row of the table begins with: what the picture calls it
