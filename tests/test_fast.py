@@ -129,7 +129,8 @@ def test_files_that_do_not_fit_are_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize('change, match', [
     (lambda told: told['layers']['0'].update(kind='Tanh'), "its forms are wrong at '0'"),
     (lambda told: told['layers']['0'].update(block=4), 'digest'),
-    (lambda told: told.update(more=1), 'its forms are none'), (lambda told: told.pop('channels_last'), 'its forms are none'),
+    (lambda told: told.update(more=1), 'its forms are none'), (lambda told: told.update(blocks=[3]), 'its blocks are none'),
+    (lambda told: told.pop('channels_last'), 'its forms are none'),
     (lambda told: told['layers'].update({'0': 3}), "its forms are wrong at '0'")])
 def test_altered_forms_are_refused(tmp_path, change, match):
     model = nn.Sequential(SparseLinear(zeroed(nn.Linear(8, 8), .8), 1))

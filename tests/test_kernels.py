@@ -190,9 +190,9 @@ def test_its_state_saves_and_loads():
 def test_few_plans_are_kept():
     layer, _ = example()
     for side in range(3, 12): layer(torch.randn(1, 3, side, side))
-    plan = layer._plans[(1, 3, 11, 11)]
+    plan = layer._plans[(1, 3, 11, 11), None]
     layer(torch.randn(1, 3, 11, 11))
-    assert len(layer._plans) == PLANS and layer._plans[(1, 3, 11, 11)] is plan
+    assert len(layer._plans) == PLANS and layer._plans[(1, 3, 11, 11), None] is plan
 
 
 @pytest.mark.parametrize('change, error, match', [
@@ -280,7 +280,7 @@ def test_a_linear_writes_only_its_outputs(inputs, outputs, count, tiling):
     torch.manual_seed(count)
     layer, x, code = zeroed(nn.Linear(inputs, outputs), .5), torch.randn(count, inputs), kernels.library()
     sparse, exact = SparseLinearKernel(layer, tiling=tiling), expected(layer, x)
-    plan = sparse._packed(code, count)
+    plan = sparse._packed(code, count, None)
     y, scratch = Guarded(exact.numel()), Guarded(plan.scratch // 4)
     place = cuts(sparse._weights().begin, 1)
     arguments = [plan.pointer, x.data_ptr(), x.numel(), y.pointer, exact.numel(), None, place.ctypes.data, 1, scratch.pointer, plan.scratch, 1, None]
@@ -296,7 +296,7 @@ def test_a_linear_writes_only_its_outputs(inputs, outputs, count, tiling):
 @needs_kernels
 def test_a_plan_that_does_not_fit_is_refused():
     sparse, code = SparseConv(zeroed(nn.Conv2d(8, 4, 3, padding=1), .5)), kernels.library()
-    plan = sparse._packed(code, (1, 8, 9, 9))
+    plan = sparse._packed(code, (1, 8, 9, 9), None)
     assert code.check_convolution(plan.pointer) == 0
     huge, fields = 2 ** 62, {name for name, kind in plan.arguments._fields_ if kind is ctypes.c_int64}
     for name in sorted(fields - {'activation', 'transposed', 'nonzeros', 'begins'}):

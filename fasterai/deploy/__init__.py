@@ -6,4 +6,5 @@ from fasterai.deploy.payoff import payoff
 from fasterai.deploy.shrink import shrink
 from fasterai.deploy.speed_up import speed_up
 
-__all__ = ['save_sparse', 'load_sparse', 'shrink', 'speed_up', 'save_fast', 'load_fast', 'export_onnx', 'payoff']
+__all__ = ['save_sparse', 'load_sparse', 'shrink', 'speed_up', 'save_fast', 'load_fast', 'export_onnx',
+           'payoff']

@@ -10,6 +10,7 @@ from fasterai.deploy.compare import check_copyable
 from fasterai.deploy.container import listed, parse, read_header, refusal
 from fasterai.deploy.files import load_sparse, save_state, state_of
 from fasterai.deploy.folding import NORMS, replace
+from fasterai.deploy.fusing import fuse_blocks, fused_names
 from fasterai.deploy.kernels.layers import FUSED, MaxPool, SparseConv, SparseLinearKernel
 from fasterai.deploy.placing import checked_path, named_errors, open_plain
 from fasterai.deploy.speed_up import SparseLinear
@@ -31,7 +32,8 @@ def save_fast(
     check_copyable(model)
     layers = dict(model.named_modules())
     forms = {name: _form(layer) for name, layer in layers.items() if type(layer).__name__ in {*FORMS, GONE}}
-    told = {'layers': forms, 'channels_last': any(map(_is_channels_last, layers.values()))}
+    told = {'layers': forms, 'blocks': fused_names(model),
+            'channels_last': any(map(_is_channels_last, layers.values()))}
     dense = deepcopy(model)
     for layer in list(dense.modules()):
         if hasattr(layer, 'dense'): dense = replace(dense, layer, layer.dense())
@@ -51,7 +53,7 @@ def load_fast(
     table, told = read_table(metadata, path), _read_forms(metadata, path)
     new = deepcopy(model).eval()
     layers = dict(new.named_modules())
-    missing = [name for name in told['layers'] if name not in layers]
+    missing = [name for name in (*told['layers'], *told['blocks']) if name not in layers]
     if missing: raise refusal(path, f'which does not fit the model: it lacks {listed(missing)}')
     kept = {}
     for name, form in told['layers'].items():
@@ -60,6 +62,8 @@ def load_fast(
     for name, layer in layers.items(): _give_bias(layer, f'{name}.bias'.removeprefix('.') in table)
     load_sparse(new, path)
     for layer, form in kept.items(): new = replace(new, layer, _built(layer, form, path))
+    if told['blocks'] != fuse_blocks(new, told['blocks']):
+        raise refusal(path, f'which does not fit the model: the code of {listed(told["blocks"])} is another')
     return new.to(memory_format=torch.channels_last) if told['channels_last'] else new
 
 
@@ -77,8 +81,10 @@ def _read_forms(metadata, path):
     if 'forms' not in metadata: raise refusal(path, 'which save_fast has not written; load_sparse reads it')
     try: told = parse(metadata['forms'])
     except ValueError: raise altered(path, 'its forms cannot be read') from None
-    if type(told) is not dict or told.keys() != {'layers', 'channels_last'} or type(told['layers']) is not dict:
+    kinds = {'layers': dict, 'blocks': list, 'channels_last': bool}
+    if type(told) is not dict or {name: type(value) for name, value in told.items()} != kinds:
         raise altered(path, 'its forms are none')
+    if not all(type(name) is str for name in told['blocks']): raise altered(path, 'its blocks are none')
     for name, form in told['layers'].items():
         if type(form) is dict and form.get('kind') in {*FORMS, GONE}: continue
         raise altered(path, f'its forms are wrong at {name!r:.99}')
@@ -89,7 +95,8 @@ def _without(model, layer, name, path):
     "Return the model without a layer whose work others do."
     if type(layer) is nn.Identity: return model
     if type(layer) in MAY_GO: return replace(model, layer, nn.Identity())
-    raise refusal(path, f'which does not fit the model: it has nothing at {name!r}, which is a {type(layer).__name__}')
+    was = type(layer).__name__
+    raise refusal(path, f'which does not fit the model: it has nothing at {name!r}, which is a {was}')
 
 
 def _give_bias(layer, has_bias):

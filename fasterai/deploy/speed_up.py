@@ -11,6 +11,7 @@ from fasterai.arguments import Inputs, seconds_of
 from fasterai.deploy import kernels
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, outputs
 from fasterai.deploy.folding import fold_norms, followers, replace
+from fasterai.deploy.fusing import fuse_blocks, unfuse
 from fasterai.deploy.kernels.layers import FUSED
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.snapshot import evaluation_mode
@@ -211,11 +212,13 @@ def speed_up(
         kept = best[1] if best and faster(best[0], dense) else 'dense'
         if kept in built: chosen[layer] = built[kept]
         tried = [*failed, *(f'{kind} {_ms(t)}' for kind, t in zip(built, times))]
-        near = _of_peak(layer, x, best[0] if kept in built else dense) if uses_kernels else ''
+        took = best[0] if kept in built else dense
+        near = _of_peak(layer, x, took) if uses_kernels else ''
         rows.append((names[0], _zeros(layer), _ms(dense), ', '.join(tried), kept, near))
     activations = followers(new, inputs, SPARSE, tuple(FUSED)) if chosen else {}
     for layer, replacement in chosen.items(): new = replace(new, layer, replacement)
     if chosen: new = _fused(new, chosen, activations, inputs, expected)
+    if chosen: _fuse_blocks(new, inputs, expected)
     if chosen: new, conclusion = _check(model, folded, new, inputs, expected, device, seconds)
     else: new, conclusion = model, NOTHING_FASTER
     if device.type == 'cpu' and not uses_kernels: conclusion += f'\nno sparse kernels: {kernels.why_not()}'
@@ -275,6 +278,14 @@ def _fused(model, chosen, activations, inputs, expected):
     except ValueError: return model
 
 
+def _fuse_blocks(model, inputs, expected):
+    "Let sparse layers add and activate within the blocks of a model, unless that is wrong."
+    if not fuse_blocks(model): return
+    try: correct = agree(outputs(model, inputs), expected, 10 * TOLERANCE)
+    except (RuntimeError, TypeError, ValueError): correct = False
+    if not correct: unfuse(model)
+
+
 def _zeros(layer):
     weight = getattr(layer, 'weight', None)
     if weight is None: return ''
@@ -314,7 +325,8 @@ def _check(model, folded, new, inputs, expected, device, seconds):
 
 
 def _table(rows, conclusion):
-    table = [as_text([('layer', 'zeros', 'dense', 'tried', 'kept', 'of peak'), *rows], left=5)] if rows else []
+    head = 'layer', 'zeros', 'dense', 'tried', 'kept', 'of peak'
+    table = [as_text([head, *rows], left=5)] if rows else []
     return '\n'.join([*table, f'speed_up: {conclusion}'])
 
 

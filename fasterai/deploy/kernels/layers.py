@@ -1,6 +1,7 @@
 "Modules for inference whose weights that are zero cost no time."
 import math
 import threading
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,11 +46,13 @@ class _Kernel(nn.Module):
         super().__setstate__(state)
         self._forget()
 
-    def forward(self, x):
+    def forward(self, x): return self._plan(x)(x)
+
+    def _plan(self, x, activation=None):
         if self.training or not x.is_cpu or x.dtype is not torch.float32 or x.requires_grad: self._check(x)
-        plan = self._plans.get(x.shape)
-        if plan is None or plan.watched._version != plan.version: plan = self._planned(x)
-        return plan(x)
+        plan = self._plans.get((x.shape, activation))
+        if plan is None or plan.watched._version != plan.version: plan = self._planned(x, activation)
+        return plan
 
     def _check(self, x):
         name = type(self).__name__
@@ -61,16 +64,17 @@ class _Kernel(nn.Module):
         if x.dtype != torch.float32 or x.device.type != 'cpu' or x.layout != torch.strided:
             raise TypeError(f'{name}: got {x.dtype} on {x.device}, expected a dense torch.float32 on cpu')
 
-    def _planned(self, x):
+    def _planned(self, x, activation):
         "Make the plan for a size of inputs; the oldest goes where there are too many."
         self._check(x)
+        key = x.shape, activation
         with self._lock:  # another thread may have made it
-            plan = self._plans.get(x.shape)
+            plan = self._plans.get(key)
             if plan is not None and plan.watched._version == plan.version: return plan
-            plan = self._new_plan(x)
-            self._plans.pop(x.shape, None)
+            plan = self._new_plan(x, activation)
+            self._plans.pop(key, None)
             while len(self._plans) >= PLANS: del self._plans[next(iter(self._plans))]
-            self._plans[x.shape] = plan
+            self._plans[key] = plan
         return plan
 
 
@@ -97,8 +101,7 @@ class _Sparse(_Kernel):
 
     def __init__(self, layer, activation, tiling):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: got {activation!r}, expected None, 'relu' or 'relu6'")
+        _check_activation(activation)
         if tiling not in TILINGS: raise ValueError(f'tiling: got {tiling!r}, expected {TILINGS}')
         if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu':
             raise TypeError(f'layer: got weights of {layer.weight.dtype} on {layer.weight.device}, '
@@ -112,6 +115,11 @@ class _Sparse(_Kernel):
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().clone())
         self.size, self.activation, self.tiling = tuple(weight.shape), activation, tiling
         self.eval()
+
+    def _activation(self, activation):
+        "Return what is done with the outputs of a call."
+        _check_activation(activation)
+        return self.activation if activation is None else activation
 
     def fuse(self,
         activation: nn.Module,  # a ReLU or ReLU6 that nothing else comes before
@@ -192,14 +200,14 @@ class SparseConv(_Sparse):
     def forward(self,
         x,  # (images, channels, height, width), or without images, or without height
         add=None,  # a tensor of the output's shape, added before the ReLU
+        activation: str | None = None,  # what is done with the outputs of this call; None: what the layer was built with
     ):
-        if add is None: return super().forward(x)
-        self._check(x)
+        plan = self._plan(x, activation)
+        if add is None: return plan(x)
         self._check(add)
-        out_shape = self._out_shape(x)
-        if tuple(add.shape) != out_shape:
-            raise ValueError(f'add: got the shape {tuple(add.shape)}, expected {out_shape}')
-        return self._planned(x)(x, add.contiguous())
+        if tuple(add.shape) != plan.out_shape:
+            raise ValueError(f'add: got the shape {tuple(add.shape)}, expected {plan.out_shape}')
+        return plan(x, add if add.is_contiguous() else add.contiguous())
 
     def _out_shape(self, x):
         places = x.shape[-self.axes:]
@@ -210,20 +218,20 @@ class SparseConv(_Sparse):
         if min(out) < 1: raise ValueError(f'x: got {tuple(x.shape)}, expected more than the kernel is large')
         return (*x.shape[:-self.axes - 1], self.geometry.outputs, *out[2 - self.axes:])
 
-    def _new_plan(self, x):
-        out_shape, code = self._out_shape(x), kernels.library()
+    def _new_plan(self, x, activation):
+        out_shape, code, activation = self._out_shape(x), kernels.library(), self._activation(activation)
         if 0 in out_shape: run = _nothing
-        elif code is None: run = self._dense
-        else: run = self._packed(code, x.shape).run
+        elif code is None: run = partial(self._dense, activation)
+        else: run = self._packed(code, x.shape, activation).run
         return _Call(run, out_shape, self.values)
 
-    def _packed(self, code, shape):
+    def _packed(self, code, shape, activation):
         geometry, weights = self.geometry, self._weights()
         images, (height, width) = math.prod(shape[:-self.axes - 1]), (1, *shape[-self.axes:])[-2:]
         if _reads_each_place_once(geometry): height, width = 1, height * width  # the map is one row
         shape = images, height, width
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
-                               weights, self.activation)
+                               weights, activation)
 
     def dense(self) -> nn.Module:  # a Conv1d or Conv2d
         "Return the dense layer, with the weights that are zero. It has no activation."
@@ -238,7 +246,7 @@ class SparseConv(_Sparse):
         top, left, bottom, right = self.geometry.padding
         return (top, left)[-self.axes:] if (top, left) == (bottom, right) else 'same'
 
-    def _dense(self, x, y, add):
+    def _dense(self, activation, x, y, add=None):
         _warn_of_dense()
         geometry = self.geometry
         images = x.reshape(-1, geometry.channels, *(1, *x.shape[-self.axes:])[-2:])
@@ -247,13 +255,18 @@ class SparseConv(_Sparse):
         found = F.conv2d(F.pad(images, (left, right, top, bottom)), weight, self.bias, geometry.stride, 0,
                          geometry.dilation, geometry.groups).view(y.shape)
         if add is not None: found += add
-        y.copy_(ACTIVATED[self.activation](found))
+        y.copy_(ACTIVATED[activation](found))
 
     def extra_repr(self):
         g = self.geometry
         return (f'{g.channels}, {g.outputs}, kernel_size={g.kernel}, stride={g.stride}, '
                 f'padding={g.padding[:2]}, groups={g.groups}, values={self.values.numel()}, '
                 f'activation={self.activation!r}, tiling={self.tiling!r}')
+
+
+def _check_activation(activation):
+    if activation in ACTIVATIONS: return
+    raise ValueError(f"activation: got {activation!r}, expected None, 'relu' or 'relu6'")
 
 
 def _check_convolution(layer):
@@ -317,31 +330,37 @@ class SparseLinearKernel(_Sparse):
             raise TypeError(f'layer: got {type(layer).__name__}, expected a Linear')
         super().__init__(layer, activation, tiling)
 
-    def _new_plan(self, x):  # (..., inputs) → (..., outputs)
-        outputs, inputs = self.size
+    def forward(self,
+        x,  # (..., inputs)
+        activation: str | None = None,  # what is done with the outputs of this call; None: what the layer was built with
+    ):
+        return self._plan(x, activation)(x)
+
+    def _new_plan(self, x, activation):  # (..., inputs) → (..., outputs)
+        (outputs, inputs), activation = self.size, self._activation(activation)
         if not x.ndim or x.shape[-1] != inputs:
             raise ValueError(f'x: got the shape {tuple(x.shape)}, expected (..., {inputs})')
         count, code = math.prod(x.shape[:-1]), kernels.library()
         if not count or not outputs: run = _nothing
-        elif code is None: run = self._dense
-        elif count <= FEW: run = MatrixPlan(code, inputs, count, self._weights(), self.activation).run
-        else: run = self._packed(code, count).run
+        elif code is None: run = partial(self._dense, activation)
+        elif count <= FEW: run = MatrixPlan(code, inputs, count, self._weights(), activation).run
+        else: run = self._packed(code, count, activation).run
         return _Call(run, (*x.shape[:-1], outputs), self.values)
 
-    def _packed(self, code, count):
+    def _packed(self, code, count, activation):
         geometry, weights = Geometry(self.size[1], self.size[0], (1, 1)), self._weights()
         shape = 1, 1, count  # the items of a batch are the places of one row
         return ConvolutionPlan(code, geometry, shape, _tile(code, geometry, shape, weights, self.tiling),
-                               weights, self.activation, transposed=True)
+                               weights, activation, transposed=True)
 
     def dense(self) -> nn.Linear:
         "Return the dense layer, with the weights that are zero. It has no activation."
         return self._filled(nn.Linear(self.size[1], self.size[0], self.bias is not None), self.size)
 
-    def _dense(self, x, y, add):
+    def _dense(self, activation, x, y, add=None):
         _warn_of_dense()
         found = F.linear(x, self._dense_weight(self.size), self.bias)
-        y.copy_(ACTIVATED[self.activation](found))
+        y.copy_(ACTIVATED[activation](found))
 
     def extra_repr(self):
         return (f'in_features={self.size[1]}, out_features={self.size[0]}, values={self.values.numel()}, '
@@ -363,7 +382,7 @@ class MaxPool(_Kernel):
         self.ceil_mode = layer.ceil_mode
         self.eval()
 
-    def _new_plan(self, x):  # (images, channels, height, width), or without images
+    def _new_plan(self, x, activation):  # (images, channels, height, width), or without images
         code = kernels.library()
         out_shape = self._pooled(x.to('meta')).shape  # torch knows what ceil_mode means
         if code is None: run = self._dense

@@ -501,6 +501,23 @@ INLINE void finish_output(const Job *job, const Convolution *p, Place at, int64_
     }
 }
 
+#define AHEAD 4  // outputs
+
+// Ask for the memory of an output that is written soon: each output channel lies far from the one before.
+INLINE void prepare_output(const Job *job, const Convolution *p, Place at, int64_t output) {
+    for (int64_t q = 0; q < p->abreast && at.image + q < p->images; q++) {
+        int64_t first = (((at.image + q) * p->outputs + output) * p->out_height + at.y) * p->out_width + at.x;
+        for (int64_t r = 0; r < p->rows && at.y + r < p->out_height; r++) {
+            const float *row = job->y + first + r * p->out_width;
+            const float *add = job->add ? job->add + first + r * p->out_width : 0;
+            for (int64_t i = 0; i < p->columns; i += 16) {
+                __builtin_prefetch(row + i, 1, 3);
+                if (add) __builtin_prefetch(add + i, 0, 3);
+            }
+        }
+    }
+}
+
 // Say which rows of the input a tile reads.
 static void find_rows(const Convolution *p, Place at, Source *source) {
     source->first_row = -1, source->last_row = 0;
@@ -536,8 +553,10 @@ INLINE void finish(const Job *job, Place at, int64_t first, int64_t end, const f
         finish_items(p, job->y + at.x * p->outputs, sums, first, end, items_of(p, at), activation);
         return;
     }
-    for (int64_t o = first; o < end; o++)
+    for (int64_t o = first; o < end; o++) {
+        if (o + AHEAD < end) prepare_output(job, p, at, o + AHEAD);
         finish_output(job, p, at, o, sums + (o - first) * tile_floats(p), activation);
+    }
 }
 
 // Compute one tile for one piece of the outputs.
@@ -748,8 +767,41 @@ INLINE void pool_columns(float *restrict y, const float *restrict row, int64_t n
         for (int64_t j = 0; j < n; j++) y[j] = larger(y[j], row[j * stride + k * dilation]);
 }
 
+INLINE Vector larger_of(Vector a, Vector b) {
+    VectorMask takes = (VectorMask)(b > a) | (VectorMask)(b != b);
+    return (Vector)(((VectorMask)b & takes) | ((VectorMask)a & ~takes));
+}
+
+// the usual kernel, 3 with stride 2
 INLINE void pool_three(float *restrict y, const float *restrict row, int64_t n) {
-    for (int64_t j = 0; j < n; j++) y[j] = larger(larger(row[2 * j], row[2 * j + 1]), row[2 * j + 2]);
+    int64_t j = 0;
+    for (; j + LANES < n; j += LANES) {
+        Vector at[3];
+        UNROLL for (int k = 0; k < 3; k++) {
+            const float *from = row + 2 * j + k;
+            at[k] = __builtin_shufflevector(*(const Vector *)from, *(const Vector *)(from + LANES), EVEN);
+        }
+        *(Vector *)(y + j) = larger_of(larger_of(at[0], at[1]), at[2]);
+    }
+    for (; j < n; j++) y[j] = larger(larger(row[2 * j], row[2 * j + 1]), row[2 * j + 2]);
+}
+
+// Take the largest of each column, of the rows of the input that a row of the output reads.
+INLINE void pool_rows(const Pool *p, const float *x, int64_t i, float *restrict inside) {
+    int64_t first = i * p->stride_y - p->top, step = p->dilation_y, rows = p->kernel_y;
+    for (; rows > 0 && first < 0; rows--) first += step;
+    while (rows > 0 && first + (rows - 1) * step >= p->height) rows--;
+    const float *restrict a = x + first * p->width;
+    if (rows == 3) {
+        const float *restrict b = a + step * p->width, *restrict c = b + step * p->width;
+        for (int64_t j = 0; j < p->width; j++) inside[j] = larger(larger(a[j], b[j]), c[j]);
+        return;
+    }
+    for (int64_t j = 0; j < p->width; j++) inside[j] = rows ? a[j] : -__builtin_inff();
+    for (int64_t k = 1; k < rows; k++) {
+        const float *restrict b = a + k * step * p->width;
+        for (int64_t j = 0; j < p->width; j++) inside[j] = larger(inside[j], b[j]);
+    }
 }
 
 static void pool_item(const Job *job, int64_t item, char *scratch) {
@@ -760,13 +812,7 @@ static void pool_item(const Job *job, int64_t item, char *scratch) {
     float *y = job->y + item * p->out_height * p->out_width;
     for (int64_t j = 0; j < floats; j++) row[j] = -__builtin_inff();
     for (int64_t i = 0; i < p->out_height; i++, y += p->out_width) {
-        for (int64_t j = 0; j < p->width; j++) inside[j] = -__builtin_inff();
-        for (int64_t k = 0; k < p->kernel_y; k++) {
-            int64_t from = i * p->stride_y + k * p->dilation_y - p->top;
-            if (from < 0 || from >= p->height) continue;
-            const float *restrict source = x + from * p->width;
-            for (int64_t j = 0; j < p->width; j++) inside[j] = larger(inside[j], source[j]);
-        }
+        pool_rows(p, x, i, inside);
         if (p->kernel_x == 3 && p->stride_x == 2 && p->dilation_x == 1) pool_three(y, row, p->out_width);
         else if (p->stride_x == 1) pool_columns(y, row, p->out_width, p->kernel_x, 1, p->dilation_x);
         else if (p->stride_x == 2) pool_columns(y, row, p->out_width, p->kernel_x, 2, p->dilation_x);

@@ -8,7 +8,7 @@ from typing import NamedTuple
 MOST_FLOATS = 1 << 16  # of a panel: its offsets have 16 bits
 MOST_PANEL_ROWS = 1024
 LINE = 16  # floats of a cache line
-L1_SHARE = .7  # of the L1 cache, for the panel
+L1_SHARE = .95  # of the L1 cache, for the panel
 
 
 class Geometry(NamedTuple):
