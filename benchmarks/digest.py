@@ -143,7 +143,8 @@ def fit(seed):
     learn.logger = noop
     granularity = ['weight', 'weight', 'filter', 'kernel', 'filter'][seed % 5]
     more = {'coupled': True} if seed % 10 == 4 else {}
-    schedule = [*SCHEDULES, iterative(n_steps=4)][seed % 8]
+    schedules = [*SCHEDULES, iterative(n_steps=4)]
+    schedule = schedules[seed % len(schedules)]
     callback = SparsifyCallback([50, 90, 75][seed % 3], granularity, ['global', 'local', 'erk'][seed % 3] if not more else 'local',
                                 ['magnitude', 'gradient'][seed % 2], schedule, **more)
     learn.fit_one_cycle(3, 1e-2, cbs=[callback, *([GradientAccumulation(16)] if seed % 4 == 1 else [])])

@@ -7,15 +7,20 @@ from fasterai.plot import plot_kernels, plot_tradeoff, plot_weights
 from fasterai.repair import recalibrate, refit
 from fasterai.report import Report
 from fasterai.schedule import (
+    Due,
+    acdc,
     cosine,
     dense_sparse_dense,
     epochs,
+    exponential,
     gradual,
     iterative,
     linear,
+    multi_step,
     one_cycle,
     one_shot,
     plot_schedule,
+    rigl,
     steps,
 )
 from fasterai.sensitivity import sensitivity
@@ -24,6 +29,7 @@ from fasterai.sparsifier import Sparsifier
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
-    'steps', 'epochs', 'plot_schedule', 'sensitivity', 'refit', 'recalibrate',
+    'exponential', 'multi_step', 'acdc', 'rigl', 'Due', 'steps', 'epochs', 'plot_schedule',
+    'sensitivity', 'refit', 'recalibrate',
     'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

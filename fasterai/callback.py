@@ -133,7 +133,8 @@ class SparsifyCallback(Keeper):
 
     def _begin(self):
         "Set what is counted during a fit."
-        self.timetable, self.trouble = Timetable(self.schedule), ''  # the trouble: why the last event failed
+        start = self._resumes_at() / self.n_epoch if self.n_epoch else 0.
+        self.timetable, self.trouble = Timetable(self.schedule, start), ''  # the trouble: why the last event failed
         n_steps = len(self.learn.dls.train)
         if n_steps and self.n_epoch and self._can_place(): self.timetable.place(self.n_epoch, n_steps)
         self.repaired, self.repaired_by = (), []  # what the repairs of the last event returned, and their names
@@ -158,11 +159,10 @@ class SparsifyCallback(Keeper):
         timetable.place(self.n_epoch, self.n_iter)  # there may be another number of batches than was known before
         due = timetable.due(timetable.progress)
         if due == timetable.done and not self._more_to_prune(): return
-        share, initial = due
-        regrow = timetable.falls_to(due)
+        regrow, swap = timetable.falls_to(due), timetable.swap_of(due)
         repairs = self._repairs_at(due)
         with hidden(), self.sparsifier.repairs.instead(repairs, self._batches(), self._model()):
-            change = self.sparsifier.sparsify_model(self.sparsity, share, regrow, initial)
+            change = self.sparsifier.sparsify_model(self.sparsity, due.share, regrow, due.initial, swap=swap)
         if change.repaired: self.repaired, self.repaired_by = change.repaired, names_of_repairs(repairs)
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
         self._find_asked()
@@ -177,14 +177,15 @@ class SparsifyCallback(Keeper):
 
     def _calibration(self):
         "Return the data, and the loss, that a criterion needs beside the steps of a training."
-        if not self.rules.criterion.needs_data: return {}
+        if not self.rules.needs_data: return {}
         return {'data': self._batches(), 'loss_func': loss_of(self.learn)}
 
     def _more_to_prune(self):
         "Tell whether a layer learns now that did not at the last event, or is known of and was not."
-        if not any(self.timetable.done): return False
-        layers = self.sparsifier.layers
-        known = any(self.sparsifier.evidence.known(layers[name]) for name in self.waiting if name in layers)
+        if not any(self.timetable.done.sparsity): return False
+        layers, needed = self.sparsifier.layers, self.rules.criterion.evidence
+        waiting = [layers[name] for name in self.waiting if name in layers]
+        known = any(self.sparsifier.evidence.known(layer, needed) for layer in waiting)
         return known or self.pruned != {*layers}
 
     def _frozen_by_learner(self):
@@ -242,8 +243,8 @@ class SparsifyCallback(Keeper):
     def _announce(self):
         "Say before the first epoch which layers are left alone, and which zeros are not held."
         self._say(frozen_line(self.sparsifier.selected.frozen))
-        if self._resumes(): self._say(anew_line(self.sparsifier.evidence.of_training))
-        if self.rules.keep_zeros or self._resumes(): return
+        if self._resumes_at(): self._say(anew_line(self.sparsifier.evidence.of_training))
+        if self.rules.keep_zeros or self._resumes_at(): return
         self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
 
     def __repr__(self):

@@ -11,6 +11,7 @@ import torch
 from fasterai import allocation
 from fasterai.arguments import callable_with, name_of, one_of
 from fasterai.pattern import pattern, read_pattern
+from fasterai.regrowth import LIVING
 from fasterai.selection import LayerGroups, Lowest
 
 Context = Callable[[list[LayerGroups], Fraction], list[torch.Tensor]]
@@ -30,6 +31,7 @@ class ContextInfo:
     sparsity: Fraction | None = None  # the one sparsity that it can reach; None: any
     counted: bool = False  # it says in `layer.outcome` how many weights stay
     rescales: bool = False  # it computes other scores from those of the criterion, or may do so
+    places: Callable | None = None  # (axes) -> array (weights,) of ints: weights compete with those of the same number only; None: all of a layer do
     check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
 
     def __call__(self, layers, fraction): return self.prune(layers, fraction)
@@ -108,8 +110,12 @@ def _normalized(layer):
 
 
 def _divided(scores, norm):
-    "Divide in float64, so that scores keep their order."
-    return scores / np.float64(norm) if isinstance(scores, np.ndarray) else scores.double() / norm
+    "Divide in float64, so that scores keep their order. Those of groups that are gone stay as they are."
+    if isinstance(scores, np.ndarray):
+        scores = scores.astype(np.float64, copy=False)
+        return np.where(scores < LIVING, scores, scores / norm)
+    scores = scores.double()
+    return torch.where(scores < LIVING, scores, scores / norm)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,11 @@ class within:
         keep, = layer.peers.sent([keep], [layer.alive.device])
         return keep & layer.alive
 
+    def places(self, axes):
+        "Number the weights by their place along the axis."
+        shape = [size if axis == self.axis else 1 for axis, size in axes.items()]
+        return np.broadcast_to(np.arange(axes[self.axis]).reshape(shape), tuple(axes.values())).reshape(-1)
+
     def __repr__(self): return f'within({self.axis!r})'
 
 
@@ -162,9 +173,11 @@ def read_context(
     neither."""
     found = read_pattern(context) if isinstance(context, str) else context
     if isinstance(found, pattern):
-        return ContextInfo(found, single_weights=True, axis='I', has_floor=False, sparsity=found.sparsity)
+        return ContextInfo(found, single_weights=True, axis='I', has_floor=False,
+                           sparsity=found.sparsity, places=found.places)
     if isinstance(found, within):
-        return ContextInfo(found, single_weights=True, axis=found.axis, has_floor=False)
+        return ContextInfo(found, single_weights=True, axis=found.axis, has_floor=False,
+                           places=found.places)
     found = one_of('context', context, CONTEXTS, "a pattern as '2:4', or a function")
     if isinstance(found, ContextInfo): return found
     for row in CONTEXTS.values():

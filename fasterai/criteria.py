@@ -261,6 +261,16 @@ class CriterionInfo:
         "Tell whether it needs more than the weights and the steps of a training."
         return bool(self.repairs) or any(EVIDENCE[name].of_data for name in self.evidence)
 
+    @property
+    def weight_shaped(self) -> bool:
+        "Tell whether all of its evidence has the weight's shape, and can be read in chunks."
+        return all(EVIDENCE[name].weight_shaped for name in self.evidence)
+
+    @property
+    def large(self) -> bool:
+        "Tell whether it reads large matrices, which are gathered anew each time."
+        return any(EVIDENCE[name].large for name in self.evidence)
+
 
 def evidence_of(
     criterion: Criterion,
@@ -317,29 +327,31 @@ CRITERIA = {
 
 
 def read_criterion(
-    criterion: str | Criterion,  # a name in `CRITERIA`, or a function of evidence
-) -> CriterionInfo:
+    criterion: str | Criterion,  # a name in the table, or a function of evidence
+    argument: str = 'criteria',  # its name, for errors
+    table: dict = CRITERIA,  # of names
+) -> CriterionInfo:  # what the table holds, for a name
     """Return the criterion of this name, or a row for a function.
 
     `ValueError` or `TypeError` where it is neither, or asks for no evidence."""
     known = ' and '.join([*EVIDENCE, *BESIDE])
-    criterion = one_of('criteria', criterion, CRITERIA, f'or a function of {known}')
-    if isinstance(criterion, CriterionInfo): return criterion
+    found = one_of(argument, criterion, table, f'or a function of {known}')
+    if isinstance(criterion, str) or isinstance(found, CriterionInfo): return found
     for row in CRITERIA.values():
         if criterion is getattr(row, 'score', None): return row
     try: asked = _asked(criterion)
     except (ValueError, TypeError):
-        raise TypeError(f'criteria: got {criterion!r}, whose arguments cannot be read; '
+        raise TypeError(f'{argument}: got {criterion!r}, whose arguments cannot be read; '
                         f'expected a function of {known}, as lambda weight: weight.abs()') from None
-    _check_evidence(criterion, asked)
+    _check_evidence(criterion, asked, argument)
     return _row(criterion, pure=False)
 
 
-def _check_evidence(criterion, asked):
+def _check_evidence(criterion, asked, argument):
     known = [*EVIDENCE, *BESIDE]
     for name in asked or ['nothing']:
         if name in known: continue
-        raise ValueError(f'criteria: {name_of(criterion)} asks for {name!r}, '
+        raise ValueError(f'{argument}: {name_of(criterion)} asks for {name!r}, '
                          f'expected arguments named {", ".join(known)}{nearest(name, known)}')
 
 

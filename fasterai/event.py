@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 
 from fasterai.evidence import Evidence
+from fasterai.exchange import exchanged
 from fasterai.peers import ALONE
-from fasterai.regrowth import ABOVE
+from fasterai.regrowth import LIVING, REGROWTHS
 from fasterai.rounding import rounded
 from fasterai.rules import Rules
-from fasterai.scoring import Scores
+from fasterai.scoring import Gone, Scores, together
 from fasterai.selection import LayerGroups
 from fasterai.zeros import count_zeros, find_zeros, lowest_where, zero_groups
 
@@ -32,7 +33,7 @@ class Mask:
     def full(cls, weight, grouping):
         "Make a mask that keeps all of a weight."
         keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-        return cls(keep, _full_costs(grouping, weight.device), weight.numel())
+        return cls(keep, _full_costs([grouping], weight.device), weight.numel())
 
     @property
     def size(self) -> int: return self.keep.numel()
@@ -110,21 +111,39 @@ def decide(
     masks: dict,  # layer's name: `Mask`, before the event
     evidence: Evidence,
     regrow: bool = False,  # pruned groups compete again, with the scores of the rules' regrowth; False: nothing comes back
+    swap: Fraction = Fraction(0),  # share of the groups that live in each layer to be exchanged for as many that are gone
 ) -> Change:
     "Decide which weights stay. Nothing is changed, so an error leaves all as it was."
     everyone = [layer for budget in budgets for layer in budget.layers]
-    lacking = evidence.lacking(everyone)
+    lacking = evidence.lacking(everyone, rules.criterion.evidence)
     budgets = [budget.without(lacking) for budget in budgets]
     layers = [layer for budget in budgets for layer in budget.layers]
     waiting = frozenset(layer.name for layer in everyone) - {layer.name for layer in layers}
-    evidence.begin(layers)
     asked = [layer for budget in budgets if budget.fraction for layer in budget.layers]
+    regrowth = _regrowth(rules, evidence, asked) if asked and (regrow or swap) else None
+    evidence.begin(layers, _needed(rules.criterion, regrowth))
     scores = Scores(rules.criterion, evidence, asked)
     scores.support = partial(_support, rules, budgets, masks)
+    gone = None if regrowth is None else Gone(regrowth, evidence, asked, scores)
     after = {}
     for budget in budgets:
-        if budget.tied: after |= _prune(rules, budget, masks, scores, regrow)
+        if budget.tied: after |= _prune(rules, budget, masks, scores, gone if regrow else None, regrow)
+        for tied in budget.tied if swap and budget.fraction else ():
+            after |= _exchange(rules, tied, masks, after, scores, gone, swap)
     return Change({layer.name: masks[layer.name] for layer in layers}, after, waiting)
+
+
+def _regrowth(rules, evidence, layers):
+    "Return the criterion of what is gone: that of the rules, else the gradient where there is one."
+    if rules.regrowth is not None: return rules.regrowth
+    gradient = REGROWTHS['gradient'](rules.criterion)
+    return rules.criterion if evidence.lacks_all(layers, 'grad') else gradient
+
+
+def _needed(criterion, regrowth):
+    "Return the names of the evidence of one event; ties among what is gone fall at random."
+    if regrowth is None: return criterion.evidence
+    return tuple(dict.fromkeys((*criterion.evidence, *regrowth.evidence, 'noise')))
 
 
 def _support(rules, budgets, masks, layer, scores):
@@ -139,14 +158,16 @@ def _support(rules, budgets, masks, layer, scores):
     return _both(grouping.expand(keep), mask.keep)
 
 
-def _prune(rules, budget, masks, scores, regrow):
+def _prune(rules, budget, masks, scores, gone, regrow):
     "Return the new masks of the layers of one budget."
+    if regrow and not budget.fraction:
+        return {layer.name: Mask.full(layer.weight, layer.grouping) for layer in budget.layers}
     zeros = find_zeros(budget.tied, masks)
     competing = []
     for tied in budget.tied:
-        groups = [_groups(layer, masks[layer.name], rules, scores, zeros, regrow) for layer in tied]
-        together = _as_one(groups)
-        competing.append(together if regrow else _zeros_first(together, tied, masks, rules, zeros))
+        groups = _as_one(tied, masks, rules, scores, zeros)
+        if regrow: competing.append(_all_competing(groups, tied, masks, zeros, gone))
+        else: competing.append(_zeros_first(groups, tied, masks, rules, zeros))
     keeps, after = rules.context_info(competing, budget.fraction), {}
     if rules.round_to and budget.fraction: keeps = rounded(competing, keeps, rules.round_to)
     for tied, groups, keep in zip(budget.tied, competing, keeps):
@@ -162,17 +183,48 @@ def _prune(rules, budget, masks, scores, regrow):
     return {layer.name: after[layer.name] for layer in budget.layers}
 
 
-def _groups(layer, mask, rules, scores, zeros, regrow):
+def _exchange(rules, tied, before, after, scores, gone, swap):
+    """Return the new masks of layers that are pruned as one, with their lowest groups exchanged.
+
+    Groups go that lived before the event, and come that did not. A group is exchanged for one of as many
+    weights, and where the context compares parts of a layer, for one of the same part."""
+    groups = _zeros_first(_as_one(tied, after, rules, scores, {}), tied, after, rules, {})
+    alive = groups.alive
+    lived = torch.stack([before[layer.name].alive(layer.grouping) for layer in tied]).any(0)
+    may_go, may_come, n = alive & lived, ~alive & ~lived, round(swap * groups.n_alive)
+    if not n or not may_go.any() or not may_come.any(): return {}
+    of_living, = ALONE.sent([groups.joined_scores()], [alive.device])
+    keep = exchanged(alive, (may_go, of_living), (may_come, gone(tied, slice(None))), n,
+                     _places(rules.context_info, groups, tied))
+    found, born = {}, keep & ~alive
+    for layer in tied:
+        kept, mask = layer.grouping.expand(keep), after[layer.name]
+        has_zeros_in_groups = mask.costs is not None or len(tied) > 1
+        if has_zeros_in_groups: kept = kept & (mask.keep | layer.grouping.expand(born))
+        found[layer.name] = Mask.counted(kept, layer.grouping)
+    return found
+
+
+def _places(context, groups, tied):
+    "Number the groups so that only those of the same number may be exchanged; None: all may."
+    places, device = None, groups.alive.device
+    full = _full_costs([layer.grouping for layer in tied], device)
+    if context.places is not None: places = torch.tensor(context.places(groups.axes), device=device)
+    if groups.costs is None and full is None: return places
+    costs = torch.where(groups.alive, _costs_of(groups), groups.group_size if full is None else full)
+    return costs if places is None else places * (groups.group_size + 1) + costs
+
+
+def _groups(layer, mask, rules, scores, zeros):
     "Return the groups of a layer as the context sees them."
     grouping, found = layer.grouping, zeros.get(layer.name)
     known = mask.left // grouping.size if mask.costs is None else None
     costs = mask.costs if found is None else found.costs
     scattered = 0 if found is None else found.n_scattered
-    groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
-                         costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
-                         grouping.axes, known, scattered=scattered,
-                         count_free=_count_free(layer, mask, found))
-    return _all_competing(groups, layer, mask, found, rules.regrowth) if regrow else groups
+    return LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
+                       costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
+                       grouping.axes, known, scattered=scattered,
+                       count_free=_count_free(layer, mask, found))
 
 
 def _count_free(layer, mask, zeros):
@@ -193,40 +245,39 @@ def _zeros_first(groups, tied, masks, rules, zeros):
     return replace(groups, scores=scores, known_alive=groups.n_alive)
 
 
-def _all_competing(groups, layer, mask, zeros, regrowth):
-    """Return the groups of a layer with the pruned ones among them.
+def _all_competing(groups, tied, masks, zeros, gone):
+    """Return the groups of layers that are pruned as one with the pruned groups among them.
 
-    These, and others that are zero, have the scores of the regrowth. Zeros that lie scattered in other groups
+    These, and others that are zero, have the scores of what is gone. Zeros that lie scattered in other groups
     are let go with them."""
-    pruned, is_zero = ~groups.alive, zero_groups(layer, mask, zeros)
+    first, pruned = tied[0], ~groups.alive
+    is_zero = zero_groups(first, masks[first.name], zeros.get(first.name))
 
     def scores(where):
-        gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
-        return regrowth(torch.as_tensor(groups.scores(where)).clamp(min=ABOVE), gone)
-    return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=layer.grouping.groups,
-                   costs=_full_costs(layer.grouping, pruned.device), scattered=0, count_free=None)
+        are_gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
+        living = torch.as_tensor(groups.scores(where)).double().clamp(min=LIVING)
+        return torch.where(are_gone, gone(tied, where), living)
+    costs = _full_costs([layer.grouping for layer in tied], pruned.device)
+    return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=len(pruned), costs=costs,
+                   scattered=0, count_free=None)
 
 
-def _as_one(tied):
-    "Join the groups of several layers whose n-th groups are pruned together."
-    first = tied[0]
-    if len(tied) == 1: return first
-    size = sum(groups.group_size for groups in tied)
-
-    def scores(where):
-        weighted = [torch.as_tensor(groups.scores(where)) * (groups.group_size / size) for groups in tied]
-        return sum(weighted)
-
-    alike = all(groups.costs is None and torch.equal(groups.alive, first.alive) for groups in tied)
-    costs = None if alike else sum(_costs_of(groups) for groups in tied)
-    floor = None if first.floor is None else sum(groups.floor for groups in tied)
-    alive = torch.stack([groups.alive for groups in tied]).any(0)
-    name = ' + '.join(groups.name for groups in tied)
-    n_weights = sum(groups.n_weights for groups in tied)
-    scattered = sum(groups.scattered for groups in tied)
-    counts = [groups.count_free for groups in tied if groups.count_free]
-    return LayerGroups(name, n_weights, size, alive, scores, costs, floor, scattered=scattered,
-                       count_free=lambda: sum(count() for count in counts))
+def _as_one(tied, masks, rules, scores, zeros):
+    "Return the groups of layers whose n-th groups are pruned together."
+    several = [_groups(layer, masks[layer.name], rules, scores, zeros) for layer in tied]
+    first = several[0]
+    if len(several) == 1: return first
+    alike = all(groups.costs is None and torch.equal(groups.alive, first.alive) for groups in several)
+    costs = None if alike else sum(_costs_of(groups) for groups in several)
+    floor = None if first.floor is None else sum(groups.floor for groups in several)
+    alive = torch.stack([groups.alive for groups in several]).any(0)
+    name = ' + '.join(groups.name for groups in several)
+    n_weights = sum(groups.n_weights for groups in several)
+    size = sum(groups.group_size for groups in several)
+    scattered = sum(groups.scattered for groups in several)
+    counts = [groups.count_free for groups in several if groups.count_free]
+    return LayerGroups(name, n_weights, size, alive, partial(together, scores, tied), costs, floor,
+                       scattered=scattered, count_free=lambda: sum(count() for count in counts))
 
 
 def _costs_of(groups):
@@ -236,7 +287,7 @@ def _costs_of(groups):
 def _new_mask(grouping, mask, keep, left, alone, regrow):
     "Return the mask of one layer after a decision about its groups; `left` is None where it must be counted."
     kept = grouping.expand(keep)
-    costs = _full_costs(grouping, keep.device) if regrow else mask.costs
+    costs = _full_costs([grouping], keep.device) if regrow else mask.costs
     has_zeros_in_groups = costs is not None or not alone
     if has_zeros_in_groups and not regrow: kept = _both(kept, mask.keep)
     if costs is not None: costs = costs * keep
@@ -262,9 +313,10 @@ def _costs(grouping, keep):
     return None if bool(full_or_empty.all()) else left
 
 
-def _full_costs(grouping, device):
-    "Return the number of weights in each full group; None where all groups have the same."
-    return grouping.sizes.to(device) if isinstance(grouping.sizes, torch.Tensor) else None
+def _full_costs(groupings, device):
+    "Return the number of weights in each full group of all groupings; None where all groups have the same."
+    sizes = sum(grouping.sizes for grouping in groupings)
+    return sizes.to(device) if isinstance(sizes, torch.Tensor) else None
 
 
 def _both(mask, other):

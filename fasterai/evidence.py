@@ -38,10 +38,11 @@ class Evidence:
 
     def parts(self,
         layer,  # one of the selected
+        names: tuple | None = None,  # of the kinds; None: all
     ) -> tuple:  # ({part: tensor}, {kind: (function, names of its parts)}), as `made` takes them
         "Return what the evidence about one layer is made of, so that it can be made of chunks."
         parts, makes = {}, {}
-        for name in self.names:
+        for name in self.names if names is None else names:
             found = EVIDENCE[name].read(layer, self._state(name, layer))
             if not isinstance(found, Computed): found = Computed(_itself, {name: found})
             parts |= {part: tensor.detach() for part, tensor in found.parts.items()}
@@ -50,25 +51,38 @@ class Evidence:
 
     def lacking(self,
         layers: list,  # those of an event
+        names: tuple | None = None,  # of the kinds; None: all
+        argument: str = 'criteria',  # who needs it, for the error
     ) -> set:  # of their names
         "Find the layers about which there is no evidence; `ValueError` where there is about none of them."
-        lacks = {name: self._lacks(name, layers) for name in self.names if layers}
+        names = self.names if names is None else names
+        lacks = {name: self._lacks(name, layers) for name in names if layers}
         for name, lack in lacks.items():
             if not all(lack): continue
             how = EVIDENCE[name].how or _how(EVIDENCE[name])
-            raise ValueError(f'criteria: {name} is needed and no layer has any: {how}; nothing was changed')
+            raise ValueError(f'{argument}: {name} is needed and no layer has any: {how}; nothing was changed')
         return {layer.name for lack in lacks.values() for layer, is_so in zip(layers, lack) if is_so}
+
+    def lacks_all(self,
+        layers: list,  # those of an event
+        name: str,  # of a kind
+    ) -> bool:
+        "Tell whether there is no evidence of a kind about any of the layers."
+        return all(self._lacks(name, layers))
 
     def known(self,
         layer,  # one of the selected
+        names: tuple | None = None,  # of the kinds; None: all
     ) -> bool:
         "Tell whether there is evidence about a layer. That of data is known within an event only."
-        if any(self._can_gather(EVIDENCE[name]) for name in self.names): return False
-        return not any(self._lacks(name, [layer])[0] for name in self.names)
+        if names is None: names = self.names
+        if any(self._can_gather(EVIDENCE[name]) for name in names): return False
+        return not any(self._lacks(name, [layer])[0] for name in names)
 
     @contextmanager
     def gathered(self,
         layers: list,  # those of an event
+        names: tuple | None = None,  # of the kinds; None: all
     ):
         """Gather evidence from data, for a `with` block.
 
@@ -78,7 +92,7 @@ class Evidence:
             return
         before = dict(self.states)
         with self.calibration.reading():
-            small = [name for name in self.names if not EVIDENCE[name].large]
+            small = [name for name in names or self.names if not EVIDENCE[name].large]
             tells = {name: self._from_data(name, layers) for name in small}
             found = {(name, of): state for name, told in tells.items() for of, state in told.items()}
             self.states |= found
@@ -119,9 +133,10 @@ class Evidence:
 
     def begin(self,
         layers: list,  # those of an event
+        names: tuple,  # of the kinds
     ):
         "Update the evidence at the beginning of an event."
-        for name in self.names:
+        for name in names:
             update = EVIDENCE[name].on_event
             if update is None: continue
             for layer in layers: self._update(name, layer, update)
@@ -148,16 +163,6 @@ class Evidence:
 
     def _start(self, name):
         for layer in self.selected.candidates.values(): self._state(name, layer)
-
-    @property
-    def weight_shaped(self) -> bool:
-        "Tell whether all of it has the weight's shape, and can be read in chunks."
-        return all(EVIDENCE[name].weight_shaped for name in self.names)
-
-    @property
-    def large(self) -> bool:
-        "Tell whether there are large matrices in it, which are gathered anew each time."
-        return any(EVIDENCE[name].large for name in self.names)
 
     def step(self,
         of: set | None = None,  # ids of the weights that are stepped; None: all

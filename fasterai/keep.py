@@ -84,7 +84,7 @@ class Keeper(Callback):
         for keeper in self._others(KeepSparse):
             if not keeper.left: held = both(held, keeper.masks_for(self._model()))
         held = both(held, self._left_masks())
-        if self._resumes(): rules = replace(rules, keep_zeros=True)
+        if self._resumes_at(): rules = replace(rules, keep_zeros=True)
         self._sparsifier = Sparsifier(self._model(), **rules.given, **more, example=self._batch)
         self.sparsifier.masks.begin_with(held)
         self.state_masked, self.begun = False, False
@@ -102,9 +102,9 @@ class Keeper(Callback):
             held |= of_one_fit
         return held
 
-    def _resumes(self):
-        "Tell whether the fit goes on from `start_epoch`: then the zeros that are there were pruned before."
-        return any(isinstance(cb, SkipToEpoch) and cb._skip_to > 0 for cb in self.learn.cbs)
+    def _resumes_at(self):
+        "Return the `start_epoch` of the fit: above 0 the zeros that are there were pruned before."
+        return max((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), default=0)
 
     def _follow_model(self):
         "Go over to another model, if a callback has put one in the Learner's place."

@@ -55,6 +55,15 @@ class pattern:
             keep[here] = ranks >= len(line) - stay
         return np.ascontiguousarray(np.moveaxis(keep, 0, at)).reshape(-1)
 
+    def places(self,
+        axes: dict,  # name: size, of a weight
+    ) -> np.ndarray:  # (weights,)
+        "Number the weights by the m that they are among."
+        at = list(axes).index('I')
+        sizes = [-(-size // self.m) if axis == 'I' else size for axis, size in axes.items()]
+        blocks = np.arange(np.prod(sizes)).reshape(sizes)
+        return blocks.take(np.arange(axes['I']) // self.m, at).reshape(-1)
+
     def __repr__(self): return f"'{self.n}:{self.m}'"
 
 

@@ -13,7 +13,7 @@ from fasterai.context import CONTEXTS, Context, ContextInfo, read_context
 from fasterai.criteria import Criterion, CriterionInfo, read_criterion
 from fasterai.granularity import GRANULARITIES, GranularityInfo, read_granularity
 from fasterai.layers import ONE_CHOICE, check_kinds
-from fasterai.regrowth import Regrowth, read_regrowth
+from fasterai.regrowth import read_regrowth
 
 READ = 'granularity_info', 'context_info', 'criterion', 'regrowth', 'floor'  # when the rules are made
 
@@ -32,7 +32,7 @@ class Rules:
     round_to: int | None = None  # at filter granularity: round the number of filters that stay in a layer to the nearest multiple of it, as 8: kernels run best so
     exclude: object = None  # layers that take no part, in the forms of `layers`; the others compete as before
     keep_zeros: bool = False  # hold the zeros that are in the weights already, as of a sparse model that is trained on; False: they may learn until an event prunes them
-    regrow: str | Regrowth = 'position'  # which pruned weights come back first where the sparsity falls: a name, or a function
+    regrow: str | Criterion | None = None  # which pruned weights come back first where the sparsity falls, or weights are exchanged: a name, or a function of evidence; None: those of the largest gradient where there is one, else by the criterion. Ties fall at random
 
     def __post_init__(self):
         for name in ('layers', 'exclude'):
@@ -56,12 +56,18 @@ class Rules:
     def criterion(self) -> CriterionInfo: return read_criterion(self.criteria)
 
     @cached_property
-    def regrowth(self) -> Regrowth: return read_regrowth(self.regrow)
+    def regrowth(self) -> CriterionInfo | None: return read_regrowth(self.regrow, self.criterion)
 
     @property
     def evidence(self) -> tuple:  # names in `EVIDENCE`
         "Return what must be known of the layers."
-        return self.criterion.evidence
+        if self.regrowth is None: return self.criterion.evidence
+        return tuple(dict.fromkeys(self.criterion.evidence + self.regrowth.evidence))
+
+    @property
+    def needs_data(self) -> bool:
+        "Tell whether it takes more than the weights and the steps of a training."
+        return self.criterion.needs_data or self.regrowth is not None and self.regrowth.needs_data
 
     @cached_property
     def floor(self) -> int | Fraction | None:  # number of weights, or share of a layer's

@@ -3,14 +3,23 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from math import ceil, cos, exp, floor, inf, pi
+from math import ceil, cos, exp, expm1, floor, inf, pi
 from numbers import Integral, Rational, Real
+from typing import NamedTuple
 
 from fasterai.arguments import callable_with, is_whole, name_of, one_of, percent, whole
 
-Schedule = Callable[[float], float]
+
+class Due(NamedTuple):
+    "Say what is due at a progress of training, where weights shall be exchanged too; a schedule returns it."
+    share: float  # of the target sparsity, 0 to 1
+    swap: float = 0.  # of the weights of each layer that live, 0 to 1: so many are exchanged for others, by `regrow`
+    nth: int = 0  # number of the exchange: one is made where it has changed
+
+
+Schedule = Callable[[float], float | Due]
 """A function of the progress of training, 0 to 1, that returns the share of the target sparsity that should
-be reached, 0 to 1."""
+be reached, 0 to 1, or `Due`, where weights shall be exchanged, too."""
 
 TIMES = frozenset({'at', 'start', 'end', 'every'})  # arguments of schedules
 
@@ -83,12 +92,16 @@ class Curve:
         given = {name: value for name, value in vars(self).items() if name in TIMES}
         return {name: value for name, value in given.items() if name != 'every' or value is not None}
 
+    def _set_times(self, times):
+        "Set all times that are given, by name."
+        for name, value in times.items(): object.__setattr__(self, name, value)
+
     def _ordered(self):
         "Return the times that must be in order: all but the time between two changes."
         return {name: value for name, value in self._times().items() if name != 'every'}
 
     def _check_order(self, found, note=''):
-        given, names = vars(self), list(found)
+        given, names = self._times(), list(found)
         for first, second in zip(names, names[1:]):
             if found[first] < found[second]: continue
             got = f'{first}={given[first]!r} and {second}={given[second]!r}'
@@ -108,13 +121,14 @@ class Curve:
         `ValueError` where a time lies after the end of the training, or two times are not in order."""
         whole('n_epochs', n_epochs)
         whole('steps_per_epoch', steps_per_epoch)
-        times, found = self._times(), copy(self)
+        times, found, shares = self._times(), copy(self), {}
         for name, value in times.items():
             share = value.of(n_epochs, steps_per_epoch) if isinstance(value, Time) else _fraction(value)
             if share > 1:
                 most = _length(value, n_epochs, steps_per_epoch)
                 raise ValueError(f'schedule: got {name}={value!r}, expected at most the {most} of this fit')
-            object.__setattr__(found, name, share)
+            shares[name] = share
+        found._set_times(shares)
         self._check_order(found._ordered(), f'; an epoch has {steps_per_epoch} steps here')
         return found
 
@@ -128,7 +142,7 @@ class Curve:
         name: str,  # of an argument, as 'start'
     ) -> float:  # 0 to 1
         "Return a time as a share of training; `ValueError` where the length of training must be known."
-        value = getattr(self, name)
+        value = self._times()[name]
         if not isinstance(value, Time): return float(value)
         raise ValueError(f'schedule: got {name}={value!r}, expected .over(n_epochs=..., steps_per_epoch=...) '
                          'first: the length of training must be known')
@@ -185,28 +199,39 @@ class Ramp(Curve):
     """Prune more and more from `start` on, up to the target sparsity at `end`.
 
     The sparsity is initial + (target - initial) · share, where the share climbs from 0 to 1. With `every` it
-    changes at `start`, at `start` + `every`, and so on, and at `end`. A subclass has a method `climb`: from
-    the share of the ramp that has passed, 0 to 1, to the share that is returned, 0 to 1."""
+    changes at `start`, at `start` + `every`, and so on, and at `end`. With `swap` weights are exchanged at
+    these times, but at the first and the last; the share of them falls to 0 by a cosine. A subclass has a
+    method `climb`: from the share of the ramp that has passed, 0 to 1, to the share that is returned, 0 to 1.
+    `ValueError` where an argument is out of its range, or `swap` is given without `every`."""
     start: float | Time = .1  # when pruning begins: after this share of training, 0 to 1, or `steps(n)`, `epochs(n)`
     end: float | Time = .75  # when the target is reached, in the same forms; then the network recovers
     every: float | Time | None = field(default=None, kw_only=True, repr=False)  # time between two changes of the sparsity; None: each step
     initial: float = field(default=0., kw_only=True, repr=False)  # sparsity at `start`, percent of zeros, 0 to 100
+    swap: float = field(default=0., kw_only=True, repr=False)  # share of the weights of each layer that live to be exchanged for others, 0 to 1, at `start`
 
     def __post_init__(self):
         super().__post_init__()
         percent(self.initial, 'initial')
-        if self.every is None or _number(self.every) > 0: return
-        raise ValueError(f'schedule: got every={self.every!r}, expected more than 0')
+        if not _is_share(self.swap):
+            raise ValueError(f'schedule: got swap={self.swap!r}, expected a share of the weights, 0 to 1')
+        if self.swap and self.every is None:
+            raise ValueError(f'schedule: got swap={self.swap!r} without every=, '
+                             'the time between two exchanges')
+        _check_every(self.every)
 
     def __call__(self, progress):
         start, end = self.share_of('start'), self.share_of('end')
-        every = None if self.every is None else self.share_of('every')
         if progress <= start: return 0.
         if progress >= end: return 1.
-        since = progress - start
-        if every: since = every * floor(round(since / every, 6))  # rounded: a progress such as 1/3 is not exact
-        passed = since / (end - start)
-        return self.climb(min(passed, 1.))
+        since, nth = progress - start, 0
+        if self.every is not None:
+            every = self.share_of('every')
+            nth = _times_in(since, every)
+            since = every * nth
+        passed = min(since / (end - start), 1.)
+        share = self.climb(passed)
+        if not nth or not self.swap: return share
+        return Due(share, self.swap * (1 + cos(pi * passed)) / 2, nth)
 
     def begins_with(self,
         progress: float,  # of training, 0 to 1
@@ -215,11 +240,49 @@ class Ramp(Curve):
         return self.initial if progress > self.share_of('start') else 0.
 
 
-class gradual(Ramp):
-    """Prune fast at first and slowly at the end, by a cubic.
+def _check_every(every):
+    if every is None or _number(every) > 0: return
+    raise ValueError(f'schedule: got every={every!r}, expected more than 0')
 
-    This is gradual pruning, also called automated gradual pruning (AGP; Zhu & Gupta 2017)."""
-    def climb(self, passed): return 1 - (1 - passed) ** 3
+
+def _times_in(since, every):
+    "Return how often a time has passed. It is rounded: a progress such as 1/3 is not exact."
+    return floor(round(since / every, 6))
+
+
+def _check_positive(name, value):
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < inf: return
+    raise ValueError(f'schedule: got {name}={value!r}, expected a number above 0')
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class gradual(Ramp):
+    """Prune fast at first and slowly at the end, by a polynomial.
+
+    This is gradual pruning, also called automated gradual pruning (AGP; Zhu & Gupta 2017). With `swap` it is
+    gradual pruning with regrowth (GraNet; Liu et al. 2021). `ValueError` if `power` is not above 0."""
+    power: float = field(default=3., repr=False)  # of the polynomial 1 - (1 - x)^power: 3 is a cubic, 1 a line
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive('power', self.power)
+
+    def climb(self, passed): return 1 - (1 - passed) ** self.power
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class exponential(Ramp):
+    """Prune fast at first and slowly at the end, by an exponential.
+
+    A target of 1 - e^-rate is reached by keeping the same share of what is left at each step: 95 % by a rate
+    of 3. `ValueError` if `rate` is not above 0."""
+    rate: float = field(default=3., repr=False)  # the share is (1 - e^(-rate x)) / (1 - e^-rate)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive('rate', self.rate)
+
+    def climb(self, passed): return expm1(-self.rate * passed) / expm1(-self.rate)
 
 
 class linear(Ramp):
@@ -254,6 +317,71 @@ class iterative(Ramp):
     def climb(self, passed): return ceil(passed * self.n_steps) / self.n_steps
 
 
+@dataclass(frozen=True, repr=False)
+class rigl(Ramp):
+    """Hold the sparsity, and exchange weights: the lowest go, and others come back, by `regrow`.
+
+    With `regrow='gradient'`, and by default, this is RigL (Evci et al. 2020), with `'random'` SET (Mocanu et
+    al. 2018); in both the sparsity is usually shared out by `context='erk'`. Each layer keeps its count."""
+    start: float | Time = 0.  # when the network is made sparse: after this share of training, 0 to 1, or `steps(n)`, `epochs(n)`
+    end: float | Time = .75  # when the exchange ends, in the same forms
+    every: float | Time = field(default=.02, kw_only=True)  # time between two exchanges; in the paper `steps(100)`
+    swap: float = field(default=.3, kw_only=True)  # share of the weights of each layer that live to be exchanged, 0 to 1, which falls by a cosine
+
+    def climb(self, passed): return 1.
+
+
+@dataclass(frozen=True, repr=False)
+class acdc(Curve):
+    """Train sparse and dense in turn, and at last sparse (AC/DC; Peste et al. 2021).
+
+    After `start` the network is sparse for a time of `every`, then dense for as long, and so on; from `end`
+    on it stays sparse. Pruned weights start again from zero in each dense phase."""
+    start: float | Time = .1  # when the network is first made sparse: after this share of training, 0 to 1, or `steps(n)`, `epochs(n)`
+    end: float | Time = .8  # when it is made sparse for the rest of training, in the same forms
+    every: float | Time = field(default=.05, kw_only=True)  # length of a phase, in the same forms
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_every(self.every)
+
+    def __call__(self, progress):
+        start, end = self.share_of('start'), self.share_of('end')
+        if progress <= start: return 0.
+        if progress > end or progress == 1: return 1.
+        phase = -_times_in(start - progress, self.share_of('every'))  # from 1 on; the last step of a phase is in it
+        return float(phase % 2)
+
+
+@dataclass(frozen=True, repr=False)
+class multi_step(Curve):
+    """Change the sparsity at given times, to given shares of the target: up or down.
+
+    Where it falls, weights come back by `regrow`. `ValueError` where there are not as many shares as times,
+    or one is not between 0 and 1."""
+    at: tuple = (.25, .5, .75)  # when the sparsity changes: after these shares of training, 0 to 1, or `steps(n)`, `epochs(n)`
+    shares: tuple = (.5, .75, 1.)  # of the target sparsity, 0 to 1, one for each time
+
+    def __post_init__(self):
+        for name in ('at', 'shares'):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or not given:
+                raise ValueError(f'schedule: got {name}={given!r}, expected a tuple')
+            object.__setattr__(self, name, tuple(given))
+        if len(self.at) != len(self.shares) or not all(map(_is_share, self.shares)):
+            got = f'shares={self.shares!r} and at={self.at!r}'
+            raise ValueError(f'schedule: got {got}, expected a share of 0 to 1 for each time')
+        super().__post_init__()
+
+    def _times(self): return {f'at[{i}]': time for i, time in enumerate(self.at)}
+    def _set_times(self, times): object.__setattr__(self, 'at', tuple(times.values()))
+
+    def __call__(self, progress):
+        past = [share for name, share in zip(self._times(), self.shares) if progress > self.share_of(name)]
+        if progress == 1: past = self.shares
+        return float(past[-1]) if past else 0.
+
+
 SCHEDULES = {
     'one_shot': one_shot,
     'iterative': iterative,
@@ -262,11 +390,15 @@ SCHEDULES = {
     'cosine': cosine,
     'one_cycle': one_cycle,
     'dense_sparse_dense': dense_sparse_dense,
+    'exponential': exponential,
+    'multi_step': multi_step,
+    'acdc': acdc,
+    'rigl': rigl,
 }
 
 
 def read_schedule(
-    schedule: str | Schedule,  # a name in `SCHEDULES`, or a function from the progress of training to a share, each 0 to 1
+    schedule: str | Schedule,  # a name in `SCHEDULES`, or a function from the progress of training to a share, each 0 to 1, or to `Due`
 ) -> Schedule:
     """Return the schedule for what the user gave.
 
@@ -321,18 +453,26 @@ def check_initial(
 def _check_shares(schedule):
     "Raise `ValueError` where a schedule leaves 0 to 1."
     for progress in (i / 20 for i in range(21)):
-        share = schedule(progress)
-        if not isinstance(share, Real) or not 0 <= share <= 1:
-            gives = f'gives {share!r} at progress {progress:g}'
-            raise ValueError(f'schedule: got {name_of(schedule)}, which {gives}, expected 0 to 1')
+        given = schedule(progress)
+        if all(isinstance(share, Real) and 0 <= share <= 1 for share in as_due(given)[:2]): continue
+        gives = f'gives {given!r} at progress {progress:g}'
+        raise ValueError(f'schedule: got {name_of(schedule)}, which {gives}, expected 0 to 1')
+
+
+def as_due(
+    given: float | Due,  # as a schedule returns it
+) -> Due:
+    "Return what a schedule returns as `Due`."
+    return given if isinstance(given, Due) else Due(given)
 
 
 def read_share(
-    share: float,  # of the target sparsity, 0 to 1, as a schedule returns it
+    share: float,  # of the target sparsity, or of the weights that live, 0 to 1, as a schedule returns it
+    argument: str = 'share',  # its name, for the error
 ) -> Fraction:
-    "Read how much of the target sparsity is wanted; `ValueError` where it is not between 0 and 1."
+    "Read a share; `ValueError` where it is not between 0 and 1."
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
-        raise ValueError(f'share: got {share!r}, expected a number from 0 to 1')
+        raise ValueError(f'{argument}: got {share!r}, expected a number from 0 to 1')
     return Fraction(float(share))
 
 
@@ -344,7 +484,7 @@ def plot_schedule(
     "Draw the share of the target sparsity in percent over the progress of training; return the axes."
     schedule = read_schedule(schedule)
     progress = [i / 500 for i in range(501)]
-    percents = [100 * schedule(p) for p in progress]
+    percents = [100 * as_due(schedule(p)).share for p in progress]
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(5, 3))

@@ -4,10 +4,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from fasterai.criteria import CriterionInfo, check_evidence, check_finite, finite, score
+from fasterai.criteria import CRITERIA, CriterionInfo, check_evidence, check_finite, finite, score
 from fasterai.evidence import Evidence, made
 from fasterai.inputs import form_of
 from fasterai.peers import ALONE, as_array
+from fasterai.regrowth import below_living
 from fasterai.selection import CHUNK
 
 FEW = 8  # weights a group: from so many on torch scores all groups at once, for their scores need little memory
@@ -38,7 +39,7 @@ class Scores:
     ) -> torch.Tensor | np.ndarray:  # (n,), float32 or float64; an array where possible
         "Return the scores of some groups of a layer."
         if self.unchecked: self._check_all()
-        if layer.grouping.size < FEW and not self.evidence.large: return self._ask(layer, where)
+        if layer.grouping.size < FEW and not self.criterion.large: return self._ask(layer, where)
         if layer.name not in self.kept: self.kept[layer.name] = self._ask_all(layer)
         return self.kept[layer.name][where]
 
@@ -51,7 +52,7 @@ class Scores:
         highest = ALONE.fetched([self(layer, slice(None)).max()[None] for layer in layers])
         for layer, most in zip(layers, highest):
             if finite(most): continue
-            parts, makes = self.evidence.parts(layer)
+            parts, makes = self.evidence.parts(layer, self.criterion.evidence)
             self._check(self._score(layer, made(makes, parts), layer.weight.shape), parts, layer)
 
     def _ask_all(self, layer):
@@ -74,14 +75,14 @@ class Scores:
         "Tell whether the criterion can be called on chunks of a layer; what pads a short group has no score."
         if layer.grouping.pad: return False
         of_chunk = self.criterion.elementwise and not self.criterion.relative
-        return of_chunk and self.evidence.weight_shaped
+        return of_chunk and self.criterion.weight_shaped
 
     def _hold(self, layer, in_chunks):
         "Hold the evidence about a layer, or its scores, in rows of groups; the layer before is let go first."
         self.latest, self.rows = layer, {}
-        held, self.makes = self.evidence.parts(layer)
+        held, self.makes = self.evidence.parts(layer, self.criterion.evidence)
         self.on_host = ALONE.on_host(next(iter(held.values())))
-        if self.evidence.large: check_evidence(held, layer.name)  # a matrix with a NaN has no inverse
+        if self.criterion.large: check_evidence(held, layer.name)  # a matrix with a NaN has no inverse
         if not in_chunks:
             scores = self._score(layer, made(self.makes, held), layer.weight.shape)
             if self.on_host: self._check(scores, held, layer)
@@ -94,6 +95,43 @@ class Scores:
         return score(self.criterion, evidence, layer.name, shape, form_of(layer.grouping.axes), support)
 
     def _check(self, scores, parts, layer): check_finite(scores, self.criterion, parts, layer.name)
+
+
+class Gone:
+    """Return the scores of groups that are gone, within one event: below those of all groups that live, by
+    a regrowth, and ties at random."""
+
+    def __init__(self,
+        regrowth: CriterionInfo,
+        evidence: Evidence,
+        layers: list,  # those of which something may come back
+        living: Scores,  # of the criterion that prunes
+    ):
+        self.unknown = evidence.lacking(layers, regrowth.evidence, 'regrow')
+        known = [layer for layer in layers if layer.name not in self.unknown]
+        self.scores = living if regrowth is living.criterion else Scores(regrowth, evidence, known)
+        self.noise = Scores(CRITERIA['random'], evidence, [])
+
+    def __call__(self,
+        tied: list,  # layers that are pruned as one
+        where: slice | torch.Tensor,  # which groups: a slice, or positions
+    ) -> torch.Tensor:  # (n,), float64
+        "Return the scores of some groups."
+        noise = torch.as_tensor(together(self.noise, tied, where))
+        known = not any(layer.name in self.unknown for layer in tied)
+        scores = torch.as_tensor(together(self.scores, tied, where)) if known else torch.zeros_like(noise)
+        return below_living(scores, noise)
+
+
+def together(
+    scores: Scores,
+    tied: list,  # layers that are pruned as one
+    where: slice | torch.Tensor,  # which groups: a slice, or positions
+) -> torch.Tensor | np.ndarray:  # (n,)
+    "Return the scores of their n-th groups: the mean over all weights of these."
+    if len(tied) == 1: return scores(tied[0], where)
+    size = sum(layer.grouping.size for layer in tied)
+    return sum(torch.as_tensor(scores(layer, where)) * (layer.grouping.size / size) for layer in tied)
 
 
 def _shares(scores):

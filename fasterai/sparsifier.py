@@ -90,19 +90,23 @@ class Sparsifier:
         regrow: bool = False,  # let weights come back, from zero, where the sparsity falls
         initial: float = 0.,  # the sparsity that a share of 0 stands for, percent, 0 to 100: each goes from it to its own
         rounds: int | None = None,  # in how many steps of rising sparsity, each with evidence and repair anew; None: one, or what the criterion needs
+        swap: float = 0.,  # share of the weights of each layer that live to be exchanged for others, 0 to 1: the lowest go, and as many come back, from zero, by `regrow=` of the Sparsifier
     ) -> Change:  # its `masks`, and which weights `died` or were `born`
         """Prune the model to a sparsity: zero the least important weights until it is reached.
 
         Weights that are zero already count, and are the first to be pruned. Pruned ones stay zero without
-        `regrow`. Each round keeps the same share of what is left. An error leaves the model as it was."""
+        `regrow` or `swap`. Each round keeps the same share of what is left. An error leaves the model as it
+        was."""
         share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
+        swap = read_share(swap, 'swap')
         if rounds is not None: whole('rounds', rounds)
-        if regrow and rounds not in (None, 1):
-            raise ValueError(f'rounds: got {rounds!r} with regrow=True, expected None or 1')
+        if (regrow or swap) and rounds not in (None, 1):
+            moves = 'regrow=True' if regrow else f'swap={float(swap):.4g}'
+            raise ValueError(f'rounds: got {rounds!r} with {moves}, expected None or 1')
         self.selected.refresh()
         wanted = entries(sparsity, self.rules, self.selected)
         check_initial(initial, [fraction for _, fraction in wanted], f'initial: got {initial!r}')
-        return self._prune(self._budgets(wanted, share, begin), regrow, rounds)
+        return self._prune(self._budgets(wanted, share, begin), regrow, rounds, swap)
 
     def sparsify_layer(self,
         layer,  # a selected layer: its name, module or parameter; each weight within it to the same sparsity
@@ -141,11 +145,11 @@ class Sparsifier:
         raise ValueError(f'sparsity: got one for {name!r} alone, expected the same for all of '
                          f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
 
-    def _prune(self, budgets, regrow=False, rounds=None):
+    def _prune(self, budgets, regrow=False, rounds=None, swap=Fraction(0)):
         "Prune in one event or in rounds, all or nothing, and say what is worth a warning."
-        if regrow: rounds = 1
+        if regrow or swap: rounds = 1
         steps = in_rounds(budgets, rounds, self.rules.criterion.round_keeps)
-        change = self._event(budgets, regrow) if len(steps) == 1 else self._rounds(steps)
+        change = self._event(budgets, regrow, swap) if len(steps) == 1 else self._rounds(steps)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
         _warn_floor(self.rules, budgets, change)
@@ -169,16 +173,17 @@ class Sparsifier:
         waiting = changes[-1].waiting
         return Change(before, after, waiting, changes[-1].weights, repaired)
 
-    def _event(self, budgets, regrow=False):
+    def _event(self, budgets, regrow=False, swap=Fraction(0)):
         "Decide, and change the model: both, or, where something fails, nothing."
         if self._in_event:
             raise ValueError('sparsity: asked for within an event of the same Sparsifier, by its criterion, '
                              'context or regrowth; expected after it')
         self._in_event = True
         layers = [layer for budget in budgets for layer in budget.layers]
+        needed = self.rules.evidence if regrow or swap else self.rules.criterion.evidence
         try:
-            with self.evidence.gathered(layers):
-                change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow)
+            with self.evidence.gathered(layers, needed):
+                change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow, swap)
                 change = self._adjusted(change, layers)
         finally: self._in_event = False
         change = self._apply(change)
@@ -332,7 +337,7 @@ def _check_data(rules, repair, data, loss_func):
     "Refuse a criterion, or a repair, without the data that it needs."
     given, criterion = f'criteria={rules.criteria!r}', rules.criterion
     if data is not None: check_batches(data)
-    kinds = [EVIDENCE[name] for name in criterion.evidence]
+    kinds = [EVIDENCE[name] for name in rules.evidence]
     needs_loss = any(kind.of_data and kind.of_loss for kind in kinds)
     if loss_func is not None and not callable(loss_func):
         raise TypeError(f'loss_func: got {loss_func!r}, expected a function of output and label')

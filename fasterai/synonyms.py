@@ -47,11 +47,21 @@ VALUES = {
     'schedule': _rows({
         "'gradual'": 'agp cubic polynomial poly zhu_gupta sched_agp',
         "'one_shot'": 'oneshot sched_oneshot immediate once',
-        "'iterative'": 'multi_step steps sched_iterative imp',
+        "'iterative'": 'steps sched_iterative imp',
         "'cosine'": 'cos sched_cos annealing_cos cosine_annealing',
         "'linear'": 'lin sched_lin',
         "'one_cycle'": 'onecycle sched_onecycle',
         "'dense_sparse_dense'": 'dsd sched_dsd',
+        "'exponential'": 'exp',
+        "'multi_step'": 'multistep levels step',
+        "'acdc'": 'ac_dc alternating',
+        "'rigl'": 'set dynamic dst sparse_to_sparse',
+        'gradual(every=steps(100), swap=.3)': 'granet',
+    }),
+    'regrow': _rows({
+        "'gradient'": 'grad gradients rigl',
+        "'random'": 'rand set',
+        "'criterion'": 'criteria score magnitude',
     }),
 }
 
@@ -67,6 +77,8 @@ ARGUMENTS = _rows({
     'schedule=gradual(start=steps(100), end=steps(900))': 'begin_step end_step',
     'schedule=gradual(every=steps(100))': 'every frequency pruning_frequency',
     'schedule=gradual(initial=50)': 'initial initial_sparsity start_sparsity',
+    'schedule=rigl(swap=.3)': 'swap drop_fraction update_fraction',
+    'regrow=': 'regrowth grow growth grow_method',
     'layers=': 'layer layer_type modules parameters targets',
     'example=': 'example_input example_inputs inputs x',
     'data=': 'dataloader dls dl batches calibration calibration_data',

@@ -14,7 +14,7 @@ from fasterai.context import CONTEXTS, within
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import GRANULARITIES, block, head
 from fasterai.repair import REPAIRS
-from fasterai.schedule import SCHEDULES
+from fasterai.schedule import SCHEDULES, gradual, steps
 from fasterai.sparsifier import Sparsifier
 from fasterai.synonyms import ARGUMENTS, METHODS, VALUES
 
@@ -114,15 +114,18 @@ def test_what_people_type_is_answered_by_what_to_write(typed, says):
     with pytest.raises((ValueError, TypeError, AttributeError), match=says.replace('?', r'\?')): typed()
 
 
+NAMES = {'block': block, 'head': lambda n: head(2), 'within': within, 'gradual': gradual, 'steps': steps}
+
+
 @pytest.mark.parametrize('argument', VALUES)
 def test_a_synonym_means_something_that_there_is(argument):
     "What the hint says can be written: it is tried."
     read = {'granularity': lambda v: new(granularity=v, layers='0'), 'context': lambda v: new(context=v, layers='3'),
             'criteria': lambda v: new(criteria=v, data=[], loss_func=print), 'repair': lambda v: new(repair=v, data=[]),
-            'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
+            'regrow': lambda v: new(regrow=v), 'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
     for meant in VALUES[argument].values():
         if meant.startswith('context='): continue  # it belongs to another argument, and is tried there
-        read(eval(meant.split(',')[0] if meant.startswith('head') else meant, {'block': block, 'head': lambda n: head(2), 'within': within}))
+        read(eval(meant.split(',')[0] if meant.startswith('head') else meant, NAMES))
 
 
 def test_names_of_arguments_and_methods_mean_something_that_there_is():

@@ -246,7 +246,7 @@ def test_in_chunks_and_whole_the_same_is_pruned(criterion, granularity, told, mo
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(8, 20, 3), nn.Conv2d(20, 8, 3))
         sparsifier = Sparsifier(model, granularity, 'local', criterion, layers=['0', '1'])
-        monkeypatch.setattr(Evidence, 'weight_shaped', in_chunks)
+        monkeypatch.setattr(criteria.CriterionInfo, 'weight_shaped', in_chunks)
         for _ in range(2):
             for p in model.parameters(): p.grad = torch.randn_like(p)
             if told: sparsifier.evidence.step()

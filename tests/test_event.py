@@ -10,7 +10,6 @@ from torch import nn
 from fasterai.context import CONTEXTS, ContextInfo, global_
 from fasterai.event import Budget, decide
 from fasterai.granularity import block
-from fasterai.regrowth import LOWEST
 from fasterai.scoring import Scores
 from fasterai.sparsifier import Sparsifier
 
@@ -162,23 +161,21 @@ def test_a_decision_changes_nothing(net):
 
 
 def test_a_change_says_what_died_and_what_was_born():
-    sparsifier = Sparsifier(row(4., 1, 3, 2), layers='0')
+    sparsifier = Sparsifier(row(4., 1, 3, 2), layers='0', regrow=lambda weight: torch.tensor([[0., 1, 2, 3]]))
     change = sparsifier.sparsify_model(50)
     assert change.masks['0'].int().tolist() == [[1, 0, 1, 0]]
     assert change.died['0'].int().tolist() == [[0, 1, 0, 1]]
     assert change.born['0'].int().tolist() == [[0, 0, 0, 0]]
     change = sparsifier.sparsify_model(25, regrow=True)
-    assert change.born['0'].int().tolist() == [[0, 0, 0, 1]]  # by position: the last comes back first
+    assert change.born['0'].int().tolist() == [[0, 0, 0, 1]]
     assert change.died['0'].int().tolist() == [[0, 0, 0, 0]]
     assert repr(change) == 'Change(1 layers: 1 of 4 weights are masked)'
     assert sparsifier.sparsify_layer('0', 75).died['0'].int().tolist() == [[0, 0, 1, 1]]
 
 
 def test_a_function_decides_what_comes_back():
-    wanted = torch.tensor([0., 9, 1, 5, 0, 0])  # of the pruned 1, 3 and 2 the first shall come back first
-
-    def by_table(scores, pruned): return torch.where(pruned, LOWEST * (1 - wanted / 10), torch.as_tensor(scores))
-    sparsifier = Sparsifier(row(4., 1, 3, 2, 5, 6), layers='0', regrow=by_table)
+    wanted = torch.tensor([[0., 9, 1, 5, 0, 0]])  # of the pruned 1, 3 and 2 the first shall come back first
+    sparsifier = Sparsifier(row(4., 1, 3, 2, 5, 6), layers='0', regrow=lambda weight: wanted)
     sparsifier.sparsify_model(50)
     assert sparsifier.sparsify_model(34, regrow=True).born['0'].int().tolist() == [[0, 1, 0, 0, 0, 0]]
     assert sparsifier.sparsify_model(17, regrow=True).born['0'].int().tolist() == [[0, 0, 0, 1, 0, 0]]

@@ -22,7 +22,7 @@ ROWS = [
     'synonyms arguments data batches tables snapshot peers operations optimizers plot progress least_squares',  # leaves
     'ranking selection dataflow inputs calibration curvature synflow',
     'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
-    'zeros scoring rounding rounds event',
+    'zeros scoring rounding rounds exchange event',
     'norms selected masks held',  # state
     'repair repairing report sparsifier sensitivity timetable summary',
     'epochs keep callback demo all',  # with fastai

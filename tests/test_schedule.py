@@ -1,6 +1,7 @@
 import pickle
 from copy import deepcopy
 from fractions import Fraction
+from math import cos, exp, log, pi
 
 import numpy as np
 import pytest
@@ -11,19 +12,25 @@ from torch import nn
 
 from fasterai.schedule import (
     SCHEDULES,
+    Due,
     Ramp,
+    acdc,
+    as_due,
     cosine,
     dense_sparse_dense,
     epochs,
+    exponential,
     gradual,
     initial_at,
     iterative,
     linear,
+    multi_step,
     one_cycle,
     one_shot,
     over_fit,
     plot_schedule,
     read_schedule,
+    rigl,
     steps,
 )
 from fasterai.sparsifier import Sparsifier
@@ -41,6 +48,13 @@ from fasterai.sparsifier import Sparsifier
     (cosine(0, 1), [0, .1464466, .5, .8535534, 1]),
     (one_cycle(0, 1), [0, .1824484, .8809058, .9960528, 1]),
     (dense_sparse_dense(.25, .75), [0, 0, 1, 1, 0]),
+    (gradual(0, 1, power=1), [0, .25, .5, .75, 1]),
+    (gradual(0, 1, power=2), [0, 1 - .75 ** 2, .75, 1 - .25 ** 2, 1]),
+    (exponential(0, 1), [0, (1 - exp(-.75)) / (1 - exp(-3)), (1 - exp(-1.5)) / (1 - exp(-3)), (1 - exp(-2.25)) / (1 - exp(-3)), 1]),
+    (multi_step((.25, .5), (1, .5)), [0, 0, 1, .5, .5]),
+    (multi_step((0, .5, 1), (.2, .4, .6)), [0, .2, .2, .4, .6]),
+    (acdc(0, 1, every=.25), [0, 1, 0, 1, 1]),
+    (acdc(.25, .5, every=.25), [0, 0, 1, 1, 1]),
 ])
 def test_tables(schedule, values):
     assert [schedule(p) for p in (0, .25, .5, .75, 1)] == pytest.approx(values, abs=1e-6)
@@ -52,11 +66,59 @@ def test_contracts(name):
     assert read_schedule(name) == schedule == read_schedule(SCHEDULES[name])
     assert eval(repr(schedule)) == schedule  # the repr is the code that makes it
     assert pickle.loads(pickle.dumps(schedule)) == schedule and hash(schedule) == hash(SCHEDULES[name]())
-    values = [schedule(i / 1000) for i in range(1001)]
+    values = [as_due(schedule(i / 1000)).share for i in range(1001)]
     assert all(0 <= v <= 1 for v in values) and values[0] == 0
     assert values[-1] == (0 if name == 'dense_sparse_dense' else 1)
-    if name != 'dense_sparse_dense': assert values == sorted(values)
+    if name not in ('dense_sparse_dense', 'acdc'): assert values == sorted(values)
     with pytest.raises(AttributeError): schedule.end = 1
+
+
+def test_an_exponential_keeps_the_same_share_at_each_step():
+    schedule = exponential(0, 1, rate=-log(.05))
+    left = [1 - .95 * schedule(i / 4) for i in range(5)]
+    assert [b / a for a, b in zip(left, left[1:])] == pytest.approx([.05 ** .25] * 4)
+
+
+def test_sparse_and_dense_in_turn():
+    phases = [acdc(.1, .8)(step / 100) for step in range(1, 101)]
+    assert phases == [0] * 10 + ([1] * 5 + [0] * 5) * 7 + [1] * 20
+
+
+@pytest.mark.parametrize('n_epochs, steps_per_epoch, every', [(3, 7, 1), (7, 49, 3), (10, 10, 5), (41, 3, 7)])
+def test_no_phase_is_a_step_off(n_epochs, steps_per_epoch, every):
+    total = n_epochs * steps_per_epoch
+    schedule = acdc(steps(2), steps(total), every=steps(every)).over(n_epochs, steps_per_epoch)
+    found = [schedule(step / total) for step in range(1, total)]
+    assert found == [0, 0, *[float((step - 3) // every % 2 == 0) for step in range(3, total)]]
+
+
+# Exchange
+
+def test_the_share_that_is_exchanged_falls_by_a_cosine():
+    schedule = rigl(every=.25, swap=.4, end=1)
+    assert schedule(.2) == 1 and schedule(1) == 1 and schedule(0) == 0
+    for nth, p in ((1, .25), (1, .4), (2, .5), (3, .8)):
+        assert schedule(p) == Due(1., pytest.approx(.2 * (1 + cos(pi * nth / 4))), nth)
+
+
+def test_a_ramp_exchanges_when_it_prunes():
+    schedule, plain = gradual(.1, .9, every=.2, swap=.3), gradual(.1, .9, every=.2)
+    assert [as_due(schedule(i / 20)).share for i in range(21)] == [plain(i / 20) for i in range(21)]
+    assert [as_due(schedule(i / 10)).nth for i in range(11)] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
+    assert as_due(schedule(.5)).swap == pytest.approx(.15) and as_due(schedule(.95)) == Due(1.)
+
+
+@pytest.mark.parametrize('n_epochs, steps_per_epoch', [(1, 10), (3, 7), (7, 49)])
+def test_no_exchange_is_a_step_off(n_epochs, steps_per_epoch):
+    total = n_epochs * steps_per_epoch
+    schedule = rigl(every=steps(3), end=steps(total)).over(n_epochs, steps_per_epoch)
+    nths = [as_due(schedule(step / total)).nth for step in range(1, total)]
+    assert nths == [step // 3 for step in range(1, total)]
+
+
+@pytest.mark.parametrize('given', [Due(2), Due(1, 2), Due(1, -.1), Due(.5, None), Due('a')])
+def test_what_is_due_is_checked(given):
+    with pytest.raises(ValueError, match='schedule: got <lambda>, which gives .* expected 0 to 1'): read_schedule(lambda p: given)
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
@@ -73,6 +135,16 @@ def test_plot(name):
     (lambda: one_shot(at=-1), 'got at=-1'),
     (lambda: one_shot(at=float('nan')), 'got at=nan'),
     (lambda: linear(start='a'), "got start='a'"),
+    (lambda: gradual(power=0), 'got power=0, expected a number above 0'), (lambda: gradual(power='a'), "got power='a'"),
+    (lambda: exponential(rate=-1), 'got rate=-1, expected a number above 0'), (lambda: exponential(rate=float('inf')), 'got rate=inf'),
+    (lambda: gradual(swap=.3), 'got swap=0.3 without every=, the time between two exchanges'), (lambda: rigl(every=None), 'without every='),
+    (lambda: rigl(swap=2), 'got swap=2, expected a share of the weights, 0 to 1'), (lambda: rigl(every=0), 'got every=0, expected more than 0'),
+    (lambda: acdc(every=0), 'got every=0, expected more than 0'), (lambda: acdc(.8, .2), 'start < end'),
+    (lambda: multi_step((.1, .2), (1,)), r'got shares=\(1,\) and at=\(0.1, 0.2\), expected a share of 0 to 1 for each time'),
+    (lambda: multi_step((.1, .2), (1, 90)), 'expected a share of 0 to 1 for each time'), (lambda: multi_step((), ()), r'got at=\(\), expected a tuple'),
+    (lambda: multi_step(.5, 1), 'got at=0.5, expected a tuple'), (lambda: multi_step((.5, .2), (0, 1)), r'expected at\[0\] < at\[1\]'),
+    (lambda: multi_step((.5, 2), (0, 1)), r'got at\[1\]=2, expected a share of training'),
+    (lambda: read_schedule('set'), "did you mean 'rigl'"),
     (lambda: iterative(n_steps=0), 'got n_steps=0, expected an integer of 1 or more'),
     (lambda: iterative(n_steps=2.5), 'got n_steps=2.5'),
     (lambda: iterative(start=.9, end=.1), 'start < end'),
@@ -127,7 +199,7 @@ def test_a_phase_has_as_many_steps_as_its_share():
 def table(schedule, n_epochs, steps_per_epoch):
     "What a schedule returns before each step of a fit, in whole percent."
     schedule, total = schedule.over(n_epochs, steps_per_epoch), n_epochs * steps_per_epoch
-    return [round(100 * schedule(step / total)) for step in range(1, total + 1)]
+    return [round(100 * as_due(schedule(step / total)).share) for step in range(1, total + 1)]
 
 
 @pytest.mark.parametrize('schedule, percents', [  # in 2 epochs of 4 steps
@@ -152,6 +224,9 @@ def table(schedule, n_epochs, steps_per_epoch):
     (linear(steps(1), steps(6), every=steps(8)), [0, 0, 0, 0, 0, 100, 100, 100]),
     (gradual(0, 1, every=steps(4)), [0, 0, 0, 88, 88, 88, 88, 100]),
     (iterative(0, 1, n_steps=2, every=steps(2)), [0, 50, 50, 50, 50, 100, 100, 100]),
+    (multi_step((steps(2), epochs(1), .75), (.5, 1, .2)), [0, 0, 50, 50, 100, 100, 20, 20]),
+    (acdc(steps(1), steps(7), every=steps(2)), [0, 100, 100, 0, 0, 100, 100, 100]),
+    (rigl(steps(2), epochs(2), every=steps(2)), [0, 0, 100, 100, 100, 100, 100, 100]),
 ], ids=repr)
 def test_a_table_in_steps(schedule, percents): assert table(schedule, 2, 4) == percents
 
@@ -179,7 +254,7 @@ def test_shares_of_training_stay_as_they_are(name):
     schedule = SCHEDULES[name]()
     resolved = schedule.over(3, 7)
     assert resolved == schedule
-    assert all(type(value) is Fraction for key, value in vars(resolved).items() if key in ('at', 'start', 'end'))
+    assert all(type(value) is Fraction for value in resolved._times().values())
     assert [resolved(i / 21) for i in range(22)] == [schedule(i / 21) for i in range(22)]
 
 
@@ -196,6 +271,11 @@ IN_TIMES = [
     "iterative(start=0.1, end=steps(9), every=0.1, n_steps=3)",
     "dense_sparse_dense(start=epochs(1), end=steps(500))",
     "linear(start=0.1, end=0.75, initial=33.3)",
+    "gradual(start=0.1, end=0.75, every=steps(100), swap=0.3, power=2)",
+    "exponential(start=0.1, end=0.75, rate=2)",
+    "multi_step(at=(epochs(1), steps(500)), shares=(1, 0.5))",
+    "acdc(start=epochs(10), end=epochs(85), every=epochs(5))",
+    "rigl(start=0.0, end=0.75, every=steps(100), swap=0.3)",
 ]
 
 
@@ -247,6 +327,9 @@ def test_an_initial_sparsity_that_is_no_number_is_refused():
     (dense_sparse_dense(start=epochs(6), end=1), r'got start=epochs\(6\)'),
     (gradual(every=epochs(6)), r'got every=epochs\(6\)'),
     (gradual(start=epochs(2), end=steps(8)), r'got start=epochs\(2\) and end=steps\(8\), expected start < end; an epoch has 4 steps here'),
+    (multi_step((.5, epochs(6)), (0, 1)), r'got at\[1\]=epochs\(6\), expected at most the 5 epochs of this fit'),
+    (multi_step((.9, epochs(1)), (0, 1)), r'got at\[0\]=0.9 and at\[1\]=epochs\(1\), expected at\[0\] < at\[1\]'),
+    (rigl(every=steps(100)), r'got every=steps\(100\), expected at most the 20 steps of this fit'),
     (gradual(start=.5, end=steps(10)), r'got start=0.5 and end=steps\(10\)'),
 ])
 def test_times_that_do_not_fit_the_training_are_refused(schedule, says):
@@ -259,7 +342,8 @@ def test_the_length_of_training_is_checked():
     with pytest.raises(ValueError, match='at most the 1 epoch of this fit'): gradual(end=epochs(2)).over(1, 4)
 
 
-@pytest.mark.parametrize('schedule', [one_shot(at=steps(3)), dense_sparse_dense(end=steps(9)), gradual(.1, epochs(2)), iterative(every=steps(2))])
+@pytest.mark.parametrize('schedule', [one_shot(at=steps(3)), dense_sparse_dense(end=steps(9)), gradual(.1, epochs(2)), iterative(every=steps(2)),
+                                      rigl(every=steps(2)), acdc(every=steps(2))])
 def test_what_needs_the_length_of_training_says_so(schedule):
     assert read_schedule(schedule) is schedule
     for call in (lambda: schedule(.5), schedule.plot):

@@ -150,7 +150,7 @@ def test_a_filter_that_two_layers_share_is_empty_where_both_are():
 
 
 def test_weights_that_come_back_compete_with_those_that_are_pruned():
-    sparsifier = Sparsifier(linear([1, 2, 3, 4]))
+    sparsifier = Sparsifier(linear([1, 2, 3, 4]), regrow=lambda weight: torch.arange(4.)[None])
     sparsifier.sparsify_model(75)
     assert sparsifier.sparsify_model(50, regrow=True).born['0'].int().tolist() == [[0, 0, 1, 0]]
     assert sparsifier.sparsify_model(25, regrow=True).born['0'].int().tolist() == [[0, 1, 0, 0]]
@@ -233,7 +233,8 @@ def test_one_that_is_masked_goes_before_the_lowest_score():
 
 def test_what_stays_competes_with_what_comes_back_though_its_score_is_the_lowest():
     model = linear([1, 2, 3, 4])
-    sparsifier = Sparsifier(model, criteria=lambda weight: torch.where(weight == 4, -torch.inf, weight))
+    sparsifier = Sparsifier(model, criteria=lambda weight: torch.where(weight == 4, -torch.inf, weight),
+                            regrow=lambda weight: torch.arange(4.)[None])
     sparsifier.masks['0'] = torch.tensor([[False, False, False, True]])
     sparsifier.sparsify_model(50, regrow=True)
     assert held(sparsifier) == [[1, 1, 0, 0]] and model[0].weight[0, 3] == 4
