@@ -75,10 +75,19 @@ def test_the_largest_gradients_come_back(context, regrow):
     born = sparsifier.sparsify_model(40, regrow=True).born
     jobs = [list(born)] if context in ('global', 'lamp', 'normalized') else [[name] for name in born]
     for names in jobs:
-        sizes, came, dead = [], torch.cat([born[n].flatten() for n in names]), torch.cat([~before[n].flatten() for n in names])
+        came, dead = torch.cat([born[n].flatten() for n in names]), torch.cat([~before[n].flatten() for n in names])
         size = torch.cat([model[int(n)].weight.grad.abs().flatten() for n in names])
-        assert came.sum() and size[came].min() > size[dead & ~came].max(), sizes
+        assert came.sum() and size[came].min() > size[dead & ~came].max()
     assert sum(gone(sparsifier)) == 4000
+
+
+def test_what_is_gone_competes_by_its_own_scores_where_those_of_the_living_are_rescaled():
+    model = with_gradients(four())
+    with torch.no_grad(): model[0].weight *= 100
+    sparsifier = Sparsifier(model, context='normalized')
+    sparsifier.sparsify_model(80)
+    sparsifier.sparsify_model(40, regrow=True)
+    assert all(abs(n - 1000) < 80 for n in gone(sparsifier))  # the gradients of all layers are alike
 
 
 def test_layers_that_would_be_emptied_by_position_are_not_in_a_fit(make_learner):
