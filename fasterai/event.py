@@ -193,8 +193,7 @@ def _exchange(rules, tied, before, after, scores, gone, swap):
     lived = torch.stack([before[layer.name].alive(layer.grouping) for layer in tied]).any(0)
     may_go, may_come, n = alive & lived, ~alive & ~lived, round(swap * groups.n_alive)
     if not n or not may_go.any() or not may_come.any(): return {}
-    of_living, = ALONE.sent([groups.joined_scores()], [alive.device])
-    keep = exchanged(alive, (may_go, of_living), (may_come, gone(tied, slice(None))), n,
+    keep = exchanged(groups, may_go, may_come, partial(gone, tied), n,
                      _places(rules.context_info, groups, tied))
     found, born = {}, keep & ~alive
     for layer in tied:

@@ -1,7 +1,11 @@
 "Exchange groups within a layer: the lowest that live for the best that are gone, so that its count stays."
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+
+from fasterai.selection import LayerGroups, Lowest
 
 
 class Side(NamedTuple):
@@ -16,20 +20,37 @@ class Side(NamedTuple):
 
 
 def exchanged(
-    alive: torch.Tensor,  # (groups,) bool
-    going: tuple,  # which may go, bool (groups,), and scores (groups,): the lowest go
-    coming: tuple,  # which may come, bool (groups,), and scores (groups,): the highest come
+    groups: LayerGroups,  # as they are, with the scores by which the lowest go
+    may_go: torch.Tensor,  # (groups,) bool, of those that are alive
+    may_come: torch.Tensor,  # (groups,) bool, of those that are gone
+    gone: Callable,  # (where) -> (n,), the scores by which the highest come
     n: int,  # how many groups are exchanged; fewer where not so many can be
-    places: torch.Tensor | None = None,  # (groups,) ints: a group is exchanged for one of the same number; None: for any
+    places: torch.Tensor | None = None,  # (groups,) ints: a group is exchanged for one of the same number; None: all have the same size, and any will do
 ) -> torch.Tensor:  # (groups,) bool: which are alive then
     "Exchange groups of one layer; ties by position."
-    if places is None: places = alive.new_zeros(len(alive), dtype=torch.int64)
-    (may_go, scores), (may_come, new) = going, coming
-    out, into = _in_order(may_go, scores, places), _in_order(may_come, -new, places)
+    if places is not None: return _by_place(groups, may_go, may_come, gone, n, places)
+    there = int(may_come.sum())
+    n = min(n, int(may_go.sum()), there)
+    stay = _without_lowest(groups, may_go, groups.scores, n)
+    come = _without_lowest(groups, may_come, gone, there - n)
+    return groups.alive & ~may_go | stay | come
+
+
+def _without_lowest(groups, some, scores, n):
+    "Return some groups without the n lowest: a bool (groups,)."
+    if not n: return some
+    order = Lowest([replace(groups, alive=some, scores=scores, costs=None)])
+    (keep, _), = order.remove(order.cut(n * groups.group_size))
+    return keep
+
+
+def _by_place(groups, may_go, may_come, gone, n, places):
+    scores, = groups.peers.sent([groups.joined_scores()], [places.device])
+    out, into = _in_order(may_go, scores, places), _in_order(may_come, -gone(slice(None)), places)
     out = out.first(_counts(places[may_come], places))
     out = out[scores[out].argsort(stable=True)[:n]]
     into = into.first(_counts(places[out], places))
-    keep = alive.clone()
+    keep = groups.alive.clone()
     keep[out], keep[into] = False, True
     return keep
 

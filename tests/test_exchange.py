@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import same, tensors_of
+from conftest import INF, same, tensors_of
+from conftest import layer as layer_of
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import SGD, Adam
@@ -32,26 +33,33 @@ def two():
 
 # By table
 
-def bools(*ones, of): return torch.zeros(of, dtype=torch.bool).index_fill(0, torch.tensor(ones), True)
-
-
 @pytest.mark.parametrize('n, places, keep', [
     (1, None, [0, 1, 1, 0, 1, 0]), (2, None, [0, 0, 1, 1, 1, 0]), (3, None, [0, 0, 0, 1, 1, 1]), (9, None, [0, 0, 0, 1, 1, 1]),
     (3, [0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0]),  # one at the first place only: the other is empty
     (3, [0, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 0]),
 ])
 def test_tables(n, places, keep):
-    alive, scores = bools(0, 1, 2, of=6), torch.tensor([1., 2, 3, 0, 0, 0])
-    new = torch.tensor([0., 0, 0, 5, 7, 4])
+    groups, new = layer_of('a', [1., 2, 3, -INF, -INF, -INF]), torch.tensor([0., 0, 0, 5, 7, 4])
     places = None if places is None else torch.tensor(places)
-    found = exchanged(alive, (alive, scores), (~alive, new), n, places)
-    assert found.int().tolist() == keep and alive.int().tolist() == [1, 1, 1, 0, 0, 0]
+    found = exchanged(groups, groups.alive, ~groups.alive, new.__getitem__, n, places)
+    assert found.int().tolist() == keep and groups.alive.int().tolist() == [1, 1, 1, 0, 0, 0]
 
 
-def test_ties_go_by_position():
-    alive = bools(0, 1, 2, 3, of=8)
-    found = exchanged(alive, (alive, torch.zeros(8)), (~alive, torch.zeros(8)), 2)
-    assert found.int().tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+@pytest.mark.parametrize('places', [None, torch.zeros(8, dtype=torch.int64)], ids=['any', 'one place'])
+def test_ties_go_by_position(places):
+    groups = layer_of('a', [0.] * 4 + [-INF] * 4)
+    found = exchanged(groups, groups.alive, ~groups.alive, torch.arange(8.).__getitem__, 2, places)
+    assert found.int().tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize('n', [0, 1, 7, 60, 500])
+def test_places_that_are_all_one_are_none(n):
+    scores, new = torch.randn(1000), torch.randn(1000)
+    scores[torch.rand(1000) < .6] = -INF
+    groups = layer_of('a', scores.tolist())
+    of_one = torch.zeros(1000, dtype=torch.int64)
+    both = [exchanged(groups, groups.alive, ~groups.alive, new.__getitem__, n, places) for places in (None, of_one)]
+    assert torch.equal(*both) and both[0].sum() == groups.n_alive
 
 
 # In a Sparsifier
