@@ -32,6 +32,7 @@ class ContextInfo:
     counted: bool = False  # it says in `layer.outcome` how many weights stay
     rescales: bool = False  # it computes other scores from those of the criterion, or may do so
     places: Callable | None = None  # (axes) -> array (weights,) of ints: weights compete with those of the same number only; None: all of a layer do
+    by_work: bool = False  # a weight counts as many as its multiply-adds, which an example shows
     check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
 
     def __call__(self, layers, fraction): return self.prune(layers, fraction)
@@ -71,6 +72,14 @@ def allotted(
     return prune
 
 
+def work(layers, fraction):
+    """Prune all layers together so that the fraction of their multiply-adds is saved.
+
+    What `layers` says of numbers of weights are numbers of multiply-adds here, and a score is divided by
+    those of a weight, so that what goes first costs the least for each that it saves."""
+    return global_(layers, fraction)
+
+
 def lamp(layers, fraction):
     """Prune all layers together by LAMP (Lee et al. 2021).
 
@@ -106,11 +115,14 @@ def _normalized(layer):
     most = max((float(s.max(initial=0)) for s in layer.living_scores()), default=0) or 1.
     squares = sum(float(np.square(s[s > 0] / np.float64(most)).sum()) for s in layer.living_scores())
     norm = most * (squares ** .5 or 1)
-    return replace(layer, scores=lambda where: _divided(layer.scores(where), norm))
+    return replace(layer, scores=lambda where: divided(layer.scores(where), norm))
 
 
-def _divided(scores, norm):
-    "Divide in float64, so that scores keep their order. Those of groups that are gone stay as they are."
+def divided(
+    scores: torch.Tensor | np.ndarray,
+    norm: float,
+) -> torch.Tensor | np.ndarray:  # in float64, so that scores keep their order
+    "Divide scores by a number. Those of groups that are gone stay as they are."
     if isinstance(scores, np.ndarray):
         scores = scores.astype(np.float64, copy=False)
         return np.where(scores < LIVING, scores, scores / norm)
@@ -161,6 +173,7 @@ CONTEXTS = {
     'er': ContextInfo(allotted(allocation.er), by_shape=True, counted=True),
     'uniform_plus': ContextInfo(allotted(allocation.uniform_plus), by_shape=True, counted=True,
                                 check=allocation.check_uniform_plus),
+    'work': ContextInfo(work, by_work=True, counted=True),
     'lamp': ContextInfo(lamp, within_layers=True, counted=True, rescales=True),
     'normalized': ContextInfo(normalized, within_layers=True, counted=True, rescales=True),
 }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fasterai.context import divided
 from fasterai.evidence import Evidence
 from fasterai.exchange import exchanged
 from fasterai.peers import ALONE
@@ -172,14 +173,17 @@ def _prune(rules, budget, masks, scores, gone, regrow):
     if rules.round_to and budget.fraction: keeps = rounded(competing, keeps, rules.round_to)
     for tied, groups, keep in zip(budget.tied, competing, keeps):
         alone, freed = len(tied) == 1, groups.outcome.freed
-        left = groups.outcome.left if alone and rules.context_info.counted else None
+        left = None
+        if alone and groups.outcome.left is not None and rules.context_info.counted:
+            left = groups.outcome.left // tied[0].uses
         for layer in reversed(tied):
             mask, found = masks[layer.name], None if regrow else zeros.get(layer.name)
             if found is None:
                 after[layer.name] = _new_mask(layer.grouping, mask, keep, left, alone, regrow)
                 continue
-            after[layer.name] = _with_zeros(layer.grouping, mask, keep, found, freed)
-            freed -= min(freed, found.n_scattered)
+            let_go = min(freed // layer.uses, found.n_scattered)
+            after[layer.name] = _with_zeros(layer.grouping, mask, keep, found, let_go)
+            freed -= let_go * layer.uses
     return {layer.name: after[layer.name] for layer in budget.layers}
 
 
@@ -207,7 +211,7 @@ def _exchange(rules, tied, before, after, scores, gone, swap):
 def _places(context, groups, tied):
     "Number the groups so that only those of the same number may be exchanged; None: all may."
     places, device = None, groups.alive.device
-    full = _full_costs([layer.grouping for layer in tied], device)
+    full = _costs_if_full(tied, device)
     if context.places is not None: places = torch.tensor(context.places(groups.axes), device=device)
     if groups.costs is None and full is None: return places
     costs = torch.where(groups.alive, _costs_of(groups), groups.group_size if full is None else full)
@@ -220,10 +224,25 @@ def _groups(layer, mask, rules, scores, zeros):
     known = mask.left // grouping.size if mask.costs is None else None
     costs = mask.costs if found is None else found.costs
     scattered = 0 if found is None else found.n_scattered
-    return LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
-                       costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
-                       grouping.axes, known, scattered=scattered,
-                       count_free=_count_free(layer, mask, found))
+    groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
+                         costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
+                         grouping.axes, known, scattered=scattered,
+                         count_free=_count_free(layer, mask, found))
+    return _by_work(groups, layer.uses) if layer.uses > 1 else groups
+
+
+NUMBERS = 'n_weights', 'group_size', 'costs', 'floor', 'scattered'  # of weights
+
+
+def _by_work(groups, uses):
+    "Return groups whose numbers of weights are those of multiply-adds, with scores for each of these."
+    numbers = {name: getattr(groups, name) for name in NUMBERS}
+    numbers = {name: None if number is None else number * uses for name, number in numbers.items()}
+    scores = partial(_divided_by, uses, groups.scores)
+    return replace(groups, **numbers, scores=scores, known_alive=groups.n_alive, count_free=None, unit=uses)
+
+
+def _divided_by(unit, scores, where): return scores(where) if unit == 1 else divided(scores(where), unit)
 
 
 def _count_free(layer, mask, zeros):
@@ -237,7 +256,7 @@ def _zeros_first(groups, tied, masks, rules, zeros):
     "Return the groups with those below all others that are zero although no mask holds them."
     first, criterion = tied[0], rules.criterion
     by_themselves = criterion.zeros_lowest and not rules.context_info.rescales
-    if groups.group_size == 1 and by_themselves: return groups
+    if first.grouping.size == len(tied) == 1 and by_themselves: return groups
     is_zero = zero_groups(first, masks[first.name], zeros.get(first.name))
     if is_zero is None: return groups
     scores = lowest_where(groups.scores, is_zero, bounded=criterion.pure)
@@ -256,7 +275,7 @@ def _all_competing(groups, tied, masks, zeros, gone):
         are_gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
         living = torch.as_tensor(groups.scores(where)).double().clamp(min=LIVING)
         return torch.where(are_gone, gone(tied, where), living)
-    costs = _full_costs([layer.grouping for layer in tied], pruned.device)
+    costs = _costs_if_full(tied, pruned.device)
     return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=len(pruned), costs=costs,
                    scattered=0, count_free=None)
 
@@ -275,8 +294,10 @@ def _as_one(tied, masks, rules, scores, zeros):
     size = sum(groups.group_size for groups in several)
     scattered = sum(groups.scattered for groups in several)
     counts = [groups.count_free for groups in several if groups.count_free]
-    return LayerGroups(name, n_weights, size, alive, partial(together, scores, tied), costs, floor,
-                       scattered=scattered, count_free=lambda: sum(count() for count in counts))
+    unit = size // sum(layer.grouping.size for layer in tied)
+    of_work = partial(_divided_by, unit, partial(together, scores, tied))
+    return LayerGroups(name, n_weights, size, alive, of_work, costs, floor, scattered=scattered,
+                       count_free=lambda: sum(count() for count in counts), unit=unit)
 
 
 def _costs_of(groups):
@@ -315,6 +336,12 @@ def _costs(grouping, keep):
 def _full_costs(groupings, device):
     "Return the number of weights in each full group of all groupings; None where all groups have the same."
     sizes = sum(grouping.sizes for grouping in groupings)
+    return sizes.to(device) if isinstance(sizes, torch.Tensor) else None
+
+
+def _costs_if_full(tied, device):
+    "Return the number of weights, or of multiply-adds, in each group of layers whose groups are full; or None."
+    sizes = sum(layer.grouping.sizes * layer.uses for layer in tied)
     return sizes.to(device) if isinstance(sizes, torch.Tensor) else None
 
 

@@ -1,5 +1,6 @@
 "Show what a layer reads as a matrix, and its weight as one, so that their product is the output."
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from inspect import signature
 from math import prod
 from typing import NamedTuple
@@ -9,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fasterai.arguments import Inputs
 from fasterai.operations import argument, layer_call, plain
+from fasterai.snapshot import undisturbed
 
 PIECE = 2 ** 26  # bytes of the rows of a convolution that are made at once
 
@@ -74,6 +77,12 @@ class Read(NamedTuple):
         x = x.permute(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
         rows = x.reshape(prod(x.shape[:1 + n]), self.groups, -1)
         return rows.transpose(0, 1)
+
+    @property
+    def uses(self) -> int:
+        "Return the number of multiply-adds that each weight takes part in, padding included."
+        if self.transposed: return self.input.numel() // len(self.weight)  # one for each place of the input
+        return self._replace(input=self.input.to('meta'), real=None).rows().shape[1]
 
     def pieces(self) -> Iterator:  # of `Read`
         "Return a call in parts of the batch, so that the rows of each part take little memory."
@@ -172,6 +181,27 @@ class Watching(TorchFunctionMode):
             real = self.real if read.real is None else read.real
             self.report(read._replace(real=real))
         return function(*args, **kwargs)
+
+
+def uses(
+    model: nn.Module,
+    inputs: Inputs,  # of one call
+    weights: set,  # ids of the weights that are meant
+) -> dict:  # id of a weight: number of multiply-adds of each of its numbers, 1 or more
+    """Count in how many multiply-adds of one call each number of a weight takes part, by running the model.
+
+    It is the number of places of a layer's output, of all items together, over all calls of the layer. Of a
+    weight that packs the projections of several inputs it is the mean. Missing are weights that `Watching`
+    does not see, and those that did not run."""
+    found = {}
+
+    def note(read):
+        start, stop = read.part or (0, len(read.weight))
+        share = Fraction(stop - start, len(read.weight))
+        found[id(read.weight)] = found.get(id(read.weight), 0) + share * read.uses
+
+    with undisturbed(model), torch.no_grad(), Watching(weights, note): inputs.call(model)
+    return {i: max(1, round(n)) for i, n in found.items() if n}
 
 
 def reads(

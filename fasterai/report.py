@@ -16,6 +16,7 @@ class Row:
     zeros: int  # how many of the weights are exactly zero
     groups: int  # how many groups of weights are pruned together, by the granularity
     dead: int  # how many of the groups have only zeros
+    uses: int = 1  # number of multiply-adds of each weight, where the context goes by work; else 1
 
     @property
     def sparsity(self) -> float:
@@ -48,9 +49,25 @@ class Report:
         "Return the percentage of the selected weights that are zero."
         return _percent(self.zeros, self.weights)
 
+    @property
+    def multiply_adds(self) -> int:
+        "Count the multiply-adds of the selected weights; the weights, unless the context goes by work."
+        return sum(r.weights * r.uses for r in self.rows)
+
+    @property
+    def saved(self) -> int:
+        "Count the multiply-adds of weights that are exactly zero; these, unless the context goes by work."
+        return sum(r.zeros * r.uses for r in self.rows)
+
+    @property
+    def unit(self) -> str:
+        "Return the word for what counts: 'weights', or 'multiply-adds' where the context goes by work."
+        return 'weights' if all(r.uses == 1 for r in self.rows) else 'multiply-adds'
+
     def _totals(self):
         "Return (name, numbers, zeros) of each total."
-        return [('selected weights', self.weights, self.zeros),
+        by_work = [('their multiply-adds', self.multiply_adds, self.saved)] if self.unit != 'weights' else []
+        return [('selected weights', self.weights, self.zeros), *by_work,
                 ('all parameters', self.parameters, self.parameter_zeros)]
 
     def _notes(self):
@@ -79,7 +96,8 @@ class Report:
 
     def __str__(self):
         notes = [f'left alone: {names}: {reason}' for names, reason in self._notes()]
-        return '\n'.join([as_text(self._cells(), left=3, foot=2), *notes, *self._warnings()])
+        table = as_text(self._cells(), left=3, foot=len(self._totals()))
+        return '\n'.join([table, *notes, *self._warnings()])
 
     def _repr_html_(self):
         notes = [f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>'
@@ -120,9 +138,10 @@ def measure(
     model,  # the network
     layers: list,  # of (name, `names.Weight`, `granularity.Grouping`), the selected ones
     skipped: dict,  # {name: reason}, for layers that were left out
+    uses: dict | None = None,  # name: number of multiply-adds of each weight; None: they are not known
 ) -> Report:
     "Count the zeros of the selected layers and of the whole model."
-    rows = tuple(_row(name, weight, grouping) for name, weight, grouping in layers)
+    rows = tuple(_row(*layer, (uses or {}).get(layer[0], 1)) for layer in layers)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     zeros = sum(int((p.detach() == 0).sum()) for p in parameters)
@@ -138,9 +157,9 @@ def _unknown(model, layers):
     return sum(p.numel() for p in weights), sum(p.numel() for p in unknown)
 
 
-def _row(name, weight, grouping):
+def _row(name, weight, grouping, uses):
     "Count the zeros of one layer."
     zero = weight.tensor.detach().cpu() == 0
     dead = int((grouping.count(zero) == grouping.sizes).sum())
     kind = type(weight.module).__name__
-    return Row(name, kind, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead)
+    return Row(name, kind, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead, uses)

@@ -19,16 +19,17 @@ def in_rounds(
 
 
 def _sparsity(budget):
-    "Return the fraction of the weights of a budget that are zero now."
-    weights = [layer.weight.detach() for layer in budget.layers]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    return Fraction(zeros, sum(weight.numel() for weight in weights))
+    "Return the fraction of the weights of a budget that are zero now, by work of their multiply-adds."
+    zeros = sum(int((layer.weight.detach() == 0).sum()) * layer.uses for layer in budget.layers)
+    return Fraction(zeros, _size(budget))
+
+
+def _size(budget): return sum(layer.weight.numel() * layer.uses for layer in budget.layers)
 
 
 def _kept(budget):
     "Return the fraction of weights that a budget keeps in the end; at 100 % that of one weight."
-    size = sum(layer.weight.numel() for layer in budget.layers)
-    return max(1 - budget.fraction, Fraction(1, size))
+    return max(1 - budget.fraction, Fraction(1, _size(budget)))
 
 
 def _rounds(budget, now, keeps):

@@ -2,6 +2,7 @@
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from fasterai.arguments import callable_with, is_function, read_example
 from fasterai.dataflow import trace, watch
 from fasterai.granularity import Grouping, weights_of
+from fasterai.inputs import uses
 from fasterai.layers import check_masked_along, choose
 from fasterai.names import Named, Places, Weight, bare, find_again, warn_lost
 from fasterai.norms import Known
@@ -26,6 +28,7 @@ class Layer:
     at: Weight  # the module, and the name of the parameter in it
     grouping: Grouping  # `.groups`: how many groups; `.size`: number of weights in each; `.axes`: {name: size}
     filters: Grouping | None  # the same by filters, where a group is one or several filters; else None
+    uses: int = 1  # number of multiply-adds of each weight, where the context goes by work; else 1
 
     @property
     def module(self) -> nn.Module:
@@ -83,7 +86,8 @@ class Selected:
         self.version = 0  # it rises when modules were replaced
         self._note_places()
         self.notice()
-        self.resolved = not any(layer.grouping.whole_filters for layer in self.candidates.values())
+        self.whole_filters = any(layer.grouping.whole_filters for layer in self.candidates.values())
+        self.resolved = not self.whole_filters and not rules.context_info.by_work
         if not is_function(example): self.resolve()
 
     @property
@@ -206,14 +210,32 @@ class Selected:
         return next((names for names in self.ties if name in names), [name])
 
     def resolve(self):
-        "Find the data flow, once, where whole filters are pruned, and leave out what cannot be pruned so."
+        """Find, once, the data flow where whole filters are pruned, and multiply-adds where these count.
+
+        What cannot be pruned so is left out."""
         if self.resolved: return
         example = self.example() if is_function(self.example) else self.example
+        if self.rules.context_info.by_work: self._count_uses(example)
+        if self.whole_filters: self._find_flow(example)
+        self.example, self.resolved = None, True
+
+    def _count_uses(self, example):
+        "Count the multiply-adds of each weight in one call, and leave out the layers that show none."
+        if example is None:
+            raise ValueError('example: got None, expected one batch of inputs with '
+                             f'context={self.rules.context!r}, which counts multiply-adds')
+        weights = {id(layer.weight) for layer in self.candidates.values()}
+        found = _run(bare(self.model), example, partial(uses, weights=weights))
+        unseen = [name for name, layer in self.candidates.items() if id(layer.weight) not in found]
+        self._leave_out(dict.fromkeys(unseen, 'was not seen to multiply, so what its zeros save is unknown'))
+        for name, layer in self.candidates.items():
+            self.candidates[name] = replace(layer, uses=found[id(layer.weight)])
+
+    def _find_flow(self, example):
         flow = _flow(bare(self.model), example)
         if flow is not None: self._leave_out(self._without_filters(flow))
-        self.flow, self.example = None if flow is None else Known(flow, self.candidates, self.model), None
+        self.flow = None if flow is None else Known(flow, self.candidates, self.model)
         if self.rules.coupled: self._couple()
-        self.resolved = True
 
     def _without_filters(self, flow):
         "Find the layers whose filters cannot be pruned, unless they were named: {name: reason}."
@@ -230,7 +252,7 @@ class Selected:
 
     def _leave_out(self, reasons):
         "Leave layers out; `ValueError` where none would be left."
-        if len(reasons) == len(self.candidates):
+        if reasons and len(reasons) == len(self.candidates):
             said = '; '.join(f'{name!r} {why}' for name, why in reasons.items())
             raise ValueError(f'layers: no layer selected: {said}')
         self.choice.skipped.update(reasons)
@@ -296,7 +318,7 @@ def _layer(name, at, granularity):
 
 def _flow(model, example):
     "Find the data flow; None, with a warning, where it cannot be found."
-    if example is not None: return _watched(model, example)
+    if example is not None: return _run(model, example, lambda model, inputs: watch(model, *inputs))
     try: return trace(model)
     except Exception as error:
         warnings.warn(f'example: how {type(model).__name__} runs cannot be told from its code '
@@ -306,9 +328,10 @@ def _flow(model, example):
         return None
 
 
-def _watched(model, example):
+def _run(model, example, function):
+    "Call a function of model and inputs that runs the model; `ValueError` where the model fails."
     inputs = read_example(example, model)
-    try: return watch(model, *inputs)
+    try: return function(model, inputs)
     except Exception as error:
         hint = '; a tuple has several inputs, a list is one' if isinstance(example, list) else ''
         said = f'{type(error).__name__}: {error}{hint}'

@@ -42,6 +42,7 @@ class LayerGroups:
     scattered: int = 0  # number of zeros in groups with other weights that no mask holds: they count, and are held from now on
     count_free: Callable[[], int] | None = None  # counts zeros that no mask holds and that are not among `zeros`
     outcome: Outcome = field(default_factory=Outcome)  # what the context says beside the mask
+    unit: int = 1  # what a weight counts: 1, or by work as many as its multiply-adds; all numbers of weights are in this unit
 
     def __post_init__(self, known_alive):
         if known_alive is not None: self.n_alive = known_alive
@@ -116,7 +117,7 @@ class LayerGroups:
 
     def _groups_a_chunk(self):
         "Return a multiple of 8 if there are so many, for `differing` compares eight at a time."
-        groups = CHUNK // self.group_size
+        groups = CHUNK * self.unit // self.group_size
         return max(1, groups // 8 * 8 or groups)
 
 

@@ -312,7 +312,8 @@ class Sparsifier:
         "Count the zeros of each layer now."
         self._warn_if_moved()
         rows = [(name, layer.at, layer.grouping) for name, layer in self.layers.items()]
-        return measure(self.model, rows, self.skipped)
+        uses = {name: layer.uses for name, layer in self.layers.items()}
+        return measure(self.model, rows, self.skipped, uses)
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
         "Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion."
@@ -371,13 +372,15 @@ def _warn_floor(rules, budgets, change):
     "Say where `min_keep` does not let a sparsity be reached; at 100 % the floor is what is asked for."
     if not rules.floor: return
     for budget in budgets:
-        sizes = [change.after[layer.name].size for layer in budget.layers if layer.name in change.after]
-        most = sum(size - rules.floor_of(size) for size in sizes)
-        in_reach = round(budget.fraction * sum(sizes)) <= most
+        layers = [layer for layer in budget.layers if layer.name in change.after]
+        sizes = [(change.after[layer.name].size, layer.uses) for layer in layers]
+        total = sum(size * uses for size, uses in sizes)
+        most = sum((size - rules.floor_of(size)) * uses for size, uses in sizes)
+        in_reach = round(budget.fraction * total) <= most
         if in_reach or budget.share < 1 or budget.target == 1: continue
         asked = float(100 * budget.target)
         warnings.warn(f'sparsity: asked for {asked:.4g} %, but min_keep={rules.min_keep!r} '
-                      f'lets at most {100 * most / sum(sizes):.3g} % be zero', stacklevel=4)
+                      f'lets at most {100 * most / total:.3g} % be zero', stacklevel=4)
 
 
 def _warn_nearly_empty(budgets, change):

@@ -85,16 +85,18 @@ def reached_line(
     round_to: int | None,  # of the rules
 ) -> str:
     "Say what was asked and what was reached, and why it is another sparsity."
-    wanted = sum(asked.get(row.layer, 0) * row.weights for row in report.rows)
-    text = (f'asked {float(100 * wanted / report.weights):.4g} %, reached {report.sparsity:.2f} % '
-            f'({report.zeros:,} of {report.weights:,} weights)')
+    total, zeros = report.multiply_adds, report.saved  # of weights, where the context does not go by work
+    wanted = sum(asked.get(row.layer, 0) * row.weights * row.uses for row in report.rows)
+    text = (f'asked {float(100 * wanted / total):.4g} %, reached {100 * zeros / total:.2f} % '
+            f'({zeros:,} of {total:,} {report.unit})')
     if frozen: return f'{_waits(frozen, report)}; {text}'
     if trouble: return f'{text}; {trouble}'
     progress, share = timetable.progress, timetable.share
     if progress < 1: return f'{text}, stopped after {100 * progress:.0f} % of the training'
     if share < 1: text += f', since {name_of(timetable.schedule)} ends at {100 * share:.0f} % of it'
-    held, before = (sum(of.get(row.layer, 0) for row in report.rows) for of in (masked, masked_before))
-    return text + _why(report.zeros, wanted * Fraction(share), held, before, sorted(unknown), round_to)
+    held, before = (sum(of.get(row.layer, 0) * row.uses for row in report.rows)
+                    for of in (masked, masked_before))
+    return text + _why(zeros, wanted * Fraction(share), held, before, sorted(unknown), round_to)
 
 
 def _why(zeros, wanted, held, before, unknown, round_to):

@@ -53,7 +53,7 @@ ways = pytest.mark.parametrize('granularity, criteria, context', list(dict.fromk
 
 
 def test_every_context_is_under_contract():
-    assert set(CONTEXTS) == {*COMPETE, 'uniform_plus'}  # what that one allows depends on the layers: test_context.py
+    assert set(CONTEXTS) == {*COMPETE, 'uniform_plus', 'work'}  # what these allow depends on the layers: test_context.py, test_work.py
 
 
 def pair(make):
