@@ -115,26 +115,38 @@ def _nearest(model, dense, solve, judge, forms, before, snapshot):
     return least, form
 
 
-@torch.no_grad()
 def divergence(
     model: nn.Module,
     dense: nn.Module,
     batches: list,  # of `Inputs`
 ) -> float:
     "Return the squared error of the outputs over the variance of the dense ones; padded tokens do not count."
+    return divergence_from(((batch, real_outputs(dense, batch)) for batch in batches), model)
+
+
+@torch.no_grad()
+def divergence_from(
+    wanted,  # an iterable of (`Inputs`, what `real_outputs` returns of them)
+    model: nn.Module,
+) -> float:
+    "Return the squared error of a model's outputs over the variance of those that are wanted."
     error, spread = 0., 0.
-    for batch in batches:
-        real = real_positions(batch, model)
-        for pair in zip(_outputs(model, batch), _outputs(dense, batch)):
-            out, wanted = (only_real(_by_position(output), real) for output in pair)
-            error += float((out - wanted).double().square().sum())
-            spread += float((wanted - wanted.mean(0, keepdim=True)).double().square().sum())
+    for batch, outputs in wanted:
+        for out, right in zip(real_outputs(model, batch), outputs):
+            error += float((out - right).double().square().sum())
+            spread += float((right - right.mean(0, keepdim=True)).double().square().sum())
     return error / spread if spread else error
 
 
-def _outputs(model, batch):
-    leaves = tree_leaves(batch.call(model))
-    return [leaf.float() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+@torch.no_grad()
+def real_outputs(
+    model: nn.Module,
+    batch,  # `Inputs`
+) -> list:  # of float tensors
+    "Return what a model makes of a batch, by position, without padded tokens."
+    real, leaves = real_positions(batch, model), tree_leaves(batch.call(model))
+    found = [leaf.float() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return [only_real(_by_position(output), real) for output in found]
 
 
 def _by_position(output): return output.flatten(2) if output.ndim > 2 else output[..., None]
@@ -164,6 +176,24 @@ def _refit(model, dense, batches):
             grams.add(reads, wanted)
         for layer in group: _solve(layer, twins[layer.name], grams, few)
     if few: _warn_of_few(few)
+
+
+def layer_refit(
+    model: nn.Module,  # the dense network
+    name: str,  # of a weight of it, as a parameter
+    batches: list,  # of `Inputs`
+) -> Callable:  # of the dense weight: solves the zeros that are in the weight by then
+    "Gather what one layer reads, so that it can be solved anew for several masks, the rest being dense."
+    parts = [layer for group in _in_order(model, batches[0]) for layer in group if layer.name == name]
+    read = [(layer, _Grams()) for layer in parts]
+    for layer, grams in read:
+        for batch in batches:
+            reads, = _reads(model, [layer], batch)
+            grams.add(reads, reads)
+
+    def solve(dense):
+        for layer, grams in read: _solve(layer, dense, grams, {})
+    return solve
 
 
 def _dense_reads(dense, layers, batches):

@@ -19,12 +19,12 @@ def test_the_star_import_shadows_nothing():
 
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
-    'synonyms arguments data batches tables snapshot peers operations optimizers plot progress least_squares',  # leaves
+    'synonyms arguments data batches tables snapshot peers operations optimizers plot progress least_squares knapsack',  # leaves
     'ranking selection dataflow inputs calibration curvature synflow',
     'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding rounds exchange event',
     'norms selected masks held',  # state
-    'repair repairing report sparsifier sensitivity timetable summary',
+    'repair repairing report sparsifier sensitivity timetable summary fit_to',
     'epochs keep callback demo all',  # with fastai
 ]
 

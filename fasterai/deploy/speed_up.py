@@ -226,20 +226,63 @@ def speed_up(
     return new
 
 
-def _layers_that_run(model, inputs):
-    "Run a model, and return the layers with other forms as they are called: {layer: (names, first input)}."
-    names, first_inputs = {}, {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in names or realisations(module): names.setdefault(module, []).append(name)
+def layer_latencies(
+    model: nn.Module,  # a dense network; it is not changed
+    example,  # as in `speed_up`
+    masks: dict,  # name of a module: bool masks of its weight
+    seconds: float = .3,  # time to spend on each layer, about
+) -> dict:  # name: seconds of a call with each mask, in the form that `speed_up` would choose; the dense layer comes first
+    "Time layers with masks side by side with the dense layer. One without other forms is not in the result."
+    inputs = example_inputs(example, model)
+    expected = outputs(model, inputs)
+    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    uses_kernels = device.type == 'cpu' and kernels.library() is not None
+    folded = fold_norms(model, inputs, expected) if uses_kernels else deepcopy(model)
+    layers = {name: folded.get_submodule(name) for name in masks}
+    layers = {name: layer for name, layer in layers.items() if type(layer) in SPARSE}
+    names = {layer: name for name, layer in layers.items()}
+    reads = _first_inputs(folded, inputs, names).items()
+    return {names[layer]: _with_masks(layer, masks[names[layer]], x, seconds, device) for layer, x in reads}
+
+
+def _with_masks(layer, masks, x, seconds, device):
+    "Return the seconds of a layer, and of its best form with each mask: its own where none is faster."
+    forms = []
+    for keep in masks:
+        pruned = deepcopy(layer)
+        with torch.no_grad(): pruned.weight.masked_fill_(~keep, 0)
+        built, _ = _build(pruned, x)
+        forms.append(list(built.values()))
+    every = [layer, *(form for several in forms for form in several)]
+    dense, *times = _latencies(every, Inputs((x,)), seconds, device)
+    found, left = [dense.seconds], iter(times)
+    for several in forms:
+        tried = [next(left) for _ in several]
+        best = min(tried, key=lambda latency: latency.seconds, default=dense)
+        found.append(best.seconds if faster(best, dense) else dense.seconds)
+    return found
+
+
+def _first_inputs(model, inputs, modules):
+    "Run a model, and return the first input of each module, {module: tensor}, as they are called."
+    found = {}
 
     def note(module, args):
-        if len(args) == 1: first_inputs.setdefault(module, (names[module], args[0].detach().clone()))
+        if len(args) == 1: found.setdefault(module, args[0].detach().clone())
 
-    hooks = [m.register_forward_pre_hook(note) for m in names]
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
     try: outputs(model, inputs)
     finally:
         for hook in hooks: hook.remove()
-    return first_inputs
+    return found
+
+
+def _layers_that_run(model, inputs):
+    "Run a model, and return the layers with other forms as they are called: {layer: (names, first input)}."
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names or realisations(module): names.setdefault(module, []).append(name)
+    return {module: (names[module], x) for module, x in _first_inputs(model, inputs, names).items()}
 
 
 @torch.no_grad()
