@@ -7,6 +7,7 @@ from fasterai.allocation import fractions
 from fasterai.batches import TrainingBatches, loss_of
 from fasterai.data import check_batches
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
+from fasterai.fit_to import fit_to, read_budget
 from fasterai.keep import Keeper, KeepSparse
 from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
@@ -17,6 +18,7 @@ from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Ramp, check_initial, read_schedule
 from fasterai.summary import (
     anew_line,
+    chosen_line,
     frozen_line,
     names_of_repairs,
     not_run_line,
@@ -36,7 +38,7 @@ class SparsifyCallback(Keeper):
 
     @takes_rules
     def __init__(self,
-        sparsity,  # percent of the selected weights that shall be zero; or `{layer's name or glob: percent}`: the layers of one entry compete among themselves
+        sparsity=None,  # percent of the selected weights that shall be zero; or `{layer's name or glob: percent}`: the layers of one entry compete among themselves
         granularity: str | tuple | Callable = 'weight',  # which weights are pruned as one: a name, axes as `('I', 'kh')`, `block(4, 4)`, `head(8)`
         context: str | Callable = 'global',  # who competes with whom (the scope): a name, an N:M pattern as `'2:4'`, or a function
         criteria: str | Callable = 'magnitude',  # the importance of a weight: a name, or a function of `weight` and `grad`
@@ -44,12 +46,17 @@ class SparsifyCallback(Keeper):
         layers=None,  # a type, name, glob, module, parameter, or a list of these; None: what a dict `sparsity` names, or all but embeddings
         data=None,  # batches for evidence and `repair`, as in `Sparsifier`; None: up to 512 of the items that are trained on
         repair=None,  # what the last event repairs, when the schedule is at its end, as in `Sparsifier`: 'refit', 'batchnorm', or both in a list
+        ms: float | None = None,  # in place of `sparsity`: milliseconds that a call with `example` may take here, as in `fit_to`, which chooses before the first event
+        bytes: float | None = None,  # in place of `sparsity`: bytes that the file may have, as in `fit_to`
+        example=None,  # with `ms`, the batch whose latency counts, as in `fit_to`
         **kwargs,  # the other rules, as in `Rules`
     ):
         if isinstance(sparsity, Mapping) and sparsity: check_kinds(list(sparsity), 'sparsity')
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity) or None
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)
-        self.rules.check_sparsity(sparsity)
+        self.budget, self.example = {} if sparsity is not None else {'ms': ms, 'bytes': bytes}, example
+        self._check_budget(sparsity, ms, bytes)
+        if not self.budget: self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self._check_initial()
         self.repair = repair
@@ -70,6 +77,7 @@ class SparsifyCallback(Keeper):
         self._check_initial()
         self._build(self.rules, **self._calibration())
         self.sparsifier.selected.include(self._frozen_for_a_while())
+        if self.sparsity is None: self._choose()
         self._find_asked()
         self._begin()
         self._leave_keeper()
@@ -203,10 +211,34 @@ class SparsifyCallback(Keeper):
     def _check_initial(self):
         "Refuse a schedule that begins with more zeros than it shall end with."
         if not isinstance(self.schedule, Ramp): return
+        if self.sparsity is None: return  # it is not chosen yet
         sparsity, initial = self.sparsity, self.schedule.initial
         targets = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
         wanted = [self.rules.fraction(target) for target in targets]
         check_initial(initial, wanted, f'schedule: got initial={initial!r}')
+
+    def _check_budget(self, sparsity, ms, bytes):
+        "Refuse a budget beside a sparsity, two budgets, and one that the rules cannot keep."
+        others = {'ms': ms, 'bytes': bytes}
+        if sparsity is None or any(value is not None for value in others.values()):
+            read_budget(sparsity=sparsity, **others)
+        if not self.budget: return
+        rules, came = self.rules, as_arguments({k: v for k, v in self.budget.items() if v is not None})
+        if ms is not None and self.example is None:
+            raise ValueError(f'example: got None, expected one batch of inputs with {came}')
+        if rules.granularity != 'weight':
+            raise ValueError(f"granularity: got {rules.granularity!r}, expected 'weight' with {came}")
+        if rules.context_info.sparsity is not None:
+            raise ValueError(f'context: got {rules.context!r} with {came}, expected one for any sparsity')
+
+    def _choose(self):
+        "Choose the sparsity of each layer within the budget by magnitude, and say what was chosen."
+        layers = list(self.sparsifier.selected.learning())
+        model, data = self._model(), self._batches()
+        with hidden(): found = fit_to(model, self.example, data, **self.budget, layers=layers)
+        self.sparsity = found.sparsities
+        self._check_initial()
+        self._say(chosen_line(found))
 
     def _goes_on(self, tracker):
         "Tell whether a tracker may see an epoch before the final sparsity."
@@ -248,7 +280,8 @@ class SparsifyCallback(Keeper):
         self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
 
     def __repr__(self):
-        given = {'sparsity': self.sparsity} | self.rules.given | {'schedule': self.schedule}
+        asked = {name: value for name, value in self.budget.items() if value is not None}
+        given = (asked or {'sparsity': self.sparsity}) | self.rules.given | {'schedule': self.schedule}
         if self.repair: given['repair'] = self.repair
         return f'{type(self).__name__}({as_arguments(given)})'
 

@@ -35,6 +35,15 @@ def not_run_line(
             'name them in layers= to include them')
 
 
+def chosen_line(
+    found,  # `fit_to.Fitted`
+) -> str:
+    "Say which sparsities a budget has got."
+    by_sparsity = sorted(found.sparsities, key=found.sparsities.get)
+    least, most = (f'{found.sparsities[name]:g} % of {name!r}' for name in (by_sparsity[0], by_sparsity[-1]))
+    return f'{found.title}, from {least} to {most}'
+
+
 def zeros_line(
     layers: dict,  # name: `selected.Layer`
     masks: dict,  # name: `event.Mask`

@@ -180,3 +180,55 @@ def test_its_sparsities_are_those_that_a_fit_takes(clock, make_learner):
     learn = make_learner(model)
     learn.fit(1, cbs=SparsifyCallback(found.sparsities, schedule='one_shot'))
     assert kept(learn.model) == kept(found.model)
+
+
+def test_a_fit_chooses_before_its_first_event(clock, make_learner, monkeypatch, capsys):
+    from fasterai.callback import SparsifyCallback
+    learn = make_learner(convnet())
+    learn.logger = print
+    before, chosen_on = copied(learn.model), []
+    real = fit_to
+
+    def noted(model, *args, **kwargs):
+        chosen_on.append(as_it_was(model, before))
+        return real(model, *args, **kwargs)
+    monkeypatch.setattr('fasterai.callback.fit_to', noted)
+    callback = SparsifyCallback(ms=1.2, example=X)
+    assert repr(callback).startswith('SparsifyCallback(ms=1.2, schedule=')
+    learn.fit(2, cbs=callback)
+    said = capsys.readouterr().out
+    assert said.count('sparsity: asked 1.2 ms, reached 1.') == 1 and ' %, reached ' in said
+    assert abs(1 + 1e-3 * kept(learn.model) - 1.2) <= .06 and callback.sparsity.keys() == set(LAYERS)
+    learn.fit(1, cbs=callback)
+    assert chosen_on == [True]  # once, on the network as it was
+
+
+def test_a_fit_that_is_frozen_at_first_chooses_for_all_layers(clock, make_learner):
+    from fastai.callback import schedule  # noqa: F401 (it gives a Learner fine_tune)
+
+    from fasterai.callback import SparsifyCallback
+    learn = make_learner(convnet(), splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
+    learn.fine_tune(1, cbs=SparsifyCallback(ms=1.2, example=X))
+    assert abs(1 + 1e-3 * kept(learn.model) - 1.2) <= .06
+
+
+def test_a_fit_keeps_bytes(make_learner, tmp_path):
+    from fasterai.callback import SparsifyCallback
+    learn = make_learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10)))
+    save_sparse(learn.model, tmp_path / 'dense')
+    asked = round(.4 * os.path.getsize(tmp_path / 'dense'))
+    learn.fit(1, cbs=SparsifyCallback(bytes=asked))
+    save_sparse(learn.model, tmp_path / 'small')
+    assert .97 * asked <= os.path.getsize(tmp_path / 'small') <= asked
+
+
+@pytest.mark.parametrize('given, says', [
+    ({}, 'sparsity, ms, bytes: got none of them, expected exactly one'),
+    ({'sparsity': 50, 'ms': 3}, 'sparsity, ms, bytes: got sparsity=50, ms=3, expected exactly one'),
+    ({'ms': 3}, r'example: got None, expected one batch of inputs with ms=3'),
+    ({'bytes': 3, 'granularity': 'filter'}, "granularity: got 'filter', expected 'weight' with bytes=3"),
+    ({'bytes': 3, 'context': '2:4'}, "context: got '2:4' with bytes=3"),
+])
+def test_a_callback_refuses_what_it_cannot_keep(given, says):
+    from fasterai.callback import SparsifyCallback
+    with pytest.raises(ValueError, match=says): SparsifyCallback(**given)
