@@ -24,15 +24,15 @@ def clock(monkeypatch):
     def latencies(model, example, masks, seconds):
         return {path: [several[0].numel() * 1e-6, *(int(keep.sum()) * 1e-6 for keep in several)] for path, several in masks.items()}
 
-    def milliseconds(model, example, seconds):
-        kept = sum(int((model.get_submodule(name).weight != 0).sum()) for name in LAYERS)
-        return 1 + clock.factor * 1e-3 * kept
+    class Clock:
+        factor = 1.
 
-    def clock(): pass
-    clock.factor = 1.
+        def __init__(self, dense, example, seconds): self.ms = self(dense)
+
+        def __call__(self, model): return 1 + self.factor * 1e-3 * kept(model)
     monkeypatch.setattr(module, 'layer_latencies', latencies)
-    monkeypatch.setattr(module, 'milliseconds', milliseconds)
-    return clock
+    monkeypatch.setattr(module, 'Clock', Clock)
+    return Clock
 
 
 def kept(model): return sum(int((model.get_submodule(name).weight != 0).sum()) for name in LAYERS)
@@ -131,6 +131,20 @@ def test_what_is_wrong_is_refused(given, error, says):
     with pytest.raises(error, match=says): fit_to(convnet(), X, BATCHES, **given)
 
 
+def test_a_clock_takes_quotients_of_rounds(monkeypatch):
+    "The machine is twice as slow by the second call: that is seen in the dense network, and does not count."
+    from fasterai.deploy.timing import Latency
+    slow = [1., 2.]
+
+    def times(calls, seconds, device):
+        now = slow.pop(0)
+        return [Latency(now * ms / 1e3, 0, 0, (now * ms / 1e3,) * 3) for ms in (6., 2.)[:len(calls)]]
+    monkeypatch.setattr(module, 'side_by_side', times)
+    monkeypatch.setattr(module, 'speed_up', lambda model, *_, **__: model)
+    clock = module.Clock(convnet(), X, 0)
+    assert clock.ms == 6 and clock(convnet()) == 2
+
+
 def test_data_are_needed():
     with pytest.raises(ValueError, match='data: got None, expected a few batches'): fit_to(convnet(), X, bytes=99)
     with pytest.raises(ValueError, match='data: got 1 batches, expected two or more'): fit_to(convnet(), X, BATCHES[:1], loss=1, loss_func=F.cross_entropy)
@@ -141,7 +155,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(clock, monkeypatch):
     before, modes = copied(model), [m.training for m in model.modules()]
 
     def stop(*_): raise KeyboardInterrupt
-    for name in ('milliseconds', 'layer_latencies', 'divergence_from', 'layer_refit'):
+    for name in ('Clock', 'layer_latencies', 'divergence_from', 'layer_refit'):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
             with pytest.raises(KeyboardInterrupt): fit_to(model, X, BATCHES, ms=1.2, repair='refit')
