@@ -423,28 +423,31 @@ class _Try(NamedTuple):
     reached: float
     sparsities: dict
     model: nn.Module
-    budget: float = 0.  # that the table was asked for
 
 
 def _tries(table, aim, measure, is_near):
     "Build and measure networks, each within a budget that is corrected by what the others have missed."
-    budget, tried = aim, []
+    dense, _ = table.of(dict.fromkeys(table.cost, 0.))
+    budget, tried, known = aim, [], [(dense, dense)]  # known: (predicted, measured)
     for _ in progress(range(TRIES)):
         sparsities = table.choose(budget)
         if any(sparsities == one.sparsities for one in tried): break
-        tried.append(measure(sparsities)._replace(budget=budget))
+        tried.append(measure(sparsities))
+        known.append((table.of(sparsities)[0], tried[-1].reached))
         if is_near(tried[-1].reached): break
-        budget = _next_budget(aim, tried)
+        budget = _next_budget(aim, known)
     return tried
 
 
-def _next_budget(aim, tried):
-    "Return the budget between the nearest tries above and below, or the last one without what it missed."
-    above = [one for one in tried if one.reached > aim]
-    below = [one for one in tried if one.reached <= aim]
-    if not above or not below: return tried[-1].budget + aim - tried[-1].reached
-    high, low = min(above, key=lambda one: one.reached), max(below, key=lambda one: one.reached)
-    return low.budget + (high.budget - low.budget) * (aim - low.reached) / (high.reached - low.reached)
+def _next_budget(aim, known):
+    "Return the predicted cost at which the aim lies, on the line through two networks that are known."
+    above = [one for one in known if one[1] > aim]
+    below = [one for one in known if one[1] <= aim]
+    if above and below: low, high = max(below, key=lambda one: one[1]), min(above, key=lambda one: one[1])
+    else: low, high = sorted((known[0], known[-1]), key=lambda one: one[1])
+    rise, run = high[1] - low[1], high[0] - low[0]
+    slope = rise / run if rise * run > 0 else 1.
+    return low[0] + (aim - low[1]) / slope
 
 
 def _to_ms(network, clock, table, asked):

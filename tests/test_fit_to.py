@@ -40,7 +40,7 @@ def as_it_was(model, before): return all(torch.equal(value, before[name]) for na
 def copied(model): return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize('factor', [1., 1.3])
+@pytest.mark.parametrize('factor', [.3, 1., 1.3, 4.])  # of what the layers take within the network, and alone
 def test_milliseconds_are_met_and_the_model_is_not_touched(clock, factor):
     model = convnet()
     before, weights = copied(model), kept(model)
