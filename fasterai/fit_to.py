@@ -440,11 +440,13 @@ def _tries(table, aim, measure, is_near):
 
 
 def _next_budget(aim, known):
-    "Return the predicted cost at which the aim lies, on the line through two networks that are known."
-    above = [one for one in known if one[1] > aim]
+    """Return the predicted cost at which the aim lies, on the line through two networks that are known.
+
+    They are the nearest below and above, by what was predicted: what was measured may not rise with it."""
     below = [one for one in known if one[1] <= aim]
-    if above and below: low, high = max(below, key=lambda one: one[1]), min(above, key=lambda one: one[1])
-    else: low, high = sorted((known[0], known[-1]), key=lambda one: one[1])
+    low = max(below) if below else min(known)
+    above = [one for one in known if one[0] > low[0] and one[1] > aim]
+    high = min(above, default=low)
     rise, run = high[1] - low[1], high[0] - low[0]
     slope = rise / run if rise * run > 0 else 1.
     return low[0] + (aim - low[1]) / slope

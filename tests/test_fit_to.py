@@ -131,6 +131,15 @@ def test_what_is_wrong_is_refused(given, error, says):
     with pytest.raises(error, match=says): fit_to(convnet(), X, BATCHES, **given)
 
 
+@pytest.mark.parametrize('known, budget', [
+    ([(10, 10), (5, 5)], 6), ([(10, 10), (6, 5)], 6.8), ([(10, 10), (6, 3)], 8 - 2 / 7),  # on the line to the dense network
+    ([(10, 12), (5, 5), (8, 9)], 5.75), ([(10, 10), (4, 8)], -2),  # the nearest above; both above
+    ([(10, 10), (4, 3), (7, 2)], 8.5),  # what was measured falls where it was predicted to rise
+    ([(5, 5), (5, 5.5)], 5.5),  # all below
+])
+def test_the_next_budget_is_on_a_line(known, budget): assert module._next_budget(6, known) == pytest.approx(budget)
+
+
 def test_a_clock_takes_quotients_of_rounds(monkeypatch):
     "The machine is twice as slow by the second call: that is seen in the dense network, and does not count."
     from fasterai.deploy.timing import Latency
