@@ -340,7 +340,7 @@ def _full_costs(groupings, device):
 
 
 def _costs_if_full(tied, device):
-    "Return the number of weights, or of multiply-adds, in each group of layers whose groups are full; or None."
+    "Return the weights, or multiply-adds, of each group where all are full; None where all are alike."
     sizes = sum(layer.grouping.sizes * layer.uses for layer in tied)
     return sizes.to(device) if isinstance(sizes, torch.Tensor) else None
 

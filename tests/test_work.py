@@ -180,3 +180,20 @@ def test_the_model_is_as_it_was():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     Sparsifier(model, context='work', example=torch.randn(2, 1, 8, 8))
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('granularity', ['weight', 'filter'])
+def test_what_falls_comes_back_and_is_exchanged_by_work_too(granularity):
+    model, x = convnet(), torch.randn(2, 1, 8, 8)
+    F.cross_entropy(model(x), torch.tensor([1, 2])).backward()
+    sparsifier = Sparsifier(model, granularity, 'work', example=x, regrow='random')
+    sparsifier.sparsify_model(80)
+    sparsifier.sparsify_model(40, regrow=True)
+    uses = {name: layer.uses for name, layer in sparsifier.layers.items()}
+    saved = sum(int((~mask).sum()) * uses[name] for name, mask in sparsifier.masks.items())
+    largest = max(layer.grouping.size * layer.uses for layer in sparsifier.layers.values())
+    assert abs(saved - Fraction(40, 100) * sparsifier.report().multiply_adds) <= largest / 2
+    before = {name: int(mask.sum()) for name, mask in sparsifier.masks.items()}
+    change = sparsifier.sparsify_model(40, swap=.5)
+    assert {name: int(mask.sum()) for name, mask in sparsifier.masks.items()} == before
+    assert any(born.any() for born in change.born.values())
