@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fasterai.deploy import kernels
-from fasterai.deploy.kernels import MaxPool, SparseConv, SparseLinearKernel, build, loading
+from fasterai.deploy.kernels import MaxPool, SparseConv, SparseLinearKernel, loading
 from fasterai.deploy.kernels.layers import ACTIVATED, PLANS, TILINGS
+from fasterai.deploy.kernels.loading import SOURCE
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, cuts
 from fasterai.deploy.kernels.tiling import Geometry, panel_rows, tiles
+from fasterai.native import build
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason=str(kernels.why_not()))
 cases = settings(max_examples=60, deadline=None, derandomize=True)
@@ -349,42 +351,40 @@ needs_compiler = needs_kernels
 
 @needs_compiler
 def test_a_library_is_built_once_and_again_if_it_is_damaged(cache):
-    path = build.built()
+    path = build.built(SOURCE)
     assert path.parent == cache and cache.stat().st_mode & 0o777 == 0o700
     first = path.stat().st_mtime_ns
-    assert build.built() == path and path.stat().st_mtime_ns == first
+    assert build.built(SOURCE) == path and path.stat().st_mtime_ns == first
     whole = path.read_bytes()
     for damage in (whole[:1000], whole[:-1] + b'x', b''):
         path.write_bytes(damage)
-        assert build.built() == path and path.read_bytes() != damage and build._is_whole(path)
+        assert build.built(SOURCE) == path and path.read_bytes() != damage and build._is_whole(path)
     path.with_suffix('.sha256').unlink()
-    assert build.built() == path and ctypes.CDLL(str(path)).lanes() > 0
+    assert build.built(SOURCE) == path and ctypes.CDLL(str(path)).lanes() > 0
     assert {p.name for p in cache.iterdir()} == {path.name, path.with_suffix('.sha256').name, 'lock'}  # nothing half made
 
 
 @needs_compiler
 def test_another_source_compiler_or_processor_is_another_library(cache, tmp_path, monkeypatch):
-    found = {build._key(['cc'], build.FLAGS), build._key(['cc', '-g'], build.FLAGS), build._key(['cc'], (*build.FLAGS, '-DLANES=4'))}
+    found = {build._key(SOURCE, ['cc'], build.FLAGS), build._key(SOURCE, ['cc', '-g'], build.FLAGS), build._key(SOURCE, ['cc'], (*build.FLAGS, '-DLANES=4'))}
     monkeypatch.setattr(build, '_processor', lambda: 'another')
-    found.add(build._key(['cc'], build.FLAGS))
-    (tmp_path / 'source.c').write_bytes(build.SOURCE.read_bytes() + b'\n')
-    monkeypatch.setattr(build, 'SOURCE', tmp_path / 'source.c')
-    found.add(build._key(['cc'], build.FLAGS))
+    found.add(build._key(SOURCE, ['cc'], build.FLAGS))
+    (tmp_path / 'source.c').write_bytes(SOURCE.read_bytes() + b'\n')
+    found.add(build._key(tmp_path / 'source.c', ['cc'], build.FLAGS))
     assert len(found) == 5
 
 
 @pytest.mark.parametrize('compiler, match', [('nonsense', 'no C compiler: .*nonsense'), ('false', 'false --version failed')])
 def test_without_a_compiler_the_reason_is_one_line(cache, monkeypatch, compiler, match):
     monkeypatch.setenv('CC', compiler)
-    with pytest.raises(build.Unavailable, match=match) as error: build.built()
+    with pytest.raises(build.Unavailable, match=match) as error: build.built(SOURCE)
     assert '\n' not in str(error.value)
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_told(cache, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_told(cache, tmp_path):
     (tmp_path / 'source.c').write_text('nonsense')
-    monkeypatch.setattr(build, 'SOURCE', tmp_path / 'source.c')
-    with pytest.raises(build.Unavailable, match='^cc failed: .*source.c') as error: build.built()
+    with pytest.raises(build.Unavailable, match='^cc failed: .*source.c') as error: build.built(tmp_path / 'source.c')
     assert '\n' not in str(error.value)
 
 

@@ -45,11 +45,15 @@ def test_imports_point_one_way():
     assert sorted(name for row in rows for name in row) == sorted(files)
     for i, row in enumerate(rows):
         allowed = {name for above in rows[:i + 1] for name in above}
-        for name in row: assert imported(files[name]) - {'deploy'} <= allowed, name
+        for name in row: assert imported(files[name]) - {'deploy', 'native'} <= allowed, name
 
 
 def test_deploy_knows_nothing_of_training():
-    for file in (ROOT / 'fasterai/deploy').glob('*.py'): assert imported(file) <= {'deploy', 'arguments', 'tables', 'snapshot'}, file.name
+    for file in (ROOT / 'fasterai/deploy').rglob('*.py'): assert imported(file) <= {'deploy', 'native', 'arguments', 'tables', 'snapshot'}, file.name
+
+
+def test_native_knows_nothing_else():
+    for file in (ROOT / 'fasterai/native').glob('*.py'): assert imported(file) <= {'native'}, file.name
 
 
 def test_only_the_last_row_needs_fastai():

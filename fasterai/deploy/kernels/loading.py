@@ -1,6 +1,5 @@
 "Load the kernels and call them."
 import ctypes
-import os
 import threading
 import time
 import warnings
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fasterai.deploy.kernels.build import VARIANTS, Unavailable, built
+from fasterai.native.loading import chosen, loaded, threads
 
-VARIABLE = 'FASTERAI_KERNELS'  # of the environment: a key of `VARIANTS`, or 'off'
+SOURCE = Path(__file__).parent / 'sparse.c'
 PEAK_TRIES, PEAK_ROUNDS = 20, 20000  # a try takes .1 ms, about
 # what a kernel refuses, by the number that it returns; a plan that was checked is refused nowhere
 REFUSED = {1: 'sizes', 2: 'tiles', 3: 'chunks', 4: 'offsets', 5: 'lengths', 6: 'cuts', 7: 'scratch memory'}
@@ -59,63 +58,22 @@ FUNCTIONS = {
 
 
 @cache
-def _find(variant):
-    "Return the loaded kernels and None, or None and why there are none."
-    if variant == 'off': return None, f'{VARIABLE} is off'
-    if variant not in VARIANTS:
-        return None, f'{VARIABLE}: got {variant!r}, expected {", ".join(map(repr, VARIANTS))} or \'off\''
-    try: return _declared(ctypes.CDLL(str(built(variant)))), None
-    except Unavailable as error: return None, str(error)
-    except OSError as error: return None, f'the kernels cannot be loaded: {error}'
-
-
-def _declared(library):
-    for name, arguments in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, c_int64
-    return library
-
-
-def _chosen(): return os.environ.get(VARIABLE) or 'native'
+def _find(variant): return loaded(SOURCE, FUNCTIONS, variant)
 
 
 def library():
     "Return the kernels, loaded and perhaps compiled at the first call, or None if there can be none here."
-    return _find(_chosen())[0]
+    return _find(chosen())[0]
 
 
 def why_not() -> str | None:  # None if they are there
     "Say in one line why there are no kernels here."
-    return _find(_chosen())[1]
+    return _find(chosen())[1]
 
 
 def checked(number):
     "Raise a `RuntimeError` for what a kernel has refused."
     if number: raise RuntimeError(f'kernels: got wrong {REFUSED[number]}, expected those of a plan')
-
-
-class Team(ctypes.Structure):
-    "Hold the functions of an OpenMP that start threads and number them, as the C code has them."
-    _fields_ = [('start', c_void_p), ('number', c_void_p)]
-
-
-@cache
-def _team():
-    """Return torch's OpenMP as a `Team`, or None.
-
-    A second OpenMP in one process has threads of its own, and then twice as many run as there are cores. So
-    none is linked: the one that torch has loaded is asked, under whatever name it came. GCC's and LLVM's have
-    these functions, on Linux; elsewhere one thread computes."""
-    torch_library = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
-    try:
-        openmp = ctypes.CDLL(str(torch_library))
-        functions = openmp.GOMP_parallel, openmp.omp_get_thread_num
-    except (OSError, AttributeError): return None
-    return Team(*(ctypes.cast(function, c_void_p) for function in functions))
-
-
-@cache
-def _team_address(): return None if _team() is None else ctypes.addressof(_team())
 
 
 @cache
@@ -132,25 +90,7 @@ def _peak(variant):
 def peak() -> float:  # floating-point operations a second
     "Measure how fast numbers in registers are multiplied and added, in all threads that torch uses."
     count, team = threads()
-    return _peak(_chosen()) * (count if team else 1)
-
-
-_forked = False
-
-
-def _note_fork():
-    global _forked
-    _forked = True
-
-
-# GCC's OpenMP waits for ever in a forked process, for threads that were not copied
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_note_fork)
-
-
-def threads():
-    "Return how many threads shall compute, and the address of the `Team` that they are, None for one thread."
-    count = torch.get_num_threads()
-    return (1, None) if count == 1 or _forked else (count, _team_address())
+    return _peak(chosen()) * (count if team else 1)
 
 
 _memory = threading.local()

@@ -1,4 +1,4 @@
-"Compile the kernels with the C compiler of this machine, once, into a folder that only the user can write."
+"Compile C code with the compiler of this machine, once, into a folder that only the user can write."
 import hashlib
 import os
 import platform
@@ -9,7 +9,6 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / 'sparse.c'
 FLAGS = ('-std=gnu11', '-O3', '-fPIC', '-shared', '-fno-math-errno', '-fno-trapping-math')
 # how compilers are asked for all that this processor has; the first that the compiler takes. Without the
 # second flag clang computes vectors of 512 bits in halves.
@@ -23,28 +22,29 @@ class Unavailable(Exception):
 
 
 def built(
+    source: Path,  # a file of C
     variant: str = 'native',  # a key of `VARIANTS`
 ) -> Path:  # a shared library
-    "Return the compiled kernels, compiled now if they are not there; `Unavailable` says why not."
+    "Return the compiled source, compiled now if it is not there; `Unavailable` says why not."
     compiler = shlex.split(os.environ.get('CC') or 'cc')
     flags = (*FLAGS, *VARIANTS[variant])
-    name = f'sparse-{_key(compiler, flags)}.so'
+    name = f'{source.stem}-{_key(source, compiler, flags)}.so'
     try:
         folder = cache_folder()
         library = folder / name
         if _is_whole(library): return library
         with _locked(folder / 'lock'):
             # another process may have been faster
-            if not _is_whole(library): _compile(compiler, flags, library)
+            if not _is_whole(library): _compile(source, compiler, flags, library)
         return library
     # without a home folder there is a RuntimeError
     except (OSError, RuntimeError) as error:
         raise Unavailable(f'the cache cannot be used: {error}') from error
 
 
-def _key(compiler, flags):
+def _key(source, compiler, flags):
     "Return what tells one build from all others: source, flags, compiler and processor."
-    found = hashlib.sha256(SOURCE.read_bytes())
+    found = hashlib.sha256(source.read_bytes())
     for part in (*compiler, *flags, str(NATIVE), _version(compiler), _processor()):
         found.update(b'\0' + part.encode())
     return found.hexdigest()[:32]
@@ -121,11 +121,11 @@ def _is_whole(library):
     except (OSError, UnicodeDecodeError): return False
 
 
-def _compile(compiler, flags, library):
+def _compile(source, compiler, flags, library):
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         new = Path(folder) / 'new.so'
         for native in NATIVE:
-            done = _call([*compiler, *native, *flags, str(SOURCE), '-o', str(new)])
+            done = _call([*compiler, *native, *flags, str(source), '-o', str(new)])
             if not done.returncode: break
         else: raise Unavailable(f'{compiler[0]} failed: {_first_line(done.stderr)}')
         digest = Path(folder) / 'digest'
