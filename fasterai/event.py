@@ -28,7 +28,8 @@ class Mask:
     @classmethod
     def counted(cls, keep, grouping):
         "Make a mask from its bools."
-        return cls(keep, _costs(grouping, keep), ALONE.count(keep))
+        if grouping.size == 1: return cls(keep, None, ALONE.count(keep))
+        return cls(keep, _costs(grouping, grouping.count(keep)), ALONE.count(keep))
 
     @classmethod
     def full(cls, weight, grouping):
@@ -49,6 +50,10 @@ class Mask:
         if self.costs is not None: return self.costs > 0
         rows = grouping.rows(self.keep)
         return rows if grouping.size == 1 else rows[:, 0]
+
+    def counts(self, grouping) -> torch.Tensor:  # (groups,), ints
+        "Return how many weights are left in each group."
+        return grouping.size * self.alive(grouping) if self.costs is None else self.costs
 
     def to(self, device):
         "Return the mask on a device."
@@ -181,7 +186,7 @@ def _prune(rules, budget, masks, scores, gone, regrow):
             if found is None:
                 after[layer.name] = _new_mask(layer.grouping, mask, keep, left, alone, regrow)
                 continue
-            let_go = min(freed // layer.uses, found.n_scattered)
+            let_go = min(freed // layer.uses, len(found.scattered))
             after[layer.name] = _with_zeros(layer.grouping, mask, keep, found, let_go)
             freed -= let_go * layer.uses
     return {layer.name: after[layer.name] for layer in budget.layers}
@@ -223,7 +228,7 @@ def _groups(layer, mask, rules, scores, zeros):
     grouping, found = layer.grouping, zeros.get(layer.name)
     known = mask.left // grouping.size if mask.costs is None else None
     costs = mask.costs if found is None else found.costs
-    scattered = 0 if found is None else found.n_scattered
+    scattered = 0 if found is None else len(found.scattered)
     groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
                          costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
                          grouping.axes, known, scattered=scattered,
@@ -317,18 +322,17 @@ def _new_mask(grouping, mask, keep, left, alone, regrow):
 
 def _with_zeros(grouping, mask, keep, zeros, freed):
     "Return the mask of one layer that also holds its scattered zeros, but for the last `freed` of them."
-    kept = grouping.expand(keep) & mask.keep
-    held = zeros.scattered.flatten().nonzero().flatten()
-    held = held[:len(held) - min(freed, len(held))]
-    kept = kept.contiguous()
+    kept = _both(grouping.expand(keep), mask.keep).contiguous()
+    held, let_go = zeros.scattered.tensor_split([len(zeros.scattered) - min(freed, len(zeros.scattered))])
     kept.view(-1)[held] = False
-    return Mask.counted(kept, grouping)
+    left = zeros.costs
+    if len(let_go): left = left + torch.bincount(grouping.numbers(let_go), minlength=grouping.groups)
+    left = left * keep
+    return Mask(kept, _costs(grouping, left), int(left.sum()))
 
 
-def _costs(grouping, keep):
-    "Count the weights left in each group; None where each group is full or empty."
-    if grouping.size == 1: return None
-    left = grouping.count(keep)
+def _costs(grouping, left):
+    "Return how many weights are left in each group; None where each group is full or empty."
     full_or_empty = (left == 0) | (left == grouping.size)
     return None if bool(full_or_empty.all()) else left
 

@@ -352,6 +352,16 @@ class Grouping:
         for column in columns[2:]: total += column
         return total / np.float32(self.size)
 
+    def numbers(self,
+        at: torch.Tensor,  # ints (n,), positions in the flattened weight
+    ) -> torch.Tensor:  # ints (n,)
+        "Return the number of the group of each weight."
+        found, behind = torch.zeros_like(at), prod(self.axes.values())
+        for length, (groups, entries) in zip(self.axes.values(), self.view):
+            at, behind = at % behind, behind // length
+            found = found * groups + at // behind // entries
+        return found
+
     def count(self,
         mask: torch.Tensor,  # bool, of the weight's shape
     ) -> torch.Tensor:  # (groups,), int64

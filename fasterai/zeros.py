@@ -13,8 +13,7 @@ class Zeros(NamedTuple):
     """Describe the zeros of one layer that its mask does not hold, where a group has several weights.
 
     A group is empty where it has nothing else, in all layers that are pruned with this one."""
-    scattered: torch.Tensor  # bool, of the weight's shape: zeros in groups that are not empty
-    n_scattered: int
+    scattered: torch.Tensor  # ints (n,), rising: positions in the flattened weight of zeros in groups that are not empty
     empty: torch.Tensor  # bool (groups,)
     costs: torch.Tensor  # (groups,): weights that are left in each group; an empty one costs what its mask keeps
 
@@ -60,24 +59,29 @@ def _zero(weight, keep):
     return zero if keep is None else zero & keep
 
 
-def _free(weight, mask): return _zero(weight.detach(), mask.keep)
-
-
 def _described(together, masks):
-    free, kept, left = {}, {}, {}
+    "Describe the zeros of layers that are pruned as one. They are few, so they are found by their positions."
+    at, group, kept, left = {}, {}, {}, {}
     for layer in together:
-        name, keep = layer.name, masks[layer.name].keep
-        free[name] = _free(layer.weight, masks[name])
-        kept[name] = layer.grouping.count(keep)
-        left[name] = layer.grouping.count(keep & ~free[name])
+        name, grouping = layer.name, layer.grouping
+        at[name] = _free(layer.weight.detach(), masks[name].keep)
+        group[name] = grouping.numbers(at[name])
+        kept[name] = masks[name].counts(grouping)
+        left[name] = kept[name] - torch.bincount(group[name], minlength=grouping.groups)
     empty = (sum(kept.values()) > 0) & (sum(left.values()) == 0)
     found = {}
-    for layer in together:
-        name = layer.name
-        scattered = free[name] & ~layer.grouping.expand(empty)
-        costs = torch.where(empty, kept[name], left[name])
-        found[name] = Zeros(scattered, ALONE.count(scattered), empty, costs)
+    for name in at:
+        scattered = at[name][~empty[group[name]]]
+        found[name] = Zeros(scattered, empty, torch.where(empty, kept[name], left[name]))
     return found
+
+
+def _free(weight, keep):
+    "Find the positions of the zeros that a mask keeps: ints (n,), where the weight is."
+    weight, keep = as_array(weight.reshape(-1)), keep.reshape(-1)
+    if isinstance(weight, torch.Tensor): return (_zero(weight, keep)).nonzero().flatten()
+    at = np.flatnonzero(weight == 0)
+    return torch.from_numpy(at[ALONE.array(keep)[at]])
 
 
 # Groups that are zero

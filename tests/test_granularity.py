@@ -109,6 +109,7 @@ def test_every_pair_works(layer, granularity):
         counts = grouping.count(mask)
         assert torch.equal(counts > 0, keep) and (counts[keep] == grouping.count(everything)[keep]).all()
         assert int(grouping.count(everything).sum()) == everything.numel()
+        assert torch.equal(keep[grouping.numbers(torch.arange(everything.numel()))], mask.flatten())
         scores = torch.rand(shape)
         rows, means = grouping.rows(scores).view(grouping.groups, -1), torch.as_tensor(mean(grouping, scores))
         assert torch.allclose(means, rows.sum(1) / grouping.count(everything))
