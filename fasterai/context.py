@@ -236,18 +236,20 @@ def prune_together(
     floors = {layer: _floor(layer, everything, len(layers) > 1) for layer in layers}
     while True:
         there = sum(layer.zeros for layer in layers) + sum(cost for _, cost in at_floor.values())
-        removed = _removed(order, zeros - there)
-        below = [layer for layer, (_, cost) in zip(order.layers, removed)
+        cut = order.cut(zeros - there) if zeros > there and order.layers else None
+        costs = [0] * len(order.layers) if cut is None else order.costs(cut)
+        below = [layer for layer, cost in zip(order.layers, costs)
                  if cost and layer.remaining - cost < floors[layer]]
         if not below and not at_floor and not everything:
-            below = _best_of_all(order.layers, removed)
+            below = _best_of_all(order.layers, costs)
             floors |= dict.fromkeys(below, 1)
         if not below: break
         at_floor |= {layer: _keep_floor(layer, floors[layer]) for layer in below}
         warned += [layer.name for layer in below if layer.floor is None]
         order.leave(below)
     if warned: _warn_best_kept(warned)
-    decided = dict(zip(order.layers, removed)) | at_floor
+    keeps = [layer.alive for layer in order.layers] if cut is None else order.keeps(cut)
+    decided = dict(zip(order.layers, zip(keeps, costs))) | at_floor
     for layer in layers:
         layer.outcome.left = layer.remaining - decided[layer][1]
         if layer.floor: _let_go([layer], max(layer.outcome.freed, layer.floor - layer.outcome.left))
@@ -268,16 +270,10 @@ def _floor(layer, everything, several):
     return 0 if may_be_emptied else 1
 
 
-def _removed(order, budget):
-    "Return keep mask and number of pruned weights of each layer that still competes."
-    if budget > 0 and order.layers: return order.remove(order.cut(budget))
-    return [(layer.alive, 0) for layer in order.layers]
-
-
-def _best_of_all(layers, removed):
+def _best_of_all(layers, costs):
     "Return the layer that stays, in a list, where all layers would be emptied."
     if any(layer.floor is not None for layer in layers): return []
-    if any(layer.remaining > cost for layer, (_, cost) in zip(layers, removed)): return []
+    if any(layer.remaining > cost for layer, cost in zip(layers, costs)): return []
 
     def best(layer): return max(float(scores.max()) for scores in layer.living_scores() if len(scores))
     return sorted((layer for layer in layers if layer.remaining), key=best)[-1:]

@@ -207,15 +207,26 @@ class Lowest:
         cut: Cut,  # the last one
     ) -> list:  # (keep mask (groups,), number of weights that are pruned), one a layer
         "Return keep masks: False for groups that were pruned before and for those below the cut."
-        if cut == EVERYTHING: return [_nothing_kept(layer) for layer in self.layers]
+        return list(zip(self.keeps(cut), self.costs(cut)))
+
+    def costs(self,
+        cut: Cut,  # the last one
+    ) -> list:  # of ints, one a layer
+        "Return how many weights a cut prunes."
+        if cut == EVERYTHING: return [layer.remaining for layer in self.layers]
         stay = self._above(cut)
-        costs = [found.cost + cost_of(found.costs, ~stays) for found, stays in zip(self.found, stay)]
-        placed = self.peers.sent(stay, [found.keep.device for found in self.found])
+        return [found.cost + cost_of(found.costs, ~stays) for found, stays in zip(self.found, stay)]
+
+    def keeps(self,
+        cut: Cut,  # the last one
+    ) -> list:  # keep masks (groups,), one a layer
+        "Return keep masks, as `remove` does."
+        if cut == EVERYTHING: return [torch.zeros_like(layer.alive) for layer in self.layers]
+        placed = self.peers.sent(self._above(cut), [found.keep.device for found in self.found])
         for found, stays in zip(self.found, placed):
             self.peers.array(found.keep)[found.at] = self.peers.array(stays)
         devices = [layer.alive.device for layer in self.layers]
-        keeps = self.peers.sent([found.keep for found in self.found], devices)
-        return list(zip(keeps, costs))
+        return self.peers.sent([found.keep for found in self.found], devices)
 
     def _above(self, cut):
         """Tell which groups inside the bracket stay: a bool array a layer.
@@ -230,9 +241,6 @@ class Lowest:
                 left = max(left - len(equal), 0)
             stay.append(stays)
         return stay
-
-
-def _nothing_kept(layer): return torch.zeros_like(layer.alive), layer.remaining
 
 
 def _costs_at(found, at):
