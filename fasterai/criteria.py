@@ -14,6 +14,7 @@ from fasterai.curvature import adjusted
 from fasterai.inputs import as_matrix, from_matrix
 from fasterai.kinds import EVIDENCE, widened
 from fasterai.least_squares import DAMPING
+from fasterai.native.sweep import compiled
 
 Criterion = Callable[..., torch.Tensor | np.ndarray]
 """A function of evidence about one layer, named by its arguments, that returns scores of the weight's
@@ -45,6 +46,7 @@ def matrixwise(criterion: Callable) -> Callable:
 
 # Criteria
 
+@compiled('absolute')
 @elementwise
 def magnitude(
     weight: torch.Tensor,  # any shape
@@ -53,6 +55,7 @@ def magnitude(
     return abs(weight)
 
 
+@compiled('plain')
 @elementwise
 def gradient(
     saliency: torch.Tensor,  # any shape, |w · g| of each batch, averaged over the steps since the last event
@@ -83,6 +86,7 @@ def movement(
     return movement
 
 
+@compiled('square')
 @elementwise
 def squared(
     weight: torch.Tensor,  # any shape
@@ -100,6 +104,7 @@ def magnitude_increase(
     return abs(weight) - abs(initial)
 
 
+@compiled('plain')
 @elementwise
 def random(
     noise: torch.Tensor,  # any shape, uniform between 0 and 1, drawn once an event by torch's seed

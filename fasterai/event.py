@@ -13,9 +13,9 @@ from fasterai.peers import ALONE
 from fasterai.regrowth import LIVING, REGROWTHS
 from fasterai.rounding import rounded
 from fasterai.rules import Rules
-from fasterai.scoring import Gone, Scores, together
+from fasterai.scoring import Gone, LayerScores, Scores, together
 from fasterai.selection import LayerGroups
-from fasterai.zeros import count_zeros, find_zeros, lowest_where, zero_groups
+from fasterai.zeros import LowestWhere, count_zeros, find_zeros, zero_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +229,9 @@ def _groups(layer, mask, rules, scores, zeros):
     known = mask.left // grouping.size if mask.costs is None else None
     costs = mask.costs if found is None else found.costs
     scattered = 0 if found is None else len(found.scattered)
-    groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping), partial(scores, layer),
-                         costs, rules.floor_of(mask.size), grouping.one_layer, grouping.shape,
-                         grouping.axes, known, scattered=scattered,
+    groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping),
+                         LayerScores(scores, layer), costs, rules.floor_of(mask.size),
+                         grouping.one_layer, grouping.shape, grouping.axes, known, scattered=scattered,
                          count_free=_count_free(layer, mask, found))
     return _by_work(groups, layer.uses) if layer.uses > 1 else groups
 
@@ -264,7 +264,8 @@ def _zeros_first(groups, tied, masks, rules, zeros):
     if first.grouping.size == len(tied) == 1 and by_themselves: return groups
     is_zero = zero_groups(first, masks[first.name], zeros.get(first.name))
     if is_zero is None: return groups
-    scores = lowest_where(groups.scores, is_zero, bounded=criterion.pure)
+    weight = first.weight.detach() if first.grouping.size == len(tied) == 1 else None
+    scores = LowestWhere(groups.scores, is_zero, criterion.pure, weight)
     return replace(groups, scores=scores, known_alive=groups.n_alive)
 
 

@@ -11,6 +11,7 @@ import torch
 from fasterai.calibration import Calibration
 from fasterai.inputs import Watching
 from fasterai.kinds import EVIDENCE, Computed, Gathered
+from fasterai.native.sweep import compiled
 
 
 class Evidence:
@@ -276,6 +277,7 @@ def made(
         return {kind: make(*(parts[part] for part in of)) for kind, (make, of) in makes.items()}
 
 
+@compiled('plain')
 def _itself(values): return values
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fasterai.curvature import BLOCK, inverse_diagonals
 from fasterai.inputs import as_matrix, form_of, from_matrix
+from fasterai.native.sweep import compiled
 from fasterai.peers import ALONE
 from fasterai.synflow import synaptic_flow
 
@@ -149,6 +150,7 @@ def _mean(name, value):
                     'or attach the optimizer, whose steps collect it')
 
 
+@compiled('quotient')
 def _divided(number, total): return total / number
 
 
@@ -158,6 +160,7 @@ def _gradient(weight, grad): return grad
 def _weight_times_grad(weight, grad): return widened(weight) * widened(grad)
 
 
+@compiled('product')
 def _saliency(weight, grad): return abs(_weight_times_grad(weight, grad))
 
 

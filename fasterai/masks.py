@@ -9,6 +9,7 @@ from torch import nn
 from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
 from fasterai.names import warn_lost
+from fasterai.native.sweep import mask as masked
 from fasterai.selected import Selected
 
 PIECE = 1 << 20  # weights that are masked together
@@ -353,6 +354,7 @@ def _zero(tensor, keep):
 
     Their bits are multiplied as integers: that is faster than a fill, and makes zero of a NaN too."""
     tensor = tensor.detach()
+    if masked(tensor, keep): return
     keep = keep[tuple(slice(None) if step else slice(1) for step in keep.stride())]  # what only repeats is read once
     bits = BITS.get(tensor.dtype)
     if bits is None or not tensor.ndim:

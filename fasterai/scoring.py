@@ -1,4 +1,5 @@
 "Compute the scores of groups within one event, as they are asked for."
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from fasterai.criteria import CRITERIA, CriterionInfo, check_evidence, check_finite, finite, score
 from fasterai.evidence import Evidence, made
 from fasterai.inputs import form_of
+from fasterai.native.sweep import Terms
 from fasterai.peers import ALONE, as_array
 from fasterai.regrowth import below_living
 from fasterai.selection import CHUNK
@@ -42,6 +44,17 @@ class Scores:
         if layer.grouping.size < FEW and not self.criterion.large: return self._ask(layer, where)
         if layer.name not in self.kept: self.kept[layer.name] = self._ask_all(layer)
         return self.kept[layer.name][where]
+
+    def terms(self, layer) -> Terms | None:
+        "Return what C code can compute the scores of all groups of a layer from, None where it cannot."
+        if not ALONE.on_host(layer.weight): return None
+        if layer.grouping.size >= FEW or self.evidence.large:
+            return Terms('plain', as_array(self(layer, slice(None))))
+        if layer.grouping.size > 1: return None
+        in_chunks = self._in_chunks(layer)
+        if self.latest is not layer: self._hold(layer, in_chunks)
+        if not in_chunks: return Terms('plain', self.rows['scores'])
+        return _terms(self.criterion, self.makes, self.rows)
 
     def _check_all(self):
         """Raise `ValueError` if a score on a GPU is NaN or infinite.
@@ -134,6 +147,18 @@ def together(
     return sum(torch.as_tensor(scores(layer, where)) * (layer.grouping.size / size) for layer in tied)
 
 
+def _terms(criterion, makes, rows):
+    "Return what the C code can compute the scores of a criterion from, None where it cannot."
+    if len(makes) != 1: return None
+    (make, parts), = makes.values()
+    given = make.args if isinstance(make, partial) else ()
+    of_score, of_evidence = (getattr(f, 'form', None) for f in (criterion.score, getattr(make, 'func', make)))
+    values = [rows[part] for part in parts]
+    if of_score and of_evidence == 'plain': return Terms(of_score, *values)
+    if of_score != 'plain' or of_evidence is None: return None
+    return Terms(of_evidence, *values, divisor=float(given[0]) if given else 1.)
+
+
 def _shares(scores):
     "Return scores as shares of the layer's, whose squares sum up to 1."
     norm = torch.linalg.vector_norm(scores, dtype=torch.float64)
@@ -144,3 +169,13 @@ def _as_arrays(rows):
     "Return all as arrays, or, where one has no array, as in half precision, all as they are."
     arrays = {name: as_array(values) for name, values in rows.items()}
     return arrays if all(isinstance(values, np.ndarray) for values in arrays.values()) else rows
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    "Return the scores of one layer's groups within one event."
+    scores: Scores
+    layer: object  # one of its layers
+
+    def __call__(self, where): return self.scores(self.layer, where)
+    def terms(self) -> Terms | None: return self.scores.terms(self.layer)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fasterai.native.sweep import Terms, sweep
 from fasterai.peers import ALONE, Alone
 from fasterai.ranking import Ranks, cost_of, cost_of_all, differing, joined, spread
 
@@ -206,7 +207,7 @@ class Lowest:
     def remove(self,
         cut: Cut,  # the last one
     ) -> list:  # (keep mask (groups,), number of weights that are pruned), one a layer
-        "Return keep masks: False for groups that were pruned before and for those below the cut."
+        "Return keep masks, and how many weights a cut prunes."
         return list(zip(self.keeps(cut), self.costs(cut)))
 
     def costs(self,
@@ -220,7 +221,7 @@ class Lowest:
     def keeps(self,
         cut: Cut,  # the last one
     ) -> list:  # keep masks (groups,), one a layer
-        "Return keep masks, as `remove` does."
+        "Return keep masks: False for groups that were pruned before and for those below the cut."
         if cut == EVERYTHING: return [torch.zeros_like(layer.alive) for layer in self.layers]
         placed = self.peers.sent(self._above(cut), [found.keep.device for found in self.found])
         for found, stays in zip(self.found, placed):
@@ -307,9 +308,35 @@ def _living(layers, wheres):
         yield living, layer.group_size if layer.costs is None else next(costs)[living]
 
 
+def terms_of(
+    scores: Callable,  # of a `LayerGroups`
+) -> Terms | None:
+    "Return what C code can compute all the scores of a layer from, None where it cannot."
+    terms = getattr(scores, 'terms', None)
+    return None if terms is None else terms()
+
+
 def _sweep(layer, lo, hi):
-    "Decide about the groups above and below a bracket, and collect those inside, chunk by chunk."
-    keep, at, inside, stay = torch.empty_like(layer.alive), [], [], 0
+    "Decide about the groups above and below a bracket, and collect those inside."
+    keep = torch.empty_like(layer.alive)
+    at, inside, stay = _compiled_sweep(layer, lo, hi, keep) or _numpy_sweep(layer, lo, hi, keep)
+    if layer.costs is None:
+        return Found(keep, at, inside, layer.group_size, layer.group_size * (layer.n_alive - stay - len(at)))
+    costs = layer.peers.array(layer.costs)[at]
+    kept = int((layer.costs * keep).sum())
+    return Found(keep, at, inside, costs, layer.remaining - kept - int(costs.sum()))
+
+
+def _compiled_sweep(layer, lo, hi, keep):
+    terms = terms_of(layer.scores)
+    if terms is None: return None
+    alive = None if layer.all_alive else layer.peers.array(layer.alive)
+    return sweep(terms, alive, lo, hi, layer.peers.array(keep))
+
+
+def _numpy_sweep(layer, lo, hi, keep):
+    "Do so chunk by chunk: return positions and scores inside the bracket, and how many are above it."
+    at, inside, stay = [], [], 0
     kept_array = layer.peers.array(keep)
     for where, scores, alive in layer.chunks():
         above, reached = kept_array[where], scores >= lo
@@ -321,12 +348,7 @@ def _sweep(layer, lo, hi):
         stay += layer.peers.count(above)
         inside.append(scores[here])
         at.append(here + where.start if where.start else here)
-    at, inside = joined(at), joined(inside)
-    if layer.costs is None:
-        return Found(keep, at, inside, layer.group_size, layer.group_size * (layer.n_alive - stay - len(at)))
-    costs = layer.peers.array(layer.costs)[at]
-    kept = int((layer.costs * keep).sum())
-    return Found(keep, at, inside, costs, layer.remaining - kept - int(costs.sum()))
+    return joined(at), joined(inside), stay
 
 
 def _sweep_apart(layers, lo, hi):

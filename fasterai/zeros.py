@@ -1,12 +1,15 @@
 "Find the zeros that no mask holds: at an event they count, and go first, whatever the criterion says."
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from fasterai.native import sweep
+from fasterai.native.sweep import Terms
 from fasterai.peers import ALONE, as_array
-from fasterai.selection import CHUNK
+from fasterai.selection import CHUNK, terms_of
 
 
 class Zeros(NamedTuple):
@@ -45,6 +48,8 @@ def _count(weight, mask):
     "Count in pieces that fit a processor's cache; the number stays where the weight is."
     weight, keep = weight.detach(), None if mask.left == mask.size else mask.keep
     if not ALONE.on_host(weight) or not weight.numel() or not weight.ndim: return _zero(weight, keep).sum()
+    done = sweep.count_zeros(weight, keep)
+    if done is not None: return torch.tensor(done)
     rows = max(1, CHUNK * len(weight) // weight.numel())
     pieces = [slice(start, start + rows) for start in range(0, len(weight), rows)]
     weight = as_array(weight)
@@ -106,18 +111,24 @@ def zero_groups(
     return is_zero
 
 
-def lowest_where(
-    scores: Callable,  # (where) -> (n,), as in `LayerGroups`
-    is_zero: Callable,  # (where) -> bool (n,), of `zero_groups`
-    bounded: bool,  # no score is -inf already
-) -> Callable:  # (where) -> (n,)
+@dataclass(frozen=True)
+class LowestWhere:
     "Return scores that are -inf where something is zero, and nowhere else."
-    def lowest(where):
-        found, zero = scores(where), is_zero(where)
-        if isinstance(found, np.ndarray): return _lowest_in_array(found, zero, bounded)
-        if not bounded: found = found.clamp(min=torch.finfo(found.dtype).min)
+    scores: Callable  # (where) -> (n,), as in `LayerGroups`
+    is_zero: Callable  # (where) -> bool (n,), of `zero_groups`
+    bounded: bool  # no score is -inf already
+    weight: torch.Tensor | None = None  # where it is zero is all that `is_zero` tells; None: that is not known
+
+    def __call__(self, where):
+        found, zero = self.scores(where), self.is_zero(where)
+        if isinstance(found, np.ndarray): return _lowest_in_array(found, zero, self.bounded)
+        if not self.bounded: found = found.clamp(min=torch.finfo(found.dtype).min)
         return found.masked_fill(torch.as_tensor(zero, device=found.device), -torch.inf)
-    return lowest
+
+    def terms(self) -> Terms | None:
+        "Return what C code can compute the scores from, None where it cannot."
+        terms = terms_of(self.scores) if self.bounded and self.weight is not None else None
+        return None if terms is None else terms._replace(weight=as_array(self.weight.flatten()))
 
 
 def _lowest_in_array(found, zero, bounded):
