@@ -412,3 +412,18 @@ def test_masks_of_ones_own_in_a_fit(make_learner):
     assert torch.equal(learn.model[3].weight != 0, mask)
     with pytest.raises(ValueError, match="masks: got '4', expected one of 0, 3, 8"): learn.fit(1, cbs=KeepSparse(masks={'4': mask}))
     with pytest.raises(TypeError, match='masks: got Tensor, expected {name of a layer: bool tensor}'): KeepSparse(masks=mask)
+
+
+@pytest.mark.parametrize('granularity', ['vector', 'kernel', 'filter', block(4, 3)], ids=str)
+@pytest.mark.parametrize('sparsity', [5, 40, 80])
+def test_masks_that_hold_scattered_zeros_are_counted(granularity, sparsity, net):
+    sparsifier = Sparsifier(net, granularity, layers=[net[0], net[3]])
+    for name in ('0', '3'):
+        weight = sparsifier.layers[name].weight.data
+        weight[torch.rand(weight.shape) < .1] = 0
+    for more in (0, 10):
+        sparsifier.sparsify_model(sparsity + more)
+        for name, mask in sparsifier.masks.of.items():
+            grouping, left = sparsifier.layers[name].grouping, sparsifier.layers[name].grouping.count(mask.keep)
+            assert mask.left == int(mask.keep.sum())
+            assert torch.equal(mask.counts(grouping), left)
