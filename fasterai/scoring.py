@@ -48,7 +48,7 @@ class Scores:
     def terms(self, layer) -> Terms | None:
         "Return what C code can compute the scores of all groups of a layer from, None where it cannot."
         if not ALONE.on_host(layer.weight): return None
-        if layer.grouping.size >= FEW or self.evidence.large:
+        if layer.grouping.size >= FEW or self.criterion.large:
             return Terms('plain', as_array(self(layer, slice(None))))
         if layer.grouping.size > 1: return None
         in_chunks = self._in_chunks(layer)

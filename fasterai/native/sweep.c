@@ -18,10 +18,13 @@ enum Refused { BAD_SIZE = -1, BAD_FORM = -2, NOT_FINITE = -3, TOO_MANY = -4 };
 
 
 // --- threads -------------------------------------------------------------------------------------
-// Threads take the next chunk by one counter: where the system lets one wait, the others go on. `start` is
-// GOMP_parallel of the OpenMP that torch has loaded, or null for one thread.
+// Threads take the next chunk by one counter: where the system lets one wait, the others go on.
 
-typedef void (*Start)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+// Functions of the OpenMP that torch has loaded: GOMP_parallel and omp_get_thread_num. Null for one thread.
+typedef struct {
+    void (*start)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+    int (*number)(void);
+} Team;
 
 typedef struct {
     void (*work)(void *task, int64_t chunk);
@@ -38,10 +41,10 @@ static void run_worker(void *data) {
     }
 }
 
-static void run(void (*work)(void *, int64_t), void *task, int64_t chunks, int64_t threads, Start start) {
+static void run(void (*work)(void *, int64_t), void *task, int64_t chunks, int64_t threads, const Team *team) {
     Job job = {work, task, chunks, 0};
     if (threads > chunks) threads = chunks;
-    if (threads > 1 && start) start(run_worker, &job, (unsigned)threads, 0);
+    if (threads > 1 && team) team->start(run_worker, &job, (unsigned)threads, 0);
     else run_worker(&job);
 }
 
@@ -164,12 +167,12 @@ int64_t sweep_room(int64_t length) { return good_length(length) ? chunks_of(leng
 
 // Decide about all weights of a layer; return how many scores are inside the bracket, and in counts[0] how many
 // weights are above it. NOT_FINITE: a score is NaN or infinite; TOO_MANY: more are inside than there is room for.
-int64_t sweep(const Sweep *s, int64_t threads, Start start) {
+int64_t sweep(const Sweep *s, int64_t threads, const Team *team) {
     if (!good_length(s->length) || threads < 1) return BAD_SIZE;
     if (s->form < 0 || s->form >= FORMS || !s->a || (s->form == PRODUCT && !s->b)) return BAD_FORM;
     int64_t chunks = chunks_of(s->length), kept = 0;
     if (chunks < 1 || s->room < chunks * ROOM || s->count_room < 2 * chunks) return BAD_SIZE;
-    run(SWEEPS[s->form], (void *)s, chunks, threads, start);
+    run(SWEEPS[s->form], (void *)s, chunks, threads, team);
     int64_t found = gather(s, chunks, &kept);
     s->counts[0] = kept;
     return found;
@@ -208,10 +211,10 @@ static void count_chunk(void *task, int64_t chunk) {
 // Count the weights that are zero although the mask keeps them; each entry of `keep` says so of as many weights
 // in a row as the lengths allow, and null that all are kept.
 int64_t count_zeros(const float *weight, int64_t length, const uint8_t *keep, int64_t groups, int64_t threads,
-                    Start start) {
+                    const Team *team) {
     if (!good_length(length) || groups < 1 || length % groups || threads < 1) return BAD_SIZE;
     Zeros zeros = {weight, keep, length, length / groups, 0};
-    run(count_chunk, &zeros, chunks_of(length), threads, start);
+    run(count_chunk, &zeros, chunks_of(length), threads, team);
     return zeros.found;
 }
 
@@ -254,9 +257,9 @@ static void mask_groups(void *task, int64_t chunk) {
 
 // Zero all weights but those that are kept; each entry of `keep` says so of as many weights in a row as the
 // lengths allow.
-int64_t mask(uint32_t *weight, int64_t length, const uint8_t *keep, int64_t groups, int64_t threads, Start start) {
+int64_t mask(uint32_t *weight, int64_t length, const uint8_t *keep, int64_t groups, int64_t threads, const Team *team) {
     if (!good_length(length) || groups < 1 || length % groups || threads < 1) return BAD_SIZE;
     Masked masked = {weight, keep, length, length / groups};
-    run(groups == length ? mask_chunk : mask_groups, &masked, chunks_of(length), threads, start);
+    run(groups == length ? mask_chunk : mask_groups, &masked, chunks_of(length), threads, team);
     return 0;
 }
