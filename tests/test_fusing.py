@@ -118,7 +118,7 @@ def test_a_linear_activates_and_a_layer_that_does_already_adds_nothing():
         assert torch.allclose(net(x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize('layer, x', [(SparseConv(nn.Conv2d(4, 4, 3)), (1, 4, 5, 5)), (SparseLinearKernel(nn.Linear(4, 4)), (1, 4))], ids=str)
+@pytest.mark.parametrize('layer, x', [(SparseConv(nn.Conv2d(4, 4, 3)), (9, 4, 5, 5)), (SparseLinearKernel(nn.Linear(4, 4)), (9, 4))], ids=str)
 def test_activations_of_a_call(layer, x):
     x = torch.randn(x)
     with torch.no_grad():
