@@ -22,13 +22,14 @@ DENSE = '#c8c8c8'
 
 def measured(
     path: Path,  # of RESULTS.md
-) -> dict:  # {name of a network: {sparsity: (milliseconds dense, sparse)}}
+) -> dict:  # {name of a network: {sparsity: (times as fast, milliseconds dense, sparse)}}
     "Read the rows that the picture shows."
-    rows = dict(re.findall(r'^\| (.*?) \| .*? × \((.*? → .*?) ms\)', path.read_text(), re.MULTILINE))
+    row = re.compile(r'^\| (.*?) \| [^|]* \| ([\d.]+) × \(([\d.]+) → ([\d.]+) ms\)', re.MULTILINE)
+    rows = {what: tuple(map(float, numbers)) for what, *numbers in row.findall(path.read_text())}
     found = {}
     for row, name in NETWORKS.items():
         times = {sparsity: rows.get(row.format(sparsity)) for sparsity in COLOURS}
-        found[name] = {sparsity: tuple(map(float, text.split(' → '))) for sparsity, text in times.items() if text}
+        found[name] = {sparsity: one for sparsity, one in times.items() if one}
     return {name: times for name, times in found.items() if times}
 
 
@@ -38,13 +39,13 @@ def draw(found, path):
     y, ticks = 0., []
     for name, times in found.items():
         top = y
-        dense = next(iter(times.values()))[0]
+        dense = next(iter(times.values()))[1]
         ax.barh(y, 100, .8, color=DENSE)
         ax.text(99, y, f'dense {dense:.3g} ms', ha='right', va='center', color='#404040')
-        for sparsity, (before, after) in times.items():
+        for sparsity, (ratio, before, after) in times.items():
             y += .9
             ax.barh(y, 100 * after / before, .8, color=COLOURS[sparsity])
-            ax.text(100 * after / before + 1, y, f'{sparsity} % zeros  {after:.3g} ms,  {before / after:.1f} × as fast', va='center')
+            ax.text(100 * after / before + 1, y, f'{sparsity} % zeros  {after:.3g} ms,  {ratio:.1f} × as fast', va='center')
         ticks.append(((top + y) / 2, name))
         y += 1.5
     ax.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
