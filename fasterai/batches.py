@@ -61,6 +61,7 @@ def _loss(learn, output, *target):
 
 def _beside(loader, items):
     "Return a loader of the same data, without shuffling, apart from the one that a fit reads."
+    loader = getattr(loader, '__dict__', {}).get('dl', loader)  # of fastai's DistributedDL: each rank reads all
     if hasattr(loader, 'new'): return _of_fastai(loader, items)
     return _of_torch(loader, items) if isinstance(loader, DataLoader) else loader
 

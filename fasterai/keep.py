@@ -42,6 +42,7 @@ class Keeper(Callback):
         self._follow_model()
         if self.begun: return
         self.begun = True
+        self.sparsifier.compare_masks(self.learn.model)  # with the first batch it is in its wrapper
         self.sparsifier.apply_masks()
 
     def before_step(self):
@@ -110,6 +111,7 @@ class Keeper(Callback):
         "Go over to another model, if a callback has put one in the Learner's place."
         if self._model() is self.sparsifier.model: return
         self.sparsifier.move_to(self._model(), self._batch)
+        self.sparsifier.compare_masks(self.learn.model)
         self.state_masked = False
 
     def _others(self, kind): return [cb for cb in self.learn.cbs if isinstance(cb, kind) and cb is not self]

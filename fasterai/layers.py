@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from fasterai.arguments import nearest
 from fasterai.granularity import AXES
 from fasterai.names import Named, Weight, is_script, joined
+from fasterai.peers import is_sharded
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that can be pruned
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # left alone unless they are chosen
@@ -39,6 +40,9 @@ def choose(
     these kinds."""
     if is_script(model):
         raise ValueError('model: got a ScriptModule, expected the torch.nn.Module that it was made from')
+    if is_sharded(model):
+        raise ValueError('model: got one that is split over processes (fully_shard, tensor parallel), '
+                         'expected one that is whole in each, as in DistributedDataParallel')
     named = Named(model)
     wanted, by_name = _wanted(named, layers)
     excluded = _excluded(named, exclude)

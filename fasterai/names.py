@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fasterai.granularity import held, weights_of
+from fasterai.peers import is_split
 
 
 class Weight(NamedTuple):
@@ -176,11 +177,16 @@ class Places:
 
     @property
     def changed(self) -> bool:
-        "Tell whether a module was replaced or taken away, or a weight is no parameter of its shape any more."
+        """Tell whether a module was replaced or taken away, or a weight is not a parameter of its shape.
+
+        `ValueError` where it was split over processes meanwhile."""
         for modules, key, child in self.children:
             if modules.get(key) is not child: return True
         for parameters, attr, shape in self.shapes:
             parameter = parameters.get(attr)
+            if is_split(parameter):
+                raise ValueError(f'model: got {attr!r} of a selected layer as a DTensor, which is split over '
+                                 'processes since, expected a weight that is whole in each')
             if parameter is None or parameter.shape != shape: return True
         return any(weight.stored is not first.stored for first, *others in self.shared for weight in others)
 

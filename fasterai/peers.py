@@ -1,6 +1,15 @@
-"Read and sum numbers wherever they lie: on the host, on GPUs, and later in other processes."
+"Read and sum numbers wherever they lie, and compare what several processes decide."
+import random
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
+from hashlib import blake2b
+
 import numpy as np
 import torch
+from torch import distributed, nn
+
+from fasterai.snapshot import random_numbers_kept
 
 
 class Alone:
@@ -58,11 +67,153 @@ class Alone:
         "Return the sum over all processes."
         return number
 
+    def agreed(self,
+        decide: Callable,  # without arguments
+        digests: Callable | None = None,  # of what `decide` returns: {name: bytes}; None: nothing is compared
+        what: str = 'arguments',  # what is compared, for the error
+    ):
+        "Return what a function returns, where all processes come to the same. One process always does."
+        return decide()
+
+    def alike(self):
+        "Return a context manager in which all processes draw the same random numbers."
+        return nullcontext()
+
+    def share_buffers(self):
+        "Have all processes take over the buffers of the first."
+
 
 def _is_on(device, piece): return isinstance(piece, torch.Tensor) and piece.device == device
 
 
 ALONE = Alone()
+
+
+class Replicas(Alone):
+    """Compare what the ranks of a group decide. Each holds the whole model, as in DistributedDataParallel.
+
+    All go on or all raise, so that no rank comes to weights that the others do not have. Each method waits
+    for the same call on all ranks."""
+
+    def __init__(self,
+        model: nn.parallel.DistributedDataParallel,
+    ):
+        self.group = model.process_group
+        self.gpu = max((p.get_device() for p in model.parameters() if p.is_cuda), default=-1)  # -1: none
+        self.buffers = list(model.module.buffers()) if model.broadcast_buffers else []
+
+    def agreed(self, decide, digests=None, what='arguments'):
+        """Return what a function returns, where all ranks come to the same.
+
+        The error of one rank makes all raise: `ValueError` where it is one, else `RuntimeError`, as where
+        they differ or one cannot be reached."""
+        try:
+            found = decide()
+            mine = {} if digests is None else digests(found)
+        except Exception as error:
+            with suppress(RuntimeError): self._gather(what, (_failure(error), {}))
+            raise
+        told = self._gather(what, (None, mine))
+        _raise_failure([failure for failure, _ in told])
+        _check_same([of_rank for _, of_rank in told], what)
+        return found
+
+    @contextmanager
+    def alike(self):
+        "Have all ranks draw the random numbers of the first, of Python, numpy and torch's CPU generator."
+        seed, *_ = self._gather('random numbers', int(torch.randint(2 ** 32, ())))
+        with random_numbers_kept():
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            yield
+
+    def share_buffers(self):
+        "Have all ranks take over the buffers of the first, as each forward of DistributedDataParallel does."
+        first = distributed.get_global_rank(self.group, 0)
+        for buffer in self.buffers: distributed.broadcast(buffer, first, self.group)
+
+    def _gather(self, what, mine):
+        "Return what each rank has, by rank; `RuntimeError` where ranks are not in step, or one is gone."
+        found = [None] * distributed.get_world_size(self.group)
+        try:
+            with torch.cuda.device(self.gpu):
+                distributed.all_gather_object(found, (what, mine), group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(f'ranks: one cannot be reached ({error}); nothing was changed') from error
+        kinds = [kind for kind, _ in found]
+        if len({*kinds}) == 1: return [of_rank for _, of_rank in found]
+        raise RuntimeError(f'ranks: they compare {", ".join(kinds)}, expected the same on all: call '
+                           'sparsify_model and attach on all ranks, in one order; nothing was changed')
+
+
+def _failure(error): return isinstance(error, ValueError), f'{type(error).__name__}: {error}'
+
+
+def _raise_failure(failures):
+    "Raise what went wrong on another rank, if anything did."
+    for rank, failure in enumerate(failures):
+        if failure is None: continue
+        is_value_error, said = failure
+        kind = ValueError if is_value_error else RuntimeError
+        raise kind(f'ranks: rank {rank} failed, so nothing was changed on any: {said}')
+
+
+def _check_same(digests, what):
+    "Raise `RuntimeError` where the digests of a name are not the same on all ranks."
+    first, *others = digests
+    names = dict.fromkeys(name for of_rank in digests for name in of_rank)
+    differ = {name: [rank for rank, of_rank in enumerate(others, 1) if of_rank.get(name) != first.get(name)]
+              for name in names}
+    differ = {name: ranks for name, ranks in differ.items() if ranks}
+    if not differ: return
+    name, ranks = next(iter(differ.items()))
+    more = f' (and of {len(differ) - 1} more)' if len(differ) > 1 else ''
+    where = ', '.join(map(str, ranks))
+    raise RuntimeError(f'ranks: got other {what} of {name!r}{more} on rank {where} than on rank 0, expected '
+                       'the same on all, from the same weights, gradients (outside of no_sync), data and '
+                       'random numbers; nothing was changed')
+
+
+def peers_of(
+    model: nn.Module,
+) -> Alone:  # `Replicas` where there are several
+    "Return the processes that hold the same model, as DistributedDataParallel in it says."
+    found = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    return Replicas(found[0]) if found else ALONE
+
+
+def digest(
+    *tensors: torch.Tensor | None,
+) -> bytes:
+    "Return a short text that differs, but for chance, where the bits of tensors differ."
+    found = blake2b(digest_size=8)
+    for tensor in tensors: found.update(b'' if tensor is None else _bits(tensor.detach()))
+    return found.digest()
+
+
+def _bits(tensor):
+    if tensor.dtype == torch.bool: return np.packbits(tensor.cpu().numpy())
+    return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+
+
+def is_split(
+    tensor: torch.Tensor,
+) -> bool:
+    "Tell whether a tensor is a DTensor, of which each process has a part."
+    module = sys.modules.get('torch.distributed.tensor')  # whoever made one has loaded it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded(
+    model: nn.Module,
+) -> bool:
+    "Tell whether each process has a part of a model, or of one of its parameters, only."
+    module = sys.modules.get('torch.distributed.fsdp')
+    kinds = [getattr(module, name, None) for name in ('FullyShardedDataParallel', 'FSDPModule')]
+    kinds = tuple(kind for kind in kinds if kind is not None)
+    if any(isinstance(one, kinds) for one in model.modules()): return True
+    return any(is_split(parameter) for parameter in model.parameters())
 
 
 def as_array(

@@ -19,6 +19,7 @@ from fasterai.kinds import EVIDENCE
 from fasterai.masks import Masks
 from fasterai.names import Named, bare
 from fasterai.optimizers import parameters_of, real_optimizers
+from fasterai.peers import ALONE, digest, peers_of
 from fasterai.progress import progress
 from fasterai.repair import read_repairs
 from fasterai.repairing import Repairs, repairs_of
@@ -61,6 +62,7 @@ class Sparsifier:
         calibration = Calibration(bare(model), data, loss_func, example)
         self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
         self._hooks, self._in_event = [], False  # the hooks are in optimizers
+        self.peers = peers_of(model)  # the processes with which events are agreed upon
 
     def __repr__(self):
         given = as_arguments(self.rules.given)
@@ -70,7 +72,8 @@ class Sparsifier:
         if hasattr(type(self), name): return object.__getattribute__(self, name)  # the property's own error
         raise AttributeError(f'{type(self).__name__} has no {name!r}{method_hint(name, dir(type(self)))}')
 
-    def __getstate__(self): return self.__dict__ | {'_hooks': []}  # an attached optimizer does not go along
+    def __getstate__(self):  # neither an attached optimizer goes along nor other processes
+        return self.__dict__ | {'_hooks': [], 'peers': ALONE}
 
     @property
     def layers(self) -> dict:  # name: `selected.Layer`, with its `weight`, `module` and `grouping`
@@ -97,6 +100,10 @@ class Sparsifier:
         Weights that are zero already count, and are the first to be pruned. Pruned ones stay zero without
         `regrow` or `swap`. Each round keeps the same share of what is left. An error leaves the model as it
         was."""
+        return self._prune(lambda: self._asked(sparsity, share, regrow, initial, rounds, swap))
+
+    def _asked(self, sparsity, share, regrow, initial, rounds, swap):
+        "Read what `sparsify_model` is asked for."
         share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
         swap = read_share(swap, 'swap')
         if rounds is not None: whole('rounds', rounds)
@@ -106,7 +113,7 @@ class Sparsifier:
         self.selected.refresh()
         wanted = entries(sparsity, self.rules, self.selected)
         check_initial(initial, [fraction for _, fraction in wanted], f'initial: got {initial!r}')
-        return self._prune(self._budgets(wanted, share, begin), regrow, rounds, swap)
+        return self._budgets(wanted, share, begin), regrow, rounds, swap
 
     def sparsify_layer(self,
         layer,  # a selected layer: its name, module or parameter; each weight within it to the same sparsity
@@ -115,6 +122,10 @@ class Sparsifier:
         """Prune one layer to a sparsity, whatever the others have.
 
         Weights that are zero already count, and are the first to be pruned. A frozen layer is pruned, too."""
+        return self._prune(lambda: (self._asked_of(layer, sparsity), False, None, Fraction(0)))
+
+    def _asked_of(self, layer, sparsity):
+        "Read what `sparsify_layer` is asked for."
         if not isinstance(layer, Hashable):
             raise TypeError(f'layer: got {layer!r}, expected the name of a layer, a module or a parameter')
         self.selected.refresh()
@@ -123,7 +134,7 @@ class Sparsifier:
                              f'expected one of {", ".join(self.layers)}{nearest(layer, self.layers)}')
         wanted = fractions({layer: sparsity}, self.rules, self.selected, 'layer')
         each = [([name], fraction) for name, fraction in wanted.items()]
-        return self._prune(self._budgets(each, Fraction(1)))
+        return self._budgets(each, Fraction(1))
 
     def _budgets(self, entries, share, initial=Fraction(0)):
         """Return a budget for each entry; what is pruned as one goes into the first entry that has a part
@@ -145,11 +156,20 @@ class Sparsifier:
         raise ValueError(f'sparsity: got one for {name!r} alone, expected the same for all of '
                          f'{", ".join(map(repr, tied))}, which coupled=True prunes together')
 
-    def _prune(self, budgets, regrow=False, rounds=None, swap=Fraction(0)):
-        "Prune in one event or in rounds, all or nothing, and say what is worth a warning."
-        if regrow or swap: rounds = 1
-        steps = in_rounds(budgets, rounds, self.rules.criterion.round_keeps)
-        change = self._event(budgets, regrow, swap) if len(steps) == 1 else self._rounds(steps)
+    def _prune(self, asked):
+        """Prune in one event or in rounds, all or nothing, and say what is worth a warning.
+
+        `asked` returns the budgets, and whether weights come back, in how many rounds, how many are
+        exchanged."""
+        if self._in_event:
+            raise ValueError('sparsity: asked for within an event of the same Sparsifier, by its criterion, '
+                             'context or regrowth; expected after it')
+        with self.peers.alike():
+            budgets, regrow, rounds, swap = self.peers.agreed(asked)
+            if self.rules.needs_data or self.repairs: self.peers.share_buffers()
+            if regrow or swap: rounds = 1
+            steps = in_rounds(budgets, rounds, self.rules.criterion.round_keeps)
+            change = self._event(budgets, regrow, swap) if len(steps) == 1 else self._rounds(steps)
         _warn_waiting(change)
         _warn_nearly_empty(budgets, change)
         _warn_floor(self.rules, budgets, change)
@@ -175,20 +195,27 @@ class Sparsifier:
 
     def _event(self, budgets, regrow=False, swap=Fraction(0)):
         "Decide, and change the model: both, or, where something fails, nothing."
-        if self._in_event:
-            raise ValueError('sparsity: asked for within an event of the same Sparsifier, by its criterion, '
-                             'context or regrowth; expected after it')
         self._in_event = True
-        layers = [layer for budget in budgets for layer in budget.layers]
-        needed = self.rules.evidence if regrow or swap else self.rules.criterion.evidence
         try:
-            with self.evidence.gathered(layers, needed):
-                change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow, swap)
-                change = self._adjusted(change, layers)
+            change = self.peers.agreed(lambda: self._decided(budgets, regrow, swap),
+                                       lambda change: self._digests(change.after, change.weights), 'masks')
         finally: self._in_event = False
         change = self._apply(change)
         self.evidence.end(change.after)
         return change
+
+    def _decided(self, budgets, regrow, swap):
+        "Return the change that an event makes."
+        layers = [layer for budget in budgets for layer in budget.layers]
+        needed = self.rules.evidence if regrow or swap else self.rules.criterion.evidence
+        with self.evidence.gathered(layers, needed):
+            change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow, swap)
+            return self._adjusted(change, layers)
+
+    def _digests(self, masks, weights):
+        "Return a digest of each layer's mask, and of its new weights, after an event."
+        after = self.masks.of | masks
+        return {name: digest(mask.keep, weights.get(name)) for name, mask in after.items()}
 
     def _adjusted(self, change, layers):
         "Return the change with what the criterion makes of the weights that stay."
@@ -202,11 +229,15 @@ class Sparsifier:
         if not self.repairs:
             self.masks.apply(change)
             return change
-        snapshot, masks = Snapshot(self.model), self.masks.of
+        snapshot, masks, model = Snapshot(self.model), self.masks.of, bare(self.model)
+
+        def repair():
+            self.masks.apply(change)
+            return self.repairs.run(model)
+
+        def digests(_): return {name: digest(p) for name, p in model.named_parameters()}
         try:
-            with self.repairs.of(self.model):
-                self.masks.apply(change)
-                repaired = self.repairs.run(self.model)
+            with self.repairs.of(model): repaired = self.peers.agreed(repair, digests, 'repaired values')
         except BaseException:
             self.masks.put_back(masks)
             snapshot.restore()
@@ -215,6 +246,20 @@ class Sparsifier:
         return replace(change, repaired=repaired)
 
     # Keeping
+
+    def _agree(self, check):
+        "Check something, and that all processes that hold the model hold the same zeros."
+        self.peers.agreed(check, lambda _: self._digests({}, {}), 'masks')
+
+    def compare_masks(self,
+        model: nn.Module,  # the model, perhaps in another wrapper than before
+    ):
+        """Compare the masks with those of the other ranks, where a model is in DistributedDataParallel.
+
+        Later events are agreed upon with them, too. `RuntimeError`, and nothing changed, where they
+        differ."""
+        self.peers = peers_of(model)
+        self._agree(self.selected.refresh)
 
     def apply_masks(self):
         "Zero the masked weights again, after something has moved them."
@@ -243,7 +288,7 @@ class Sparsifier:
         Each attached optimizer masks the parameters that it steps. `TypeError` where it is no optimizer
         and has none inside, `ValueError` where it steps none of the selected weights."""
         optimizers = real_optimizers(optimizer)
-        self._check_optimizers(optimizer, optimizers)
+        self._agree(lambda: self._check_optimizers(optimizer, optimizers))
         told = set()  # ids of parameters of which a step is told already: of one inside another the inner one tells
         for one in reversed(optimizers):
             tells = parameters_of(one) - told
@@ -281,6 +326,7 @@ class Sparsifier:
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
         self.masks.move_to(model, example)
+        self.peers = peers_of(model)
         self.model, self.evidence.calibration.model = model, bare(model)
         if example is not None: self.evidence.calibration.example = example
 
