@@ -25,12 +25,13 @@ from fasterai.schedule import (
     steps,
 )
 from fasterai.sensitivity import sensitivity
+from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
     'exponential', 'multi_step', 'acdc', 'rigl', 'Due', 'steps', 'epochs', 'plot_schedule',
-    'sensitivity', 'fit_to', 'refit', 'recalibrate',
+    'sensitivity', 'fit_to', 'refit', 'recalibrate', 'Snapshot',
     'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

@@ -15,7 +15,8 @@ from fasterai.plot import plot_history
 from fasterai.progress import hidden
 from fasterai.repairing import repairs_of
 from fasterai.rules import Rules, as_arguments, takes_rules
-from fasterai.schedule import Ramp, check_initial, read_schedule
+from fasterai.schedule import Ramp, Time, check_initial, check_time, read_schedule
+from fasterai.snapshot import Snapshot
 from fasterai.summary import (
     anew_line,
     chosen_line,
@@ -24,6 +25,7 @@ from fasterai.summary import (
     not_run_line,
     reached_line,
     repaired_line,
+    rewound_line,
     zeros_line,
 )
 from fasterai.timetable import Timetable
@@ -35,6 +37,8 @@ class SparsifyCallback(Keeper):
     A wrong argument raises `TypeError` or `ValueError`, which names it: when the callback is made, or before
     the first batch where the model must be known."""
     order = Keeper.order - .1
+    _stateattrs = (*Keeper._stateattrs, '_snapshot')
+    _snapshot = None
 
     @takes_rules
     def __init__(self,
@@ -49,6 +53,7 @@ class SparsifyCallback(Keeper):
         ms: float | None = None,  # in place of `sparsity`: milliseconds that a call with `example` may take here, as in `fit_to`, which chooses before the first event
         bytes: float | None = None,  # in place of `sparsity`: bytes that the file may have, as in `fit_to`
         example=None,  # with `ms`, the batch whose latency counts, as in `fit_to`
+        rewind_to: float | Time | None = None,  # after the last event all weights that are left, and the optimizer's state, go back to this time: a share of training, 0 to 1, or `steps(n)`, `epochs(n)`
         **kwargs,  # the other rules, as in `Rules`
     ):
         if isinstance(sparsity, Mapping) and sparsity: check_kinds(list(sparsity), 'sparsity')
@@ -59,8 +64,12 @@ class SparsifyCallback(Keeper):
         if not self.budget: self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
         self._check_initial()
-        self.repair = repair
+        self.repair, self.rewind_to = repair, rewind_to
         repairs_of(self.rules, repair)  # an error comes now
+        if rewind_to is not None: check_time(rewind_to, f'rewind_to: got {rewind_to!r}')
+        if rewind_to is not None and repair:
+            raise ValueError(f'repair: got {repair!r} with rewind_to={rewind_to!r}, expected None: '
+                             'what is repaired would be rewound')
         if data is not None: check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
@@ -97,9 +106,15 @@ class SparsifyCallback(Keeper):
         if not self.active or not self.training: return
         first = not self.begun
         super().before_batch()
+        if self.rewind_to is not None: self._remember()
         if not first: return
         self._find_asked()
         self._say(not_run_line(self.sparsifier.skipped))
+
+    def after_batch(self):
+        "Rewind when the step of the last event is done: its gradient was that of other weights."
+        if not self.active or not self.training or self._snapshot is None: return
+        if self.timetable.rewinds: self._rewind()
 
     def after_train(self):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."
@@ -132,6 +147,8 @@ class SparsifyCallback(Keeper):
         super().end()
         if not self.active or not self.sparsifier.selected.candidates: return
         if not self.begun: self.trouble = 'there was no batch to train on'
+        self._snapshot = None
+        if not self._frozen_by_learner(): self._say(rewound_line(self.timetable, self.rewound))
         self._say(repaired_line(self.repaired_by, self.repaired))
         self._say(reached_line(self.sparsifier.report(), self.asked, self._masked(), self.masked_before,
                                self._frozen_by_learner(), self.waiting, self.timetable, self.trouble,
@@ -142,7 +159,9 @@ class SparsifyCallback(Keeper):
     def _begin(self):
         "Set what is counted during a fit."
         start = self._resumes_at() / self.n_epoch if self.n_epoch else 0.
-        self.timetable, self.trouble = Timetable(self.schedule, start), ''  # the trouble: why the last event failed
+        self.timetable = Timetable(self.schedule, start, self.rewind_to)
+        self.trouble = ''  # why the last event failed
+        self._snapshot, self.rewound = None, False  # the weights to go back to, between that time and the last event
         n_steps = len(self.learn.dls.train)
         if n_steps and self.n_epoch and self._can_place(): self.timetable.place(self.n_epoch, n_steps)
         self.repaired, self.repaired_by = (), []  # what the repairs of the last event returned, and their names
@@ -175,6 +194,19 @@ class SparsifyCallback(Keeper):
         timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
         self._find_asked()
         self._mask_optimizer_state()
+
+    def _remember(self):
+        "Copy the weights, and what the optimizer keeps, at the time to go back to."
+        if self.rewound or self._snapshot is not None or self._frozen_by_learner(): return
+        self.timetable.place(self.n_epoch, self.n_iter)
+        done = self.epoch * self.n_iter + self.iter
+        if self.timetable.remembers(done): self._snapshot = Snapshot(self._model(), self.learn.opt)
+
+    def _rewind(self):
+        self.sparsifier.rewind(self._snapshot, self.learn.opt)
+        for cb in self._others(Keeper):
+            if cb.active: cb.sparsifier.apply_masks()  # of layers that are not pruned here
+        self._snapshot, self.rewound = None, True
 
     def _repairs_at(self, due):
         "Return the repairs of an event: the criterion's own, and at the end of the schedule the user's."
@@ -283,6 +315,7 @@ class SparsifyCallback(Keeper):
         asked = {name: value for name, value in self.budget.items() if value is not None}
         given = (asked or {'sparsity': self.sparsity}) | self.rules.given | {'schedule': self.schedule}
         if self.repair: given['repair'] = self.repair
+        if self.rewind_to is not None: given['rewind_to'] = self.rewind_to
         return f'{type(self).__name__}({as_arguments(given)})'
 
     def plot_sparsity(self,

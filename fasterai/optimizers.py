@@ -1,4 +1,6 @@
 "Find the optimizers that step: one alone, or those inside of what wraps one."
+from collections.abc import MutableMapping
+
 import torch
 
 
@@ -33,6 +35,16 @@ def _optimizers_in(thing):
         several = value if isinstance(value, (list, tuple)) else [value]
         found += [one for one in several if isinstance(one, torch.optim.Optimizer)]
     return found
+
+
+def states_of(
+    optimizer,  # of torch or fastai, or what wraps one or several
+) -> list:  # of {parameter: {name: tensor or anything}}, which can be written to
+    "Find what an optimizer keeps for each parameter; `TypeError` where it is none."
+    inner = getattr(optimizer, 'opt', optimizer)  # of fastai's OptimWrapper and Lookahead
+    found = [one.state for one in real_optimizers(optimizer)] or [getattr(inner, 'state', None)]
+    if all(isinstance(state, MutableMapping) for state in found): return found
+    raise TypeError(f'optimizer: got {type(optimizer).__name__}, expected an optimizer, which has a state')
 
 
 def parameters_of(

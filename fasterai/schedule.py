@@ -75,9 +75,7 @@ class Curve:
 
     def __post_init__(self):
         for name, value in self._times().items():
-            if _is_share(value) or isinstance(value, Time): continue
-            expected = 'a share of training, 0 to 1, steps(n) or epochs(n)'
-            raise ValueError(f'schedule: got {name}={value!r}, expected {expected}')
+            check_time(value, f'schedule: got {name}={value!r}')
         ordered = self._ordered()
         kinds = {_kind(value) for value in ordered.values()}
         if len(kinds) == 1: self._check_order({name: _number(value) for name, value in ordered.items()})
@@ -123,11 +121,7 @@ class Curve:
         whole('steps_per_epoch', steps_per_epoch)
         times, found, shares = self._times(), copy(self), {}
         for name, value in times.items():
-            share = value.of(n_epochs, steps_per_epoch) if isinstance(value, Time) else _fraction(value)
-            if share > 1:
-                most = _length(value, n_epochs, steps_per_epoch)
-                raise ValueError(f'schedule: got {name}={value!r}, expected at most the {most} of this fit')
-            shares[name] = share
+            shares[name] = _share_in_fit(value, n_epochs, steps_per_epoch, f'schedule: got {name}={value!r}')
         found._set_times(shares)
         self._check_order(found._ordered(), f'; an epoch has {steps_per_epoch} steps here')
         return found
@@ -165,6 +159,33 @@ def _number(time): return time.n if isinstance(time, Time) else time
 def _fraction(share):
     "Return a share as a fraction of the same value."
     return Fraction(share) if isinstance(share, Rational) else Fraction(float(share))
+
+
+def check_time(
+    time,  # what the user gave
+    got: str,  # the begin of the error
+):
+    "Raise `ValueError` where something is no time in a training."
+    if _is_share(time) or isinstance(time, Time): return
+    raise ValueError(f'{got}, expected a share of training, 0 to 1, steps(n) or epochs(n)')
+
+
+def steps_until(
+    time: float | Time,  # in a training
+    n_epochs: int,  # length of the training
+    steps_per_epoch: int,  # batches
+    got: str,  # the begin of the error
+) -> int:
+    "Return how many steps are done at a time; `ValueError` where it lies after the end of the training."
+    n, share = n_epochs * steps_per_epoch, float(_share_in_fit(time, n_epochs, steps_per_epoch, got))
+    done = floor(share * n)
+    return done if done / n >= share else done + 1
+
+
+def _share_in_fit(time, n_epochs, steps_per_epoch, got):
+    share = time.of(n_epochs, steps_per_epoch) if isinstance(time, Time) else _fraction(time)
+    if share <= 1: return share
+    raise ValueError(f'{got}, expected at most the {_length(time, n_epochs, steps_per_epoch)} of this fit')
 
 
 def _length(time, n_epochs, steps_per_epoch):

@@ -1,30 +1,103 @@
-"Remember how a model was, and put it back: its values, its modes, and the random numbers."
+"Remember how a model was, and put it back: its values, its optimizer, its modes, and the random numbers."
 import random
 from contextlib import contextmanager
+from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import nn
 
+from fasterai.optimizers import states_of
+
 
 class Snapshot:
-    "Copy all parameters and buffers of a model, so that `restore` can bring their values back."
+    """Copy the values of a model: all parameters and buffers, such as the statistics of BatchNorm.
+
+    `Sparsifier.rewind` goes back to them, and keeps what is pruned at zero. With an optimizer its momentum,
+    second moments and the like are copied too, not its learning rate. `TypeError` where it is none."""
 
     def __init__(self,
         model: nn.Module,
+        optimizer=None,  # the one that steps the model, if it shall go back, too
     ):
-        # `parameters` and `buffers` give a tensor that several modules share only once
-        tensors = [*model.parameters(), *model.buffers()]
-        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        tensors = _named(model)
+        self._names = [*tensors]
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
         self._buffers = _buffers_of(model)
+        self._optimizer = optimizer
+        states = [] if optimizer is None else states_of(optimizer)
+        self._states = [_state_by_name(state, tensors) for state in states]
+
+    @property
+    def values(self) -> dict:  # name: tensor
+        "Return the values of parameters and buffers by name; what several modules share is there once."
+        return {name: value for name, (_, value) in zip(self._names, self._saved)}
 
     def restore(self):
-        "Write the values back bit for bit, in place: the model keeps its tensors. Can be called again."
+        "Write the model's values back bit for bit, in place: it keeps its tensors. Can be called again."
         _give_back(self._buffers)
-        for tensor, value in self._saved:
-            # what was made in inference mode can be changed only there
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                _once(tensor).copy_(_once(value, tensor))
+        for tensor, value in self._saved: _write(tensor, value)
+
+    def fits(self,
+        model: nn.Module,
+    ) -> bool:
+        "Tell whether a model has all names of the values."
+        return {*self._names} <= {*_named(model)}
+
+    def write_into(self,
+        model: nn.Module,  # the same or another one, on any device
+        optimizer=None,  # gets what was kept for the weights; None: the one of the snapshot, where the tensors are those of then
+    ) -> list:  # of the states of the optimizer that were written, {parameter: {name: tensor or anything}}
+        """Write the values into the tensors of a model by their names, in place.
+
+        `ValueError`, and nothing changed, where one is missing or has another shape, or there is no state
+        for the optimizer; `TypeError` where that is none."""
+        here, values = _named(model), self.values
+        for name, value in values.items():
+            shape = tuple(here[name].shape) if name in here else 'none'
+            if shape == tuple(value.shape): continue
+            raise ValueError(f'snapshot: got {name!r} of shape {tuple(value.shape)}, '
+                             f'expected one of the model, which has {shape}')
+        same = all(here[name] is was for name, (was, _) in zip(self._names, self._saved))
+        if optimizer is None and same: optimizer = self._optimizer
+        states = [] if optimizer is None else states_of(optimizer)
+        if states and len(states) != len(self._states):
+            raise ValueError(f'optimizer: got {type(optimizer).__name__}, expected None: '
+                             'the snapshot holds no state for it')
+        for name, value in values.items(): _write(here[name], value)
+        for state, saved in zip(states, self._states): _write_state(state, saved, here)
+        # fastai's Lookahead copies its slow weights anew at the next step
+        if getattr(optimizer, 'slow_weights', None): optimizer.count, optimizer.slow_weights = 0, None
+        return states
+
+
+def _named(model):
+    "Return the tensors of a model by name; one that several modules share is there once."
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _write(tensor, value):
+    "Write a value into a tensor. What was made in inference mode can be changed only there."
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        _once(tensor).copy_(_once(value, tensor))
+
+
+def _state_by_name(state, tensors):
+    kept = {name: state[tensor] for name, tensor in tensors.items() if tensor in state}
+    return {name: deepcopy(dict(of)) for name, of in kept.items()}
+
+
+def _write_state(state, saved, tensors):
+    "Put back what an optimizer keeps for the parameters of a model, where these are now."
+    for name, tensor in tensors.items():
+        state.pop(tensor, None)
+        if name not in saved: continue
+        state[tensor] = {key: _beside(tensor, kept) for key, kept in deepcopy(saved[name]).items()}
+
+
+def _beside(tensor, kept):
+    is_mirror = isinstance(kept, torch.Tensor) and kept.shape == tensor.shape
+    return kept.to(tensor.device) if is_mirror else kept
 
 
 def _once(tensor, like=None):

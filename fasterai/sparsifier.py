@@ -280,6 +280,24 @@ class Sparsifier:
                             'expected the state of an optimizer, as optimizer.state')
         self.masks.mask_state(state)
 
+    def rewind(self,
+        snapshot: Snapshot,  # `Snapshot(model, optimizer)`, taken earlier
+        optimizer=None,  # gets back the state that the snapshot holds; None: the one it was taken of, where the model has the same tensors
+    ):
+        """Put all values back to those of a snapshot; what is pruned stays zero (rewinding; Frankle 2020).
+
+        The masks stay those of the Sparsifier: a weight that is zero in the snapshot learns, where it is not
+        pruned. What training has gathered for the criterion begins anew. `TypeError` where it is no snapshot;
+        `ValueError`, and nothing changed, where names or shapes of the model are others."""
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f'snapshot: got {type(snapshot).__name__}, expected Snapshot(model, optimizer)')
+        self.selected.refresh()
+        model = self.model if snapshot.fits(self.model) else bare(self.model)
+        states = snapshot.write_into(model, optimizer)
+        self.apply_masks()
+        for state in states: self.masks.mask_state(state)
+        self.evidence.load({})
+
     def attach(self,
         optimizer: torch.optim.Optimizer,  # the one that steps the model in your own loop, or what wraps one
     ):

@@ -82,6 +82,16 @@ def repaired_line(
     return f'{text}; {refused}' if undone else text
 
 
+def rewound_line(
+    timetable,  # `Timetable`
+    rewound: bool,
+) -> str:  # '' where nothing was to be rewound
+    "Say to which step the weights went back, or that they did not."
+    if timetable.last is None: return ''
+    if rewound: return f'rewound to step {timetable.remember} after the last event, at step {timetable.last}'
+    return f'not rewound: the last event, due at step {timetable.last}, was not followed by a step'
+
+
 def reached_line(
     report: Report,
     asked: dict,  # name of a layer: fraction of zeros

@@ -1,7 +1,7 @@
 "Follow a schedule through one fit: what is due at each step, and what was done last."
 from typing import NamedTuple
 
-from fasterai.schedule import Schedule, as_due, initial_at, needs_length, over_fit
+from fasterai.schedule import Schedule, Time, as_due, initial_at, needs_length, over_fit, steps_until
 
 
 class Wanted(NamedTuple):
@@ -23,8 +23,10 @@ class Timetable:
     def __init__(self,
         schedule: Schedule,  # as the user gave it
         start: float = 0.,  # progress of training with which the fit begins, more than 0 where it resumes
+        rewind_to: float | Time | None = None,  # time in the training to which the weights go back after the last event; None: they do not
     ):
-        self.schedule, self.start = schedule, start
+        self.schedule, self.start, self.rewind_to = schedule, start, rewind_to
+        self.remember, self.last = None, None  # steps that are done at that time, and with the last event; None: not known, or nothing to do
         self.placed, self.length = None, None  # the schedule over a fit of (epochs, steps an epoch)
         self.progress = 0.  # of training, 0 to 1
         self.done = Wanted()  # what the last event has made
@@ -48,6 +50,40 @@ class Timetable:
         first = self.placed is None
         self.placed, self.length = over_fit(self.schedule, n_epochs, n_steps), (n_epochs, n_steps)
         if first: self.done = self.done._replace(nth=self.due(self.start).nth)
+        if self.rewind_to is not None: self._place_rewinding(n_epochs, n_steps)
+
+    def _place_rewinding(self, n_epochs, n_steps):
+        n, got = n_epochs * n_steps, f'rewind_to: got {self.rewind_to!r}'
+        remember = steps_until(self.rewind_to, n_epochs, n_steps, got)
+        last, start = self._last_event(n), self.start * n
+        if last == n:
+            raise ValueError(f'{got} with a last event at the end of the training, '
+                             'expected a schedule that ends earlier: what is rewound must train')
+        if remember >= last:
+            raise ValueError(f'{got}, expected a time before the last event, step {last} of {n}')
+        if start >= last: return  # it was rewound before
+        if start > remember:
+            raise ValueError(f'{got} in a fit that resumes at step {start:.0f}, expected a later time: '
+                             'the weights of then are not known')
+        self.remember, self.last = remember, last
+
+    def _last_event(self, n):
+        "Return how many of n steps are done with the last event."
+        end = self.due(1.)
+        return 1 + next((i for i in range(n - 1, 0, -1) if self.due(i / n) != end), 0)
+
+    def remembers(self,
+        done: int,  # steps
+    ) -> bool:
+        "Tell whether it is time to remember the weights, or later."
+        return self.remember is not None and done >= self.remember
+
+    @property
+    def rewinds(self) -> bool:
+        "Tell whether the last event was made, so that the weights go back."
+        if self.last is None: return False
+        n = self.length[0] * self.length[1]
+        return self.progress >= self.last / n and self.done == self.due(1.)
 
     def due(self,
         progress: float,  # of training, 0 to 1
