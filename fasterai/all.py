@@ -27,11 +27,12 @@ from fasterai.schedule import (
 from fasterai.sensitivity import sensitivity
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
+from fasterai.tickets import find_ticket
 
 __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
     'exponential', 'multi_step', 'acdc', 'rigl', 'Due', 'steps', 'epochs', 'plot_schedule',
-    'sensitivity', 'fit_to', 'refit', 'recalibrate', 'Snapshot',
+    'sensitivity', 'fit_to', 'refit', 'recalibrate', 'Snapshot', 'find_ticket',
     'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

@@ -210,7 +210,7 @@ def sensitivity(
     learner = None if isinstance(model, nn.Module) else model
     if learner is not None: model = _network_of(learner)
     better = True
-    if metric is None: metric, better = _metric_of(learner)
+    if metric is None: metric, better = metric_of(learner)
     callable_with('metric', metric, 1, 'a function of the model')
     flag('higher_is_better', higher_is_better, or_none=True)
     if higher_is_better is None: higher_is_better = better
@@ -219,7 +219,7 @@ def sensitivity(
     sparsifier = Sparsifier(model, granularity, 'local', criteria, layers, example, **evidence)
     sparsifier.selected.include(sparsifier.selected.candidates)  # a frozen layer can be measured, too
     repairs, batches = _read_repairs(sparsifier.rules, repair, evidence.get('data', data), model, learner)
-    with _without_output(learner), sparsifier.repairs.instead(repairs, batches, model):
+    with without_output(learner), sparsifier.repairs.instead(repairs, batches, model):
         dense, values = _measure(sparsifier, levels, metric)
     weights = {name: layer.weight.numel() for name, layer in sparsifier.layers.items()}
     name, repaired = getattr(metric, '__name__', 'metric'), tuple(names_of_repairs(repairs))
@@ -233,7 +233,9 @@ def _network_of(learner):
     return learner.model
 
 
-def _metric_of(learner):
+def metric_of(
+    learner,  # a fastai Learner; None is refused
+) -> tuple:  # function of a model that is not looked at, which has a name; bool
     "Return the first metric of a Learner, or its loss, as a function; and True if higher is better."
     if learner is None:
         raise ValueError('metric: got None, expected with a network a function from it to a number')
@@ -305,7 +307,9 @@ def _measure(sparsifier, levels, metric):
 
 
 @contextmanager
-def _without_output(learner):
+def without_output(
+    learner,  # a fastai Learner, or None
+):
     "Show neither the bar nor the table of a Learner; do nothing for None."
     with ExitStack() as stack:
         for name in ('no_bar', 'no_logging'):
