@@ -278,7 +278,7 @@ class _Search:
         value = self._trained([begin], masks)
         if not begin.begun:
             raise ValueError(f'fit: got {name_of(self.fit)}, which has trained no batch')
-        if what == TICKET: self._prune(nth, masks)
+        if what == TICKET: self._prune(nth)
         ticket.start, ticket.values[what, nth] = begin.start, value
 
     def _trained(self, callbacks, masks):
@@ -289,11 +289,10 @@ class _Search:
         with self.learn.added_cbs(callbacks): self.fit(self.learn)
         return self.metric(self.model)
 
-    def _prune(self, nth, masks):
-        "Find the masks of the next round."
+    def _prune(self, nth):
+        "Find the masks of the next round. Zeros that the trained network has go first."
         levels, found = self.ticket.levels, self.sparsifier.masks
-        if masks: found.update(masks)
-        else: self.ticket.bits, self.ticket.sparsities = [found.state_dict()], [0.]
+        if not nth: self.ticket.bits, self.ticket.sparsities = [found.state_dict()], [0.]
         if nth + 1 == len(levels): return
         self.sparsifier.sparsify_model(levels[-1], levels[nth + 1] / levels[-1])
         self.ticket.bits[nth + 1:] = [found.state_dict()]

@@ -3,6 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import convnet
+from fastai.callback import schedule  # noqa: F401 (gives a Learner fine_tune)
 from fastai.callback.core import Callback
 from fastai.optimizer import OptimWrapper, ranger
 from torch import nn
