@@ -176,7 +176,8 @@ class SparsifyCallback(Keeper):
 
         Steps and epochs are those of the part of fine_tune that trains all layers. They may be too many for
         the first part, in which the Learner has frozen some."""
-        return not self.timetable.needs_length or not self._frozen_by_learner()
+        needs_length = self.timetable.needs_length or self.rewind_to is not None
+        return not needs_length or not self._frozen_by_learner()
 
     def _prune(self):
         "Make an event, if one is due."

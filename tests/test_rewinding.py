@@ -3,13 +3,23 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import convnet
-from fastai.callback import schedule  # noqa: F401 (gives a Learner fine_tune)
 from fastai.callback.core import Callback
+from fastai.callback.schedule import SchedCos  # noqa: F401 (gives a Learner fine_tune)
 from fastai.optimizer import OptimWrapper, ranger
 from torch import nn
 
 from fasterai.callback import SparsifyCallback
-from fasterai.schedule import epochs, gradual, iterative, linear, one_shot, read_schedule, rigl, steps
+from fasterai.schedule import (
+    epochs,
+    gradual,
+    iterative,
+    linear,
+    multi_step,
+    one_shot,
+    read_schedule,
+    rigl,
+    steps,
+)
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.timetable import Timetable
@@ -129,8 +139,11 @@ class Watch(Callback):
 def torch_adam(params, lr=.01, **_): return OptimWrapper(params, torch.optim.Adam, lr=lr)
 
 
-@pytest.mark.parametrize('rewind_to, k', [(0, 0), (.25, 2), (steps(3), 3), (epochs(.5), 2)])
-@pytest.mark.parametrize('schedule, last', [(one_shot(at=.5), 5), (gradual(.25, .75), 6)])
+UP_AND_DOWN = multi_step(at=(.25, .5, .625), shares=(1, .5, 1))
+
+
+@pytest.mark.parametrize('rewind_to, k', [(0, 0), (.25, 2), (.3, 3), (steps(3), 3), (epochs(.5), 2)])
+@pytest.mark.parametrize('schedule, last', [(one_shot(at=.5), 5), (gradual(.25, .75), 6), (UP_AND_DOWN, 6)])
 def test_a_fit_rewinds_after_the_last_event(make_learner, rewind_to, k, schedule, last):
     watch, callback = Watch(), SparsifyCallback(80, schedule=schedule, rewind_to=rewind_to)
     make_learner().fit(2, cbs=[watch, callback])
@@ -195,7 +208,7 @@ def test_a_resumed_fit(make_learner):
 def test_fine_tune_rewinds_in_its_second_part(make_learner, capsys):
     learn = make_learner(splitter=lambda m: [list(m[:3].parameters()), list(m[3:].parameters())])
     learn.logger = print
-    callback = SparsifyCallback(90, schedule=gradual(.25, .5), rewind_to=.25)
+    callback = SparsifyCallback(90, schedule=one_shot(at=.7), rewind_to=steps(5))  # the first part has four
     learn.fine_tune(2, cbs=callback)
-    assert callback.rewound and 'rewound to step 2 after the last event, at step 4' in capsys.readouterr().out
-    assert 'rewind_to=0.25' in repr(callback) and callback._snapshot is None
+    assert callback.rewound and 'rewound to step 5 after the last event, at step 6' in capsys.readouterr().out
+    assert 'rewind_to=steps(5)' in repr(callback) and callback._snapshot is None
