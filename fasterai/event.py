@@ -35,7 +35,7 @@ class Mask:
     def full(cls, weight, grouping):
         "Make a mask that keeps all of a weight."
         keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-        return cls(keep, _full_costs([grouping], weight.device), weight.numel())
+        return cls(keep, _as_costs(grouping.sizes, weight.device), weight.numel())
 
     @property
     def size(self) -> int: return self.keep.numel()
@@ -216,7 +216,7 @@ def _exchange(rules, tied, before, after, scores, gone, swap):
 def _places(context, groups, tied):
     "Number the groups so that only those of the same number may be exchanged; None: all may."
     places, device = None, groups.alive.device
-    full = _costs_if_full(tied, device)
+    full = _as_costs(_full_sizes(tied), device)
     if context.places is not None: places = torch.tensor(context.places(groups.axes), device=device)
     if groups.costs is None and full is None: return places
     costs = torch.where(groups.alive, _costs_of(groups), groups.group_size if full is None else full)
@@ -281,7 +281,7 @@ def _all_competing(groups, tied, masks, zeros, gone):
         are_gone = pruned[where] if is_zero is None else pruned[where] | torch.as_tensor(is_zero(where))
         living = torch.as_tensor(groups.scores(where)).double().clamp(min=LIVING)
         return torch.where(are_gone, gone(tied, where), living)
-    costs = _costs_if_full(tied, pruned.device)
+    costs = _as_costs(_full_sizes(tied), pruned.device)
     return replace(groups, alive=torch.ones_like(pruned), scores=scores, known_alive=len(pruned), costs=costs,
                    scattered=0, count_free=None)
 
@@ -313,7 +313,7 @@ def _costs_of(groups):
 def _new_mask(grouping, mask, keep, left, alone, regrow):
     "Return the mask of one layer after a decision about its groups; `left` is None where it must be counted."
     kept = grouping.expand(keep)
-    costs = _full_costs([grouping], keep.device) if regrow else mask.costs
+    costs = _as_costs(grouping.sizes, keep.device) if regrow else mask.costs
     has_zeros_in_groups = costs is not None or not alone
     if has_zeros_in_groups and not regrow: kept = _both(kept, mask.keep)
     if costs is not None: costs = costs * keep
@@ -338,15 +338,13 @@ def _costs(grouping, left):
     return None if bool(full_or_empty.all()) else left
 
 
-def _full_costs(groupings, device):
-    "Return the number of weights in each full group of all groupings; None where all groups have the same."
-    sizes = sum(grouping.sizes for grouping in groupings)
-    return sizes.to(device) if isinstance(sizes, torch.Tensor) else None
+def _full_sizes(tied):
+    "Return the weights, or multiply-adds, of each group of layers that are pruned as one, where it is full."
+    return sum(layer.grouping.sizes * layer.uses for layer in tied)
 
 
-def _costs_if_full(tied, device):
-    "Return the weights, or multiply-adds, of each group where all are full; None where all are alike."
-    sizes = sum(layer.grouping.sizes * layer.uses for layer in tied)
+def _as_costs(sizes, device):
+    "Return the sizes of groups as costs: None where all have the same."
     return sizes.to(device) if isinstance(sizes, torch.Tensor) else None
 
 

@@ -93,6 +93,16 @@ def calls_of(model, x):
     return names
 
 
+def test_a_block_with_an_argument_that_may_be_none_is_left_alone():
+    class Optional(Block):
+        def forward(self, x, scale=None): return torch.relu(self.a(x)) if scale is None else torch.relu(self.a(x)) * scale
+    class Any(Block):
+        def forward(self, *x): return torch.relu(self.a(x[0]))
+    for kind in (Optional, Any):
+        block = kind(None).eval()
+        assert fuse_blocks(block) == [] and 'forward' not in vars(block)
+
+
 @needs_kernels
 def test_nothing_is_left_of_sums_and_activations():
     block, x = Block(residual).eval(), torch.randn(2, 4, 7, 5)

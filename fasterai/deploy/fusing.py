@@ -1,5 +1,6 @@
 "Let sparse layers do what is done with their outputs: a sum and a ReLU, in the same pass over memory."
 import operator
+from inspect import signature
 
 import torch
 from torch import fx, nn
@@ -51,8 +52,14 @@ def unfuse(model: nn.Module):
 
 def _is_block(module):
     "Tell whether a module has code of its own, and calls layers."
-    is_own = not type(module).__module__.startswith('torch.nn')
-    return is_own and 'forward' not in vars(module) and any(isinstance(m, SPARSE) for m in module.modules())
+    is_own = not type(module).__module__.startswith('torch.nn') and 'forward' not in vars(module)
+    return is_own and any(isinstance(m, SPARSE) for m in module.modules()) and _needs_all(module.forward)
+
+
+def _needs_all(forward):
+    "Tell whether a function needs all its arguments: torch.fx takes one that may be None for a tensor."
+    arguments = signature(forward).parameters.values()
+    return all(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in arguments)
 
 
 def _can_be_fused(block):
