@@ -56,6 +56,21 @@ def test_a_matrix_that_is_singular_is_damped_until_it_can_be_solved():
     assert torch.linalg.cholesky_ex(gram + DAMPING * gram.diagonal().mean() * torch.eye(6))[1]
 
 
+@pytest.mark.parametrize('apart, refined', [(1, True), (1e-3, False), (1e-5, False)])
+def test_factors_of_single_precision_are_enough_or_are_not_used(apart, refined, monkeypatch):
+    "Inputs that are almost the same, with almost no damping, have no factors of single precision that help."
+    monkeypatch.setattr(least_squares, 'DAMPING', 1e-13)
+    damped, solved = [], least_squares._solve_damped
+    monkeypatch.setattr(least_squares, '_solve_damped', lambda *args: damped.append(1) or solved(*args))
+    masks = torch.rand(6, 40) < .6
+    x = torch.randn(200, 1).double() + apart * torch.randn(200, 40).double()
+    y = torch.randn(200, 6).double()
+    start, gram, wanted = torch.randn(6, 40).double() * masks, x.T @ x, x.T @ y
+    found, ridge = solve_kept(start, gram, wanted), least_squares.DAMPING * gram.diagonal().mean()
+    missing = (wanted.T + ridge * start - found @ gram - ridge * found) * masks
+    assert missing.norm() < 1e-10 * wanted.norm() and bool(damped) == (not refined)
+
+
 @pytest.mark.parametrize('value', [0., torch.inf, torch.nan])
 def test_without_a_sensible_matrix_nothing_moves(value):
     start, gram, wanted = problem(torch.rand(6, 8) < .7)
