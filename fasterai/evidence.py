@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from fasterai.calibration import Calibration
 from fasterai.inputs import Watching
 from fasterai.kinds import EVIDENCE, Computed, Gathered
 from fasterai.native.sweep import compiled
+
+HELD = 2 ** 27  # bytes of large matrices, of several layers, that are held at once: fewer take more passes over the data
 
 
 class Evidence:
@@ -26,6 +29,7 @@ class Evidence:
     ):
         self.names, self.selected, self.calibration = names, selected, calibration
         self.states = {}  # (kind, layer's name): state
+        self.ahead, self.held = [], {}  # the layers of an event; large states of some of them, as `states`
         for name in names:
             if EVIDENCE[name].at_once: self._start(name)
 
@@ -97,8 +101,11 @@ class Evidence:
             tells = {name: self._from_data(name, layers) for name in small}
             found = {(name, of): state for name, told in tells.items() for of, state in told.items()}
             self.states |= found
+            self.ahead = layers
             try: yield
-            finally: self._take_back(found, before)
+            finally:
+                self.ahead, self.held = [], {}
+                self._take_back(found, before)
 
     def _take_back(self, found, before):
         for key in found:
@@ -254,8 +261,24 @@ class Evidence:
     def _state(self, name, layer):
         kind, key = EVIDENCE[name], (name, layer.name)
         if kind.start is not None and key not in self.states: self.states[key] = kind.start(layer)
-        if kind.large and self._can_gather(kind): return self._from_data(name, [layer])[layer.name]
+        if kind.large and self._can_gather(kind): return self._large(name, layer)
         return self.states.get(key)
+
+    def _large(self, name, layer):
+        "Return a large state, held no longer. One pass over the data gathers as many as `HELD` allows."
+        key = name, layer.name
+        if key not in self.held:
+            self.held = {}
+            found = self._from_data(name, self._next_layers(EVIDENCE[name], layer))
+            self.held = {(name, of): state for of, state in found.items()}
+        return self.held.pop(key)
+
+    def _next_layers(self, kind, layer):
+        "Return a layer and those after it in the event whose large states can be held together."
+        names = [one.name for one in self.ahead]
+        after = self.ahead[names.index(layer.name) + 1:] if layer.name in names else []
+        sizes = accumulate(map(kind.large, [layer, *after]))
+        return [layer, *(one for one, size in zip(after, islice(sizes, 1, None)) if size <= HELD)]
 
     @torch.no_grad()
     def _update(self, name, layer, update, *x):

@@ -31,7 +31,7 @@ class Kind:
     on_sample: Callable | None = None  # (layer, state, grad) -> state, for the gradient of each single sample
     of_model: Callable | None = None  # (layers, calibration) -> {layer's name: state}, for what is known of all layers at once
     needs_loss: bool = False  # `of_model` computes gradients of the loss
-    large: bool = False  # its state is a large matrix: it is gathered for one layer at a time, where it is read, and not kept
+    large: Callable | None = None  # (layer) -> bytes of a state that is large: it is gathered where it is read, of few layers at a time, and not kept
     anew: bool = False  # it is begun anew after each event that succeeded: the state of the event's layers is let go
     lacking: Callable | None = None  # (layers, states) -> bool for each, True where there is nothing to read; None: where it has no state yet
     how: str = ''  # how to supply it, for the error where no layer has it
@@ -242,6 +242,11 @@ def _gram(layer, state):
     return gram[0] if len(gram) == 1 else gram
 
 
+def _bytes_of_gram(layer):
+    groups, _, inputs = as_matrix(layer.weight, *form_of(layer.grouping.axes)).shape
+    return 8 * groups * inputs ** 2
+
+
 # The Fisher information
 
 def _add_sample(layer, state, grad):
@@ -260,6 +265,14 @@ def _add_blocks(layer, state, grad):
     flat = widened(grad).flatten()
     size = min(BLOCK, len(flat))
     return _add_pairs(torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size), state)
+
+
+def _bytes_of_rows(layer):
+    inputs = as_matrix(layer.weight, *form_of(layer.grouping.axes)).shape[2]
+    return layer.weight.element_size() * layer.weight.numel() * inputs
+
+
+def _bytes_of_blocks(layer): return layer.weight.element_size() * layer.weight.numel() * BLOCK
 
 
 def _add_pairs(rows, state):
@@ -306,10 +319,11 @@ EVIDENCE = {
     'batch_squares': _mean('batch_squares', _square),
     'movement': Kind(read=_movement, on_step=partial(_add_step, _weight_times_grad), lacking=_no_steps),
     'input_norm': Kind(read=_input_norm, on_input=_add_squares),
-    'gram': Kind(read=_gram, on_input=_add_products, large=True, weight_shaped=False),
+    'gram': Kind(read=_gram, on_input=_add_products, large=_bytes_of_gram, weight_shaped=False),
     'grad_squares': Kind(read=_sample_mean, on_sample=_add_sample),
-    'fisher_rows': Kind(read=_mean_of_pairs, on_sample=_add_rows, large=True, weight_shaped=False),
-    'fisher_blocks': Kind(read=_mean_of_pairs, on_sample=_add_blocks, large=True, weight_shaped=False),
+    'fisher_rows': Kind(read=_mean_of_pairs, on_sample=_add_rows, large=_bytes_of_rows, weight_shaped=False),
+    'fisher_blocks': Kind(read=_mean_of_pairs, on_sample=_add_blocks, large=_bytes_of_blocks,
+                          weight_shaped=False),
     'inverse_diagonal': Kind(read=_of_model, of_model=inverse_diagonals, needs_loss=True),
     'flow': Kind(read=_of_model, of_model=synaptic_flow),
 }

@@ -12,7 +12,7 @@ from conftest import convnet
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai import curvature
+from fasterai import curvature, evidence
 from fasterai.context import within
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import block
@@ -305,7 +305,16 @@ def test_evidence_is_gathered_anew_for_each_event_and_not_kept(net):
     assert len(seen) == 3 and not sparsifier.evidence.states
 
 
-def test_one_large_matrix_is_in_memory_at_a_time(net, monkeypatch):
+@pytest.mark.parametrize('held, passes, together', [(0, [1, 1, 1], 2), (8 * (9 ** 2 + 54 ** 2), [2, 1], 3), (2 ** 27, [3], 4)])
+def test_as_many_large_matrices_are_in_memory_as_may_be_held(net, monkeypatch, held, passes, together):
+    "One more is the new one, while the old one is let go."
+    monkeypatch.setattr(evidence, 'HELD', held)
+    gathered, from_data = [], evidence.Evidence._from_data
+
+    def counted(self, name, layers):
+        if name == 'gram': gathered.append(len(layers))
+        return from_data(self, name, layers)
+    monkeypatch.setattr(evidence.Evidence, '_from_data', counted)
     alive, most, real = set(), [], EVIDENCE['gram'].on_input
 
     def add(layer, state, read):
@@ -316,7 +325,18 @@ def test_one_large_matrix_is_in_memory_at_a_time(net, monkeypatch):
         return new
     monkeypatch.setitem(EVIDENCE, 'gram', replace(EVIDENCE['gram'], on_input=add))
     Sparsifier(net, criteria='sparsegpt', data=batches(1)).sparsify_model(50)
-    assert len(most) == 3 and max(most) <= 2  # the new one, while the old one is let go
+    assert len(most) == 3 and max(most) <= together and gathered == passes
+
+
+def test_large_matrices_that_are_gathered_together_are_the_same(net, monkeypatch):
+    found, data = [], batches()
+    for held in 0, 2 ** 27:
+        monkeypatch.setattr(evidence, 'HELD', held)
+        sparsifier = Sparsifier(deepcopy(net), criteria='sparsegpt', data=data)
+        sparsifier.sparsify_model(50)
+        assert not sparsifier.evidence.held and not sparsifier.evidence.ahead
+        found.append([p.detach() for p in sparsifier.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 # ---- Bad input
