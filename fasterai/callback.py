@@ -3,9 +3,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from fastai.learner import noop
 
-from fasterai.allocation import fractions
 from fasterai.batches import TrainingBatches, loss_of
 from fasterai.data import check_batches
+from fasterai.driver import Driver, check_begin, check_end
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.fit_to import fit_to, read_budget
 from fasterai.keep import Keeper, KeepSparse
@@ -13,22 +13,17 @@ from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
 from fasterai.progress import hidden
-from fasterai.repairing import repairs_of
 from fasterai.rules import Rules, as_arguments, takes_rules
-from fasterai.schedule import Ramp, Time, check_initial, check_time, read_schedule
-from fasterai.snapshot import Snapshot
+from fasterai.schedule import Time, needs_length, read_schedule
 from fasterai.summary import (
     anew_line,
     chosen_line,
     frozen_line,
-    names_of_repairs,
     not_run_line,
-    reached_line,
     repaired_line,
     rewound_line,
     zeros_line,
 )
-from fasterai.timetable import Timetable
 
 
 class SparsifyCallback(Keeper):
@@ -37,8 +32,8 @@ class SparsifyCallback(Keeper):
     A wrong argument raises `TypeError` or `ValueError`, which names it: when the callback is made, or before
     the first batch where the model must be known."""
     order = Keeper.order - .1
-    _stateattrs = (*Keeper._stateattrs, '_snapshot')
-    _snapshot = None
+    _stateattrs = (*Keeper._stateattrs, 'driver')
+    driver = None  # of the last fit
 
     @takes_rules
     def __init__(self,
@@ -63,13 +58,9 @@ class SparsifyCallback(Keeper):
         self._check_budget(sparsity, ms, bytes)
         if not self.budget: self.rules.check_sparsity(sparsity)
         self.sparsity, self.schedule = sparsity, read_schedule(schedule)
-        self._check_initial()
         self.repair, self.rewind_to = repair, rewind_to
-        repairs_of(self.rules, repair)  # an error comes now
-        if rewind_to is not None: check_time(rewind_to, f'rewind_to: got {rewind_to!r}')
-        if rewind_to is not None and repair:
-            raise ValueError(f'repair: got {repair!r} with rewind_to={rewind_to!r}, expected None: '
-                             'what is repaired would be rewound')
+        if not self.budget: check_begin(self.rules, sparsity, self.schedule)
+        check_end(self.rules, repair, rewind_to)
         if data is not None: check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
         self.keeper, self.history = None, []
@@ -83,11 +74,9 @@ class SparsifyCallback(Keeper):
         self.active = not hasattr(self.learn, 'lr_finder')
         if not self.active: return
         self._check_names()
-        self._check_initial()
         self._build(self.rules, **self._calibration())
         self.sparsifier.selected.include(self._frozen_for_a_while())
         if self.sparsity is None: self._choose()
-        self._find_asked()
         self._begin()
         self._leave_keeper()
         self.column.add(self.learn)
@@ -106,15 +95,16 @@ class SparsifyCallback(Keeper):
         if not self.active or not self.training: return
         first = not self.begun
         super().before_batch()
-        if self.rewind_to is not None: self._remember()
+        self._remember()
         if not first: return
-        self._find_asked()
+        self.driver.find_asked()
         self._say(not_run_line(self.sparsifier.skipped))
 
     def after_batch(self):
         "Rewind when the step of the last event is done: its gradient was that of other weights."
-        if not self.active or not self.training or self._snapshot is None: return
-        if self.timetable.rewinds: self._rewind()
+        if not self.active or not self.training or not self.driver.rewind(self.learn.opt): return
+        for cb in self._others(Keeper):
+            if cb.active: cb.sparsifier.apply_masks()  # of layers that are not pruned here
 
     def after_train(self):
         "Prune once more after the last batch: GradientAccumulation or an overflow may have skipped its step."
@@ -124,7 +114,7 @@ class SparsifyCallback(Keeper):
         more_to_come = self.epoch < self.n_epoch - 1 or self.iter < self.n_iter - 1
         if more_to_come: return
         try: self._prune()
-        except ValueError as error: self.trouble = f'the last event failed: {error}'
+        except ValueError as error: self.driver.trouble = f'the last event failed: {error}'
 
     def after_epoch(self):
         "Let trackers see only epochs at the final sparsity; one that a resumed fit skips is not saved again."
@@ -133,7 +123,7 @@ class SparsifyCallback(Keeper):
         report = self.sparsifier.report()
         self.history.append({'epoch': self.epoch} | {row.layer: row.sparsity for row in report.rows})
         self.column.fill(self.learn, report.sparsity)
-        if self.timetable.at_end: self.compared = True
+        if self.driver.timetable.at_end: self.compared = True
         else: self.trackers.pause(self.learn, spare=self._goes_on)
 
     def after_fit(self):
@@ -146,73 +136,48 @@ class SparsifyCallback(Keeper):
         "Mask once more, when all other callbacks are done, and say what was reached."
         super().end()
         if not self.active or not self.sparsifier.selected.candidates: return
-        if not self.begun: self.trouble = 'there was no batch to train on'
-        self._snapshot = None
-        if not self._frozen_by_learner(): self._say(rewound_line(self.timetable, self.rewound))
-        self._say(repaired_line(self.repaired_by, self.repaired))
-        self._say(reached_line(self.sparsifier.report(), self.asked, self._masked(), self.masked_before,
-                               self._frozen_by_learner(), self.waiting, self.timetable, self.trouble,
-                               self.rules.round_to))
+        driver, frozen = self.driver, self._frozen_by_learner()
+        if not self.begun: driver.trouble = 'there was no batch to train on'
+        driver.snapshot = None
+        if not frozen: self._say(rewound_line(driver.timetable, driver.rewound))
+        self._say(repaired_line(driver.repaired_by, driver.repaired))
+        self._say(driver.reached(frozen))
 
     # What
 
     def _begin(self):
         "Set what is counted during a fit."
         start = self._resumes_at() / self.n_epoch if self.n_epoch else 0.
-        self.timetable = Timetable(self.schedule, start, self.rewind_to)
-        self.trouble = ''  # why the last event failed
-        self._snapshot, self.rewound = None, False  # the weights to go back to, between that time and the last event
+        self.driver = Driver(self.sparsifier, self.sparsity, self.schedule, self.repair, self._batches(),
+                             self.rewind_to, start)
         n_steps = len(self.learn.dls.train)
-        if n_steps and self.n_epoch and self._can_place(): self.timetable.place(self.n_epoch, n_steps)
-        self.repaired, self.repaired_by = (), []  # what the repairs of the last event returned, and their names
+        if n_steps and self.n_epoch and self._can_place(): self.driver.timetable.place(self.n_epoch, n_steps)
         self.compared, self.history = False, []  # whether there was an epoch at the final sparsity; sparsity of each layer by epoch
-        self.masked_before = self._masked()  # name of a layer: number of weights
-        self.pruned, self.waiting = set(), frozenset()  # names of the layers of the last event, and of those that waited in it
-
-    def _masked(self): return {name: mask.size - mask.left for name, mask in self.sparsifier.masks.of.items()}
 
     def _can_place(self):
         """Tell whether the schedule can be placed in this fit.
 
         Steps and epochs are those of the part of fine_tune that trains all layers. They may be too many for
         the first part, in which the Learner has frozen some."""
-        needs_length = self.timetable.needs_length or self.rewind_to is not None
-        return not needs_length or not self._frozen_by_learner()
+        has_times = needs_length(self.schedule) or self.rewind_to is not None
+        return not has_times or not self._frozen_by_learner()
+
+    @property
+    def _steps_done(self): return self.epoch * self.n_iter + self.iter
 
     def _prune(self):
         "Make an event, if one is due."
-        timetable = self.timetable
-        timetable.progress = (self.epoch * self.n_iter + self.iter + 1) / (self.n_epoch * self.n_iter)
+        timetable = self.driver.timetable
+        timetable.progress = (self._steps_done + 1) / (self.n_epoch * self.n_iter)
         if self._frozen_by_learner(): return
         timetable.place(self.n_epoch, self.n_iter)  # there may be another number of batches than was known before
-        due = timetable.due(timetable.progress)
-        if due == timetable.done and not self._more_to_prune(): return
-        regrow, swap = timetable.falls_to(due), timetable.swap_of(due)
-        repairs = self._repairs_at(due)
-        with hidden(), self.sparsifier.repairs.instead(repairs, self._batches(), self._model()):
-            change = self.sparsifier.sparsify_model(self.sparsity, due.share, regrow, due.initial, swap=swap)
-        if change.repaired: self.repaired, self.repaired_by = change.repaired, names_of_repairs(repairs)
-        timetable.done, self.pruned, self.waiting = due, {*self.sparsifier.layers}, change.waiting
-        self._find_asked()
-        self._mask_optimizer_state()
+        if self.driver.prune(): self._mask_optimizer_state()
 
     def _remember(self):
-        "Copy the weights, and what the optimizer keeps, at the time to go back to."
-        if self.rewound or self._snapshot is not None or self._frozen_by_learner(): return
-        self.timetable.place(self.n_epoch, self.n_iter)
-        done = self.epoch * self.n_iter + self.iter
-        if self.timetable.remembers(done): self._snapshot = Snapshot(self._model(), self.learn.opt)
-
-    def _rewind(self):
-        self.sparsifier.rewind(self._snapshot, self.learn.opt)
-        for cb in self._others(Keeper):
-            if cb.active: cb.sparsifier.apply_masks()  # of layers that are not pruned here
-        self._snapshot, self.rewound = None, True
-
-    def _repairs_at(self, due):
-        "Return the repairs of an event: the criterion's own, and at the end of the schedule the user's."
-        at_end = due == self.timetable.due(1.) and not self.timetable.falls_to(due)
-        return repairs_of(self.rules, self.repair if at_end else None)
+        "Copy the weights at the time to go back to."
+        if self.rewind_to is None or self._frozen_by_learner(): return
+        self.driver.timetable.place(self.n_epoch, self.n_iter)
+        self.driver.remember(self._steps_done, self.learn.opt)
 
     def _batches(self): return TrainingBatches(self.learn) if self.data is None else self.data
 
@@ -220,14 +185,6 @@ class SparsifyCallback(Keeper):
         "Return the data, and the loss, that a criterion needs beside the steps of a training."
         if not self.rules.needs_data: return {}
         return {'data': self._batches(), 'loss_func': loss_of(self.learn)}
-
-    def _more_to_prune(self):
-        "Tell whether a layer learns now that did not at the last event, or is known of and was not."
-        if not any(self.timetable.done.sparsity): return False
-        layers, needed = self.sparsifier.layers, self.rules.criterion.evidence
-        waiting = [layers[name] for name in self.waiting if name in layers]
-        known = any(self.sparsifier.evidence.known(layer, needed) for layer in waiting)
-        return known or self.pruned != {*layers}
 
     def _frozen_by_learner(self):
         "Return the layers that `learn.freeze`, `freeze_to` or `fine_tune` has frozen: their names."
@@ -240,15 +197,6 @@ class SparsifyCallback(Keeper):
         "Return the frozen layers that will learn: those of the Learner, in a GAN those of both halves."
         is_gan = hasattr(self.learn, 'gan_trainer')
         return self.sparsifier.selected.candidates if is_gan else self._frozen_by_learner()
-
-    def _check_initial(self):
-        "Refuse a schedule that begins with more zeros than it shall end with."
-        if not isinstance(self.schedule, Ramp): return
-        if self.sparsity is None: return  # it is not chosen yet
-        sparsity, initial = self.sparsity, self.schedule.initial
-        targets = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
-        wanted = [self.rules.fraction(target) for target in targets]
-        check_initial(initial, wanted, f'schedule: got initial={initial!r}')
 
     def _check_budget(self, sparsity, ms, bytes):
         "Refuse a budget beside a sparsity, two budgets, and one that the rules cannot keep."
@@ -270,17 +218,12 @@ class SparsifyCallback(Keeper):
         model, data = self._model(), self._batches()
         with hidden(): found = fit_to(model, self.example, data, **self.budget, layers=layers)
         self.sparsity = found.sparsities
-        self._check_initial()
         self._say(chosen_line(found))
 
     def _goes_on(self, tracker):
         "Tell whether a tracker may see an epoch before the final sparsity."
         if saves_every_epoch(tracker): return True
         return bool(self._frozen_by_learner()) and tracker.reset_on_fit  # fine_tune: it begins anew in the second part
-
-    def _find_asked(self):
-        "Find the sparsity of each layer; refuse what means none of those that are selected."
-        self.asked = fractions(self.sparsity, self.sparsifier.rules, self.sparsifier.selected)
 
     def _check_names(self):
         "Refuse what means no layer of the model."

@@ -422,7 +422,7 @@ def test_the_last_event_is_repaired_and_only_that(make_learner, repair, granular
     assert same(plain[4][1], seen[4][1])  # the optimizer's state of weights that a repair moves is left alone
     for name, keep in callback.sparsifier.masks.items(): assert torch.equal(keep, cut.sparsifier.masks[name])
     assert callback.sparsifier.report().zeros == cut.sparsifier.report().zeros > 0
-    assert any(one.kept for one in callback.repaired) and cut.repaired == ()
+    assert any(one.kept for one in callback.driver.repaired) and cut.driver.repaired == ()
 
 
 def test_a_repaired_network_comes_nearer_to_the_one_before_the_event(make_learner, capsys):
@@ -438,7 +438,7 @@ def test_a_repaired_network_comes_nearer_to_the_one_before_the_event(make_learne
     Sparsifier(cut).sparsify_model(60)
     x = read_data(learn.dls.valid, cut)
     assert divergence(model.eval(), dense.eval(), x) < .7 * divergence(cut.eval(), dense, x)
-    first, last = callback.repaired
+    first, last = callback.driver.repaired
     repaired, reached = capsys.readouterr().out.splitlines()[-2:]
     assert repaired.startswith('sparsity: repaired with refit') and f', divergence {first.before:.2g} -> {last.after:.2g}' in repaired
     assert reached.startswith('sparsity: asked 60 %, reached')

@@ -202,7 +202,7 @@ def test_a_resumed_fit(make_learner):
         learn.fit(3, start_epoch=1, cbs=SparsifyCallback(80, schedule=one_shot(at=.6), rewind_to=0))
     callback = SparsifyCallback(80, schedule=one_shot(at=.25), rewind_to=0)
     learn.fit(2, start_epoch=1, cbs=callback)
-    assert not callback.rewound
+    assert not callback.driver.rewound
 
 
 def test_fine_tune_rewinds_in_its_second_part(make_learner, capsys):
@@ -210,5 +210,5 @@ def test_fine_tune_rewinds_in_its_second_part(make_learner, capsys):
     learn.logger = print
     callback = SparsifyCallback(90, schedule=one_shot(at=.7), rewind_to=steps(5))  # the first part has four
     learn.fine_tune(2, cbs=callback)
-    assert callback.rewound and 'rewound to step 5 after the last event, at step 6' in capsys.readouterr().out
-    assert 'rewind_to=steps(5)' in repr(callback) and callback._snapshot is None
+    assert callback.driver.rewound and 'rewound to step 5 after the last event, at step 6' in capsys.readouterr().out
+    assert 'rewind_to=steps(5)' in repr(callback) and callback.driver.snapshot is None

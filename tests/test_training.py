@@ -720,7 +720,7 @@ def test_the_last_event_is_repaired_in_every_fit(make_learner, how, cbs, schedul
     how(learn, [callback, *cbs()])
     (after, before), = calls  # once
     assert before < after == zeros(learn.model) == wanted(80)
-    assert any(one.kept for one in callback.repaired[:2])
+    assert any(one.kept for one in callback.driver.repaired[:2])
 
 
 def test_layers_that_thaw_later_are_repaired_too(make_learner):
@@ -753,7 +753,7 @@ def test_inputs_and_targets_of_several_tensors(make_learner):
     learn.fit(4, 1e-2)
     callback = SparsifyCallback(60, schedule='one_shot', repair=BOTH)
     learn.fit(1, cbs=callback)
-    assert zeros(learn.model) == wanted(60) and any(one.kept for one in callback.repaired)
+    assert zeros(learn.model) == wanted(60) and any(one.kept for one in callback.driver.repaired)
 
 
 def test_a_batch_that_is_a_dict(make_learner):
@@ -771,7 +771,7 @@ def test_a_batch_that_is_a_dict(make_learner):
     learn.fit(4, 1e-2)
     callback = SparsifyCallback(60, schedule='one_shot', repair=BOTH)
     learn.fit(1, cbs=callback)
-    assert zeros(learn.model) == wanted(60) and any(one.kept for one in callback.repaired)
+    assert zeros(learn.model) == wanted(60) and any(one.kept for one in callback.driver.repaired)
 
 
 def test_a_callback_that_repairs_goes_along_with_a_copy(make_learner):
@@ -794,7 +794,7 @@ def test_criteria_of_data_prune_in_a_fit(make_learner, criterion, schedule):
     learn.fit(2, cbs=cb)
     size = sum(layer.weight.numel() for layer in cb.sparsifier.layers.values())
     assert round(cb.sparsifier.sparsity * size / 100) == round(.6 * size)
-    assert bool(cb.repaired) == (criterion in ('sparsegpt', 'alps'))
+    assert bool(cb.driver.repaired) == (criterion in ('sparsegpt', 'alps'))
 
 
 def test_a_fit_goes_on_undisturbed_beside_its_evidence(make_learner):
