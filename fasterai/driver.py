@@ -9,7 +9,7 @@ from fasterai.rules import Rules
 from fasterai.schedule import Ramp, Schedule, Time, check_initial, check_time
 from fasterai.snapshot import Snapshot
 from fasterai.summary import names_of_repairs, reached_line
-from fasterai.timetable import Timetable
+from fasterai.timetable import Timetable, Wanted
 
 
 class Driver:
@@ -91,6 +91,27 @@ class Driver:
         self.sparsifier.rewind(self.snapshot, optimizer)
         self.snapshot, self.rewound = None, True
         return True
+
+    # Saving
+
+    def state_dict(self) -> dict:
+        "Return what was done, in numbers, names and tensors."
+        snapshot = None if self.snapshot is None else self.snapshot.state_dict()
+        return {'done': tuple(self.timetable.done), 'pruned': sorted(self.pruned),
+                'waiting': sorted(self.waiting), 'rewound': self.rewound, 'snapshot': snapshot}
+
+    def load_state_dict(self,
+        state: dict,  # of `state_dict`
+        optimizer,  # the one that steps the model
+    ):
+        "Go on from what was done; `ValueError`, and nothing changed, where a snapshot does not fit."
+        snapshot = None
+        if state['snapshot'] is not None:
+            snapshot = Snapshot(bare(self.sparsifier.model), optimizer)
+            snapshot.load_state_dict(state['snapshot'])
+        self.snapshot, self.rewound = snapshot, state['rewound']
+        self.timetable.done = Wanted(*state['done'])
+        self.pruned, self.waiting = {*state['pruned']}, frozenset(state['waiting'])
 
     # What is said
 

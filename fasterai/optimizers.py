@@ -5,14 +5,15 @@ import torch
 
 
 def real_optimizers(
-    optimizer,  # a torch.optim.Optimizer, or what wraps one or several
+    optimizer,  # a torch.optim.Optimizer, what wraps one or several, or a list of these
 ) -> list:  # of torch.optim.Optimizer, with hooks that run when they step
     """Find the optimizers that step the weights: the one itself, and those inside it.
 
     A wrapper may be an optimizer by name only (accelerate), step another one that is not what is called
     (SAM), or write the weights after the other has stepped (Lookahead): all that have hooks of their own
     are returned."""
-    found, looked_at, to_look_at = [], set(), [optimizer]
+    several = isinstance(optimizer, (list, tuple))
+    found, looked_at, to_look_at = [], set(), [*optimizer] if several else [optimizer]
     while to_look_at:
         thing = to_look_at.pop()
         if id(thing) in looked_at or isinstance(thing, type): continue

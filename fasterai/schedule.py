@@ -117,8 +117,9 @@ class Curve:
         """Return the same schedule with all times as exact fractions of a training of this length.
 
         `ValueError` where a time lies after the end of the training, or two times are not in order."""
-        whole('n_epochs', n_epochs)
-        whole('steps_per_epoch', steps_per_epoch)
+        return self._over(whole('n_epochs', n_epochs), whole('steps_per_epoch', steps_per_epoch))
+
+    def _over(self, n_epochs, steps_per_epoch):  # epochs may be a fraction: of a training that ends within one
         times, found, shares = self._times(), copy(self), {}
         for name, value in times.items():
             shares[name] = _share_in_fit(value, n_epochs, steps_per_epoch, f'schedule: got {name}={value!r}')
@@ -172,12 +173,12 @@ def check_time(
 
 def steps_until(
     time: float | Time,  # in a training
-    n_epochs: int,  # length of the training
+    n_epochs: int | Fraction,  # length of the training
     steps_per_epoch: int,  # batches
     got: str,  # the begin of the error
 ) -> int:
     "Return how many steps are done at a time; `ValueError` where it lies after the end of the training."
-    n, share = n_epochs * steps_per_epoch, float(_share_in_fit(time, n_epochs, steps_per_epoch, got))
+    n, share = int(n_epochs * steps_per_epoch), float(_share_in_fit(time, n_epochs, steps_per_epoch, got))
     done = floor(share * n)
     return done if done / n >= share else done + 1
 
@@ -192,7 +193,7 @@ def _length(time, n_epochs, steps_per_epoch):
     "Write how long a training is, in the unit of a time."
     in_steps = isinstance(time, steps)
     n, unit = (n_epochs * steps_per_epoch, 'step') if in_steps else (n_epochs, 'epoch')
-    return f'{n} {unit}' if n == 1 else f'{n} {unit}s'
+    return f'{float(n):g} {unit}' if n == 1 else f'{float(n):g} {unit}s'
 
 
 @dataclass(frozen=True, repr=False)
@@ -440,14 +441,23 @@ def needs_length(
     return isinstance(schedule, Curve) and schedule.needs_length
 
 
+def in_epochs(
+    schedule: Schedule,
+    *times: float | Time | None,  # other times of the same training
+) -> list:  # of `epochs`
+    "Return the times that are in epochs, so that their length must be known."
+    of_schedule = schedule._times().values() if isinstance(schedule, Curve) else ()
+    return [time for time in (*of_schedule, *times) if isinstance(time, epochs)]
+
+
 def over_fit(
     schedule: Schedule,
-    n_epochs: int,  # length of the training
+    n_epochs: int | Fraction,  # length of the training
     steps_per_epoch: int,  # batches
 ) -> Schedule:  # that can be called
     "Return a schedule with all times as fractions of a training of this length; a plain function as it is."
     if not needs_length(schedule): return schedule
-    found = schedule.over(n_epochs, steps_per_epoch)
+    found = schedule._over(n_epochs, steps_per_epoch)
     _check_shares(found)
     return found
 

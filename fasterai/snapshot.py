@@ -33,6 +33,21 @@ class Snapshot:
         "Return the values of parameters and buffers by name; what several modules share is there once."
         return {name: value for name, (_, value) in zip(self._names, self._saved)}
 
+    def state_dict(self) -> dict:  # 'values': {name: tensor}, 'optimizer': a list of {name: what is kept for it}
+        "Return the values by name, as torch saves them."
+        return {'values': self.values, 'optimizer': self._states}
+
+    def load_state_dict(self,
+        state: dict,  # of `state_dict`
+    ):
+        "Take over the values of a snapshot of the same model; `ValueError` where names or shapes are others."
+        values = state['values']
+        shapes, others = ({name: tuple(v.shape) for name, v in of.items()} for of in (self.values, values))
+        if shapes != others: raise ValueError('state: got a snapshot of another model')
+        self._saved = [(tensor, values[name].to(tensor.device, copy=True))
+                       for name, (tensor, _) in zip(self._names, self._saved)]
+        self._states = deepcopy(state['optimizer'])
+
     def restore(self):
         "Write the model's values back bit for bit, in place: it keeps its tensors. Can be called again."
         _give_back(self._buffers)

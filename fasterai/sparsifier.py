@@ -4,13 +4,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 
 import torch
 from torch import nn
 
 from fasterai.allocation import entries, fractions
-from fasterai.arguments import flag, method_hint, nearest, percent, whole
+from fasterai.arguments import flag, known_arguments, method_hint, nearest, percent, whole
+from fasterai.attached import Attached
 from fasterai.calibration import Calibration
 from fasterai.data import check_batches
 from fasterai.event import Budget, Change, decide
@@ -18,7 +18,6 @@ from fasterai.evidence import Evidence
 from fasterai.kinds import EVIDENCE
 from fasterai.masks import Masks
 from fasterai.names import Named, bare
-from fasterai.optimizers import parameters_of, real_optimizers
 from fasterai.peers import ALONE, digest, peers_of
 from fasterai.progress import progress
 from fasterai.repair import read_repairs
@@ -26,9 +25,11 @@ from fasterai.repairing import Repairs, repairs_of
 from fasterai.report import Report, measure
 from fasterai.rounds import in_rounds
 from fasterai.rules import Rules, as_arguments, takes_rules
-from fasterai.schedule import check_initial, read_share
+from fasterai.schedule import Time, check_initial, read_share
 from fasterai.selected import Selected
 from fasterai.snapshot import Snapshot
+
+TRAINING = '.training'  # in a state, beside the layers: the name of none ends or begins with a dot
 
 
 class Sparsifier:
@@ -61,7 +62,8 @@ class Sparsifier:
         self.masks = Masks(self.selected, self.rules.keep_zeros)
         calibration = Calibration(bare(model), data, loss_func, example)
         self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
-        self._hooks, self._in_event = [], False  # the hooks are in optimizers
+        self._attached, self._progress = [], None  # `Attached` optimizers, and how far a training was that a state is of
+        self._in_event = False
         self.peers = peers_of(model)  # the processes with which events are agreed upon
 
     def __repr__(self):
@@ -73,7 +75,7 @@ class Sparsifier:
         raise AttributeError(f'{type(self).__name__} has no {name!r}{method_hint(name, dir(type(self)))}')
 
     def __getstate__(self):  # neither an attached optimizer goes along nor other processes
-        return self.__dict__ | {'_hooks': [], 'peers': ALONE}
+        return self.__dict__ | {'_attached': [], 'peers': ALONE}
 
     @property
     def layers(self) -> dict:  # name: `selected.Layer`, with its `weight`, `module` and `grouping`
@@ -298,41 +300,46 @@ class Sparsifier:
         for state in states: self.masks.mask_state(state)
         self.evidence.load({})
 
+    @known_arguments
     def attach(self,
-        optimizer: torch.optim.Optimizer,  # the one that steps the model in your own loop, or what wraps one
+        optimizer: torch.optim.Optimizer,  # the one that steps the model in your own loop, what wraps one, or a list; of several the first one's steps are counted
+        sparsity=None,  # prune while it steps to this, as in `sparsify_model`; None: only keep what is zero
+        schedule: str | Callable = 'gradual',  # how much, and when: a name, `gradual(start=.2, end=.8)` and its like, or a function of progress
+        steps: int | None = None,  # with `sparsity`, of the whole training: how often the optimizer steps; accumulated batches are one step, a step that GradScaler skips is none
+        steps_per_epoch: int | None = None,  # for a schedule with `epochs(n)`
+        rewind_to: float | Time | None = None,  # after the last event all weights that are left, and the optimizer's state, go back to this time, as in `SparsifyCallback`
+    ) -> Attached:  # a context manager, which lets go of the optimizer at its end
+        """Keep masked weights zero at every step of an optimizer, until `detach`, and prune by a schedule.
+
+        Each attached optimizer masks the parameters that it steps. An event is made within `step()`, when the
+        gradients are there and unscaled. `repair=` of the Sparsifier repairs the last one. `state_dict` has
+        the progress. `TypeError` where it is no optimizer and has none inside, `ValueError` where it steps
+        none of the selected weights, or, with `sparsity`, not all of them."""
+        attached, others = Attached(self, optimizer), self._attached
+        given = {'schedule': schedule, 'steps': steps, 'steps_per_epoch': steps_per_epoch,
+                 'rewind_to': rewind_to}
+
+        def check():
+            attached.check(others)
+            if sparsity is not None: attached.drive(others, sparsity, **given)
+            else: _check_only_kept(given)
+        self._agree(check)
+        if attached.driver is not None: self._go_on(attached, self._progress)
+        attached.begin()
+        self._attached = [*others, attached]
+        return attached
+
+    def _go_on(self, attached, progress):
+        "Go on with a training where a state that was loaded has left it."
+        if progress is None: return
+        if attached.goes_on(progress): attached.load_state_dict(progress)
+        self._progress = None
+
+    def let_go(self,
+        attached: Attached,
     ):
-        """Keep masked weights zero at every step of an optimizer, until `detach`.
-
-        Each attached optimizer masks the parameters that it steps. `TypeError` where it is no optimizer
-        and has none inside, `ValueError` where it steps none of the selected weights."""
-        optimizers = real_optimizers(optimizer)
-        self._agree(lambda: self._check_optimizers(optimizer, optimizers))
-        told = set()  # ids of parameters of which a step is told already: of one inside another the inner one tells
-        for one in reversed(optimizers):
-            tells = parameters_of(one) - told
-            told |= tells
-            before = one.register_step_pre_hook(partial(self._before_step, tells))
-            after = one.register_step_post_hook(lambda stepping, *_: self._after_step(stepping))
-            self._hooks += [before, after]
-
-    def _before_step(self, tells, optimizer, *_):
-        self.evidence.step(tells)
-        self.masks.mask_gradients(parameters_of(optimizer))
-
-    def _after_step(self, optimizer):
-        self.repairs.trained()
-        self.masks.mask_weights(parameters_of(optimizer))
-        self.mask_optimizer_state(optimizer.state)
-
-    def _check_optimizers(self, given, found):
-        if not found:
-            came = given if isinstance(given, type) else type(given)
-            raise TypeError(f'optimizer: got {came}, expected a torch.optim.Optimizer; '
-                            'with another kind call apply_masks() after each step')
-        stepped = {i for optimizer in found for i in parameters_of(optimizer)}
-        if any(id(layer.weight) in stepped for layer in self.layers.values()): return
-        raise ValueError('optimizer: got one that steps none of the selected weights, '
-                         'expected one that was made with parameters of this model')
+        "Forget an attached optimizer."
+        self._attached = [one for one in self._attached if one is not attached]
 
     def move_to(self,
         model: nn.Module,  # a copy, or what wraps it
@@ -350,15 +357,14 @@ class Sparsifier:
 
     def detach(self):
         "Let go of all attached optimizers. Their next step may move the zeros."
-        for hook in self._hooks: hook.remove()
-        self._hooks = []
+        for attached in self._attached: attached.detach()
 
     # Looking, saving
 
     def _warn_if_moved(self):
         """Say so where an optimizer is attached and its hooks did not run: it may have been stepped in
         another way."""
-        moved = self.masks.moved() if self._hooks else []
+        moved = self.masks.moved() if self._attached else []
         if not moved: return
         names = ', '.join(map(repr, moved))
         warnings.warn(f'optimizer: masked weights of {names} have moved although an optimizer is attached: '
@@ -380,22 +386,39 @@ class Sparsifier:
         return measure(self.model, rows, self.skipped, uses)
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
-        "Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion."
+        """Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion.
+
+        While an attached optimizer prunes by a schedule, '.training' has the progress."""
         state = self.masks.state_dict()
         self.evidence.add_to(state)
+        for attached in self._driven: state[TRAINING] = attached.state_dict()
         return state
+
+    @property
+    def _driven(self): return [attached for attached in self._attached if attached.driver is not None]
 
     def load_state_dict(self,
         state: dict,  # of `state_dict`
     ):
         """Take over masks and apply them, and what training had gathered for the criterion.
 
-        Where that is missing it begins anew, which a warning says. `TypeError` or `ValueError`, and nothing
-        changed, where a state does not fit."""
+        Where that is missing it begins anew, which a warning says. A training that was under way goes on,
+        before or after its optimizer is attached. `TypeError` or `ValueError`, and nothing changed, where a
+        state does not fit."""
+        progress = state.get(TRAINING) if isinstance(state, Mapping) else None
+        if progress is not None: state = {name: of for name, of in state.items() if name != TRAINING}
         masks = self.masks.read_state(state)
         states = self.evidence.read_from(state)
+        self._progress = progress
+        for attached in self._driven: self._go_on(attached, progress)
         self.masks.load(masks)
         self.evidence.load(states)
+
+
+def _check_only_kept(given):
+    "Refuse arguments of `attach` that mean nothing without a sparsity."
+    said = {name: value for name, value in given.items() if value is not None and value != 'gradual'}
+    if said: raise ValueError(f'sparsity: got None with {as_arguments(said)}, expected percent of zeros')
 
 
 def _check_data(rules, repair, data, loss_func):

@@ -71,6 +71,8 @@ ARGUMENTS = _rows({
     'sparsity=': 'amount target_sparsity final_sparsity end_sparsity ratio pruning_ratio sparsities',
     'context=': 'scope local global_pruning pattern',
     'granularity=': 'structure pruning_type group',
+    'sparsity=fit_to(model, x, data=batches, ms=5).sparsities, which chooses them by a budget': 'ms bytes',
+    'steps=': 'n_steps num_steps total_steps max_steps num_training_steps',
     'schedule=': 'sched sched_func schedule_func scheduler',
     'schedule=gradual(start=.1, end=.75)': 'start end',
     'schedule=gradual(start=epochs(2), end=epochs(8))': 'start_epoch end_epoch',

@@ -1,4 +1,5 @@
 "Follow a schedule through one fit: what is due at each step, and what was done last."
+from fractions import Fraction
 from typing import NamedTuple
 
 from fasterai.schedule import Schedule, Time, as_due, initial_at, needs_length, over_fit, steps_until
@@ -42,7 +43,7 @@ class Timetable:
         return needs_length(self.schedule)
 
     def place(self,
-        n_epochs: int,
+        n_epochs: int | Fraction,
         n_steps: int,  # an epoch
     ):
         "Place the schedule in a fit of this length; `ValueError` where its times do not fit."
@@ -53,7 +54,7 @@ class Timetable:
         if self.rewind_to is not None: self._place_rewinding(n_epochs, n_steps)
 
     def _place_rewinding(self, n_epochs, n_steps):
-        n, got = n_epochs * n_steps, f'rewind_to: got {self.rewind_to!r}'
+        n, got = int(n_epochs * n_steps), f'rewind_to: got {self.rewind_to!r}'
         remember = steps_until(self.rewind_to, n_epochs, n_steps, got)
         last, start = self._last_event(n), self.start * n
         if last == n:

@@ -24,7 +24,7 @@ ROWS = [
     'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding rounds exchange event',
     'norms selected masks held',  # state
-    'repair repairing report driver sparsifier sensitivity timetable summary fit_to',
+    'repair repairing report driver attached sparsifier sensitivity timetable summary fit_to',
     'epochs keep callback tickets demo all',  # with fastai
 ]
 
