@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from fasterai.schedule import gradual
 from fasterai.sparsifier import Sparsifier
 
 EPOCHS = 4
@@ -29,14 +28,11 @@ model = DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 sparsifier = Sparsifier(model)  # the model in its wrapper, so that all processes agree on each event
-sparsifier.attach(optimizer)
-schedule, step, n_steps = gradual(), 0, EPOCHS * len(loader)
+sparsifier.attach(optimizer, sparsity=90, steps=EPOCHS * len(loader))
 for epoch in range(EPOCHS):
     loader.sampler.set_epoch(epoch)
     for xb, yb in loader:
         F.cross_entropy(model(xb.to(device)), yb.to(device)).backward()
-        step += 1
-        sparsifier.sparsify_model(90, schedule(step / n_steps))  # on every process, as backward is
         optimizer.step()
         optimizer.zero_grad()
 

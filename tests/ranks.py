@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from fasterai.peers import digest
+from fasterai.schedule import acdc
 from fasterai.sparsifier import Sparsifier
 
 EQUAL, RAISING = {}, {}  # {name of a case: function}
@@ -121,6 +122,28 @@ def zero_redundancy(rank):
     dead = sum(int(state[weight]['exp_avg'][~sparsifier.masks[name]].count_nonzero()) for name, weight in mine.items())
     assert mine and all(state[weight]['exp_avg'].any() for weight in mine.values())
     return outcome(model, sparsifier) | {'dead momenta': dead}
+
+
+def driven(rank, make=adam):
+    "Prune by a schedule that lets weights come back by their gradients."
+    model = replicas(rank)
+    sparsifier, optimizer = Sparsifier(model, regrow='gradient'), make(model.parameters())
+    sparsifier.attach(optimizer, sparsity=60, schedule=acdc(0, .9, every=.2), steps=10)
+    for _ in range(10):
+        backward(model, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(model, sparsifier)
+
+
+@case(EQUAL)
+def driven_by_an_optimizer(rank): return driven(rank)
+
+
+@case(EQUAL)
+def driven_by_zero_redundancy(rank):
+    "The hook of the one outside comes first, on all ranks, whatever the one inside has of the parameters."
+    return driven(rank, partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, lr=.01))
 
 
 @case(EQUAL)
