@@ -3,8 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DATA ?= ../shared/data
 DESCRIPTION := settings.ini setup.py pyproject.toml
+ON_TWO := examples/ddp.py examples/fastai_ddp.py
+EXAMPLES := $(filter-out $(ON_TWO), $(wildcard examples/*.py))
 
-.PHONY: demo test lint docs bench science clean
+.PHONY: demo test lint docs bench science examples clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
@@ -28,6 +30,10 @@ bench: .venv/installed
 science: .venv/installed-science
 	$(RUN) benchmarks/science.py --data $(DATA) $(PARTS)
 
+examples: .venv/installed-examples
+	for script in $(EXAMPLES); do echo $$script; OMP_NUM_THREADS=1 $(RUN) $$script || exit 1; done
+	for script in $(ON_TWO); do echo $$script; $(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 $$script || exit 1; done
+
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; try make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
@@ -38,6 +44,10 @@ science: .venv/installed-science
 
 .venv/installed-dev: .venv/bin/python $(DESCRIPTION)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/installed
+
+.venv/installed-examples: .venv/bin/python $(DESCRIPTION)
+	$(RUN) -m pip install --quiet --editable '.[deploy,examples]'
 	touch $@ .venv/installed
 
 .venv/installed-science: .venv/bin/python $(DESCRIPTION)

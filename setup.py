@@ -27,6 +27,7 @@ setup(
     install_requires=about['requirements'].split(),
     extras_require={'deploy': about['deploy_requirements'].split(),
                     'science': about['science_requirements'].split(),
+                    'examples': about['examples_requirements'].split(),
                     'dev': (about['deploy_requirements'] + ' ' + about['dev_requirements']).split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )
