@@ -109,10 +109,10 @@ class Attached:
                          'expected None: one would step what is rewound by a gradient of before')
 
     def begin(self):
-        "Set the hooks."
+        "Set the hooks. They are not compiled, where a step is."
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         for one in self.optimizers:
-            before = one.register_step_pre_hook(self._before_step)
-            self._hooks += [before, one.register_step_post_hook(self._after_step)]
+            self._hooks += [one.register_step_pre_hook(before), one.register_step_post_hook(after)]
 
     # Steps
 

@@ -66,8 +66,9 @@ class Batches(Callback):
     dict(criteria='magnitude', schedule=rigl(every=.2), context='erk'),
     dict(criteria='magnitude', schedule=acdc(.1, .7, every=.2)),
     dict(criteria='magnitude', schedule=one_shot(.5), rewind_to=steps(2)),
+    dict(criteria='magnitude', schedule=one_shot(.5), rewind_to=0),
     dict(criteria='magnitude', schedule=one_shot(.5), granularity='filter', context='local')],
-    ids=['gradual', 'taylor', 'movement', 'rigl', 'acdc', 'rewinding', 'filter'])
+    ids=['gradual', 'taylor', 'movement', 'rigl', 'acdc', 'rewinding', 'to the beginning', 'filter'])
 def test_a_loop_does_what_a_fit_does(make_learner, prune):
     "To the bit: the masks, the weights, and the optimizer's state."
     learn = make_learner(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
@@ -109,7 +110,7 @@ def test_each_step_has_its_count():
 def test_a_step_that_gradscaler_skips_is_none(fused, unscaled):
     "A fused optimizer is called also for a step that it will skip, with gradients that are still scaled."
     model, plain = net(), net()
-    sparsifiers = [Sparsifier(one, criteria='taylor') for one in (model, plain)]
+    sparsifiers = [Sparsifier(one, criteria=lambda weight, grad: weight.abs() + grad.abs()) for one in (model, plain)]
     optimizer, other = adam(model, fused=fused), adam(plain, fused=fused)
     for sparsifier, one in zip(sparsifiers, (optimizer, other)): sparsifier.attach(one, sparsity=90, schedule=linear(0, 1), steps=8)
     scaler, seen = torch.amp.GradScaler('cpu', init_scale=1024.), []
@@ -148,7 +149,7 @@ def closure_of(model, optimizer, seen=None):
         optimizer.zero_grad()
         loss = loss_of(model)
         loss.backward()
-        if seen is not None: seen.append(zeros(model))
+        if seen is not None: seen.append((zeros(model), float(loss.detach())))
         return loss
     return closure
 
@@ -181,8 +182,9 @@ def test_lbfgs(search):
     closure = closure_of(model, optimizer, seen)
     for due in wanted(5):
         seen.clear()
-        optimizer.step(closure)
-        assert zeros(model) == due and len(seen) > 2 and set(seen[1:]) == {due}
+        loss = float(optimizer.step(closure))
+        assert zeros(model) == due and len(seen) > 2 and {n for n, _ in seen[1:]} == {due}
+        assert loss == seen[1][1] != seen[0][1]  # it compares losses with that of the pruned network
     for layer in sparsifier.layers.values(): assert not layer.weight.grad[~sparsifier.masks[layer.name]].any()
 
 
@@ -242,6 +244,28 @@ def test_one_around_another_makes_the_same_steps():
         found.append({name: mask.clone() for name, mask in sparsifier.masks.items()})
         assert attached.step == 10
     for name, mask in found[0].items(): assert torch.equal(mask, found[1][name])
+
+
+def test_evidence_is_told_before_the_one_around_masks_gradients():
+    model = net()
+    optimizer, sparsifier = Around(adam(model)), Sparsifier(model, criteria=lambda grad_mean: grad_mean.abs())
+    loss_of(model).backward()
+    sparsifier.sparsify_model(50)
+    sparsifier.attach(optimizer)
+    train(model, optimizer, 1)
+    for name, layer in sparsifier.layers.items(): assert sparsifier.evidence.of(layer)['grad_mean'][~sparsifier.masks[name]].any()
+
+
+def test_a_step_that_is_compiled():
+    model = net()
+    optimizer, sparsifier = adam(model), Sparsifier(model)
+    sparsifier.attach(optimizer, sparsity=90, schedule=linear(0, 1), steps=4)
+    step = torch.compile(optimizer.step, backend='eager')
+    for due in wanted(4):
+        loss_of(model).backward()
+        step()
+        optimizer.zero_grad()
+        assert zeros(model) == due
 
 
 def test_a_gan_has_a_sparsifier_for_each_network():
@@ -347,7 +371,7 @@ def test_the_last_event_is_repaired_and_only_that():
     optimizer, sparsifier = adam(model), Sparsifier(model, data=[X], repair=lambda model, dense, data: calls.append(zeros(model)))
     sparsifier.attach(optimizer, sparsity=90, schedule=linear(0, .5), steps=8)
     train(model, optimizer, 8)
-    assert calls == [wanted(4)[-1]]
+    assert calls == [wanted(4)[-1]] and sparsifier.repairs.dense is None
 
 
 def test_rewinding_needs_one_optimizer():
