@@ -8,17 +8,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fasterai.operations import (
-    KINDS,
-    LAYERS,
-    SETTINGS,
-    Call,
-    Node,
-    follow,
-    in_place,
-    layers_behind,
-    zero_channels,
-)
+from fasterai.channels import behind, zero_entries
+from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place
 from fasterai.snapshot import evaluation_mode, undisturbed
 
 
@@ -32,11 +23,12 @@ class Flow:
         outputs: list,  # the `Node` of each output of the network, None if unknown
         sure: bool = True,  # False if tensors were changed in place in ways that could not be followed
     ):
-        self.tape, self.sure = tape, sure
+        self.tape, self.sure = _with_inputs(tape), sure
         self.ran = frozenset().union(*(n.reads for n in tape))  # ids
-        if None in outputs or not outputs: outputs = [*outputs, *_unread(tape)]  # any may be an output
+        if None in outputs or not outputs: outputs = [*outputs, *_unread(self.tape)]  # any may be an output
         known = [n for n in outputs if n is not None]
         self.output_weights = frozenset().union(*(n.sources for n in known))  # ids
+        self.before_norms = _leading_to([n for n in self.tape if n.op == 'norm'])
 
     def zero_channels(self,
         dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
@@ -45,7 +37,8 @@ class Flow:
         "Find the channels of each BatchNorm that receive only zeros at all its uses."
         if not self.sure: return {}
         dead, biases = _as_arrays(dead), _as_arrays(biases)
-        scales = {n: _scale(n.norm) for n in self.tape if n.op == 'norm'}
+        norms = [n for n in self.tape if n.op == 'norm']
+        scales = {n: _scale(n.norm) for n in norms}
         zero = {scale: np.ones(n.length, bool) for n, scale in scales.items()}
         while True:  # what one use rules out changes what follows the others: repeat until nothing changes
             before = zero
@@ -55,34 +48,61 @@ class Flow:
 
     def _narrowed(self, zero, scales, dead, biases):
         "Return the channels that are zero at all uses of each norm, if those in `zero` are zero after it."
-        values = {}
+        values, found = {}, dict(zero)
         for node in self.tape:
-            value = zero_channels(node, [values.get(i) for i in node.inputs], dead, biases)
-            if value is not None and node in scales: value = value & zero[scales[node]]
+            if node not in self.before_norms: continue
+            value = zero_entries(node, [values.get(i) for i in node.inputs], dead, biases)
+            if node in scales:
+                scale = scales[node]
+                channels = False if value is None else value.reshape(-1)
+                found[scale] = found[scale] & channels
+                value = (zero[scale] & channels).reshape(node.places)
             values[node] = value
-        zero = dict(zero)
-        for node, scale in scales.items():
-            value = values[node]
-            zero[scale] = zero[scale] & (False if value is None else value)
-        return zero
+        return found
 
-    def tied(self) -> list:  # of sets of ids of weights
-        """Find the layers whose n-th output channels meet.
-
-        They meet in a sum, or in a depthwise convolution, which reads each channel by itself."""
-        behind, sets = {}, []
+    def meetings(self,
+        heads: bool = False,  # the filters of a head of attention are pruned together
+    ) -> tuple:  # {id of a weight: (the number of its first filter, how many)}, and a list of `channels.Meeting`
+        "Number the filters of all layers, and find which of them meet in one entry of a tensor."
+        filters, first, at = {}, {}, 0
         for node in self.tape:
-            before = [behind.get(i) for i in node.inputs]
-            behind[node] = layers_behind(node, before)
-            joins = node.op in KINDS and KINDS[node.op].joins
-            if joins and behind[node]: sets = _tie(sets, behind[node])
-            if _depthwise(node) and before[0]: sets = _tie(sets, behind[node] | before[0])
-        return [s for s in sets if len(s) > 1]
+            if node.op != 'layer' or node.places is None or id(node.weight) in filters: continue
+            filters[id(node.weight)], first[id(node.weight)] = (at, node.length), at
+            at += node.length
+        known, found = {}, []
+        for node in self.tape:
+            before = [known.get(i) for i in node.inputs]
+            known[node] = behind(node, before, first, found.append, not heads)
+        return filters, found
 
 
 def _as_arrays(tensors):
     "Return numpy arrays: for few entries they are ten times as fast."
     return {key: tensor.numpy() for key, tensor in tensors.items()}
+
+
+def _with_inputs(tape):
+    "Add the nodes that rules have made on the way, each before those that it is an input of."
+    found = {}
+
+    def add(node):
+        if node is None or node in found: return
+        for before in node.inputs: add(before)
+        for part in node.parts: add(part)
+        found[node] = None
+    for node in tape: add(node)
+    return list(found)
+
+
+def _leading_to(nodes):
+    "Find the nodes that others come from, with these."
+    found, open_ = set(), list(nodes)
+    while open_:
+        node = open_.pop()
+        if node is None or node in found: continue
+        found.add(node)
+        open_ += node.inputs
+    return found
 
 
 def _unread(tape):
@@ -94,20 +114,6 @@ def _unread(tape):
 def _scale(norm):
     "Return what identifies a norm: two that share their scale count as one."
     return norm if norm.weight is None else id(norm.weight)
-
-
-def _depthwise(node):
-    "Tell whether a node is a convolution that makes its n-th channel of the n-th of its input."
-    if node.op != 'layer' or node.weight.ndim <= 2: return False
-    if not node.weight.shape[1] == 1 < node.length: return False
-    return bool(node.inputs) and node.inputs[0].length == node.length
-
-
-def _tie(sets, ids):
-    "Merge `ids` and all sets that share an id with it into one set."
-    met = [s for s in sets if s & ids]
-    apart = [s for s in sets if not s & ids]
-    return [*apart, ids.union(*met)]
 
 
 # Watching a batch
@@ -139,8 +145,10 @@ class _Watcher(TorchFunctionMode):
         out = func(*args, **kwargs)
         results = _results(func.__name__, args, out)
         if results:
-            after = results[0].shape if len(results) == 1 else None
-            self._record(Call(func.__name__, args, kwargs, self.node_of, self.norms, shapes, after), results)
+            is_one = isinstance(out, torch.Tensor) or func.__name__ == '__setitem__'
+            after = results[0].shape if is_one else None
+            call = Call(_name(func), args, kwargs, self.node_of, self.norms, shapes, after, func)
+            self._record(call, results)
         return out
 
     def node_of(self, x): return self.nodes.get(x) if isinstance(x, torch.Tensor) else None
@@ -149,7 +157,8 @@ class _Watcher(TorchFunctionMode):
         node = follow(call)
         self.tape.append(node)
         if in_place(call.name): self._change(results[0], node)
-        for t in results: self.nodes[t] = node
+        parts = node.parts if len(node.parts) == len(results) else [node] * len(results)
+        for t, part in zip(results, parts): self.nodes[t] = part
 
     def _change(self, tensor, node):
         "Replace the nodes of all tensors that share memory with one that was changed in place."
@@ -157,6 +166,12 @@ class _Watcher(TorchFunctionMode):
         for t in [t for t in self.nodes.keys() if _memory(t) == memory]:
             before = self.nodes[t]
             self.nodes[t] = Node(inputs=(node, before), sources=node.sources | before.sources, ndim=t.ndim)
+
+
+def _name(function):
+    "Return the name of a function, or of the attribute that it gets."
+    name = getattr(function, '__name__', '')
+    return getattr(function.__self__, '__name__', name) if name == '__get__' else name
 
 
 def _results(name, args, out):
@@ -182,8 +197,8 @@ def trace(model: nn.Module) -> Flow:
     for step in graph.nodes:
         if step.op == 'output': outputs = [node_of(x) for x in step.all_input_nodes]
         if step.op not in STEPS: continue
-        name, args, kwargs = STEPS[step.op](model, step)
-        node = follow(Call(name, args, kwargs, node_of, norms))
+        name, args, kwargs, function = STEPS[step.op](model, step)
+        node = follow(Call(name, args, kwargs, node_of, norms, function=function))
         tape.append(node)
         nodes[step] = node
         if in_place(name):
@@ -193,17 +208,17 @@ def trace(model: nn.Module) -> Flow:
 
 
 def _function_call(model, step):
-    "Return the name, args and kwargs of the call of a function."
-    return getattr(step.target, '__name__', ''), *_arguments(model, step)
+    "Return the name, args and kwargs of the call of a function, and the function."
+    return getattr(step.target, '__name__', ''), *_arguments(model, step), step.target
 
 
 def _method_call(model, step):
-    "Return the name, args and kwargs of the call of a method."
-    return step.target, *_arguments(model, step)
+    "Return the name, args and kwargs of the call of a method, and the method."
+    return step.target, *_arguments(model, step), getattr(torch.Tensor, step.target, None)
 
 
 def _module_call(model, step):
-    """Return the name, args and kwargs of the call of a module.
+    """Return the name, args and kwargs of the call of a module, and a function that calls it.
 
     The args are its input, and after it what the rule reads: for a layer its weight and bias, else the
     attributes in `SETTINGS`, else all tensors of the module."""
@@ -211,13 +226,15 @@ def _module_call(model, step):
     args = args[:1] or tuple(kwargs.values())[:1]
     module = model.get_submodule(step.target)
     name = type(module).__name__
+    def call(x, *_): return module(x)
     layer = next((c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), None)
     if layer:
         # a spectral_norm that computes the weight changes its buffers, but not in eval mode
-        with evaluation_mode(module): return layer, (*args, module.weight, module.bias), {}
-    if name not in SETTINGS: return name, (*args, *module.parameters(), *module.buffers()), {}
+        groups = {'groups': module.groups} if hasattr(module, 'groups') else {}
+        with evaluation_mode(module): return layer, (*args, module.weight, module.bias), groups, call
+    if name not in SETTINGS: return name, (*args, *module.parameters(), *module.buffers()), {}, call
     settings = [getattr(module, s) for s in SETTINGS[name]]
-    return name, (*args, *settings), {}
+    return name, (*args, *settings), {}, call
 
 
 STEPS = {'call_function': _function_call, 'call_method': _method_call, 'call_module': _module_call}

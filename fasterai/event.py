@@ -14,7 +14,7 @@ from fasterai.regrowth import LIVING, REGROWTHS
 from fasterai.rounding import rounded
 from fasterai.rules import Rules
 from fasterai.scoring import Gone, LayerScores, Scores, together
-from fasterai.selection import LayerGroups
+from fasterai.selection import LayerGroups, Outcome
 from fasterai.zeros import LowestWhere, count_zeros, find_zeros, zero_groups
 
 
@@ -174,8 +174,7 @@ def _prune(rules, budget, masks, scores, gone, regrow):
         groups = _as_one(tied, masks, rules, scores, zeros)
         if regrow: competing.append(_all_competing(groups, tied, masks, zeros, gone))
         else: competing.append(_zeros_first(groups, tied, masks, rules, zeros))
-    keeps, after = rules.context_info(competing, budget.fraction), {}
-    if rules.round_to and budget.fraction: keeps = rounded(competing, keeps, rules.round_to)
+    keeps, after = _in_parts(rules, budget, competing, zeros), {}
     for tied, groups, keep in zip(budget.tied, competing, keeps):
         alone, freed = len(tied) == 1, groups.outcome.freed
         left = None
@@ -190,6 +189,52 @@ def _prune(rules, budget, masks, scores, gone, regrow):
             after[layer.name] = _with_zeros(layer.grouping, mask, keep, found, let_go)
             freed -= let_go * layer.uses
     return {layer.name: after[layer.name] for layer in budget.layers}
+
+
+def _in_parts(rules, budget, competing, zeros):
+    "Return the keep masks that the context decides on, where the parts of layers compete like layers."
+    parts = [_parts(groups, tied, zeros) for groups, tied in zip(competing, budget.tied)]
+    flat = [part for several in parts for part in several]
+    keeps = rules.context_info(flat, budget.fraction)
+    if rules.round_to and budget.fraction: keeps = rounded(flat, keeps, rules.round_to)
+    found, left = [], iter(keeps)
+    for groups, tied, several in zip(competing, budget.tied, parts):
+        if several == [groups]:
+            found.append(next(left))
+            continue
+        keep = torch.zeros_like(groups.alive)
+        for at in tied[0].grouping.parts: keep[at.to(keep.device)] = next(left)
+        found.append(keep)
+        groups.outcome.freed = sum(part.outcome.freed for part in several)
+    return found
+
+
+def _parts(groups, tied, zeros):
+    "Return the groups of each part that competes by itself; of most layers there is one."
+    parts = tied[0].grouping.parts
+    if not parts: return [groups]
+    sizes, costs = _full_sizes(tied) + torch.zeros(len(groups.alive), dtype=torch.long), _costs_of(groups)
+    scattered = sum(_scattered(layer, zeros) for layer in tied)
+    found = []
+    for number, at in enumerate(parts, 1):
+        n_weights, here = int(sizes[at].sum()), at.to(groups.alive.device)
+        floor = groups.floor and -(-groups.floor * n_weights // groups.n_weights)  # rounded up
+        numbers = dict(n_weights=n_weights, floor=floor, scattered=int(scattered[at].sum()))
+        scores = partial(_at, groups.scores, ALONE.array(here))
+        found.append(replace(groups, **numbers, name=f'{groups.name} (part {number})', scores=scores,
+                             alive=groups.alive[here], costs=costs[here], known_alive=None, count_free=None,
+                             outcome=Outcome()))
+    return found
+
+
+def _scattered(layer, zeros):
+    "Count the scattered zeros in each group of a layer, (groups,), as many as their multiply-adds."
+    none = torch.zeros(0, dtype=torch.long)
+    at = zeros[layer.name].scattered if layer.name in zeros else none
+    return layer.uses * torch.bincount(layer.grouping.numbers(at).cpu(), minlength=layer.grouping.groups)
+
+
+def _at(scores, places, where): return scores(places[where])
 
 
 def _exchange(rules, tied, before, after, scores, gone, swap):
@@ -217,10 +262,19 @@ def _places(context, groups, tied):
     "Number the groups so that only those of the same number may be exchanged; None: all may."
     places, device = None, groups.alive.device
     full = _as_costs(_full_sizes(tied), device)
+    parts = tied[0].grouping.parts
+    if parts: places = _numbered(parts, len(groups.alive)).to(device)
     if context.places is not None: places = torch.tensor(context.places(groups.axes), device=device)
     if groups.costs is None and full is None: return places
     costs = torch.where(groups.alive, _costs_of(groups), groups.group_size if full is None else full)
     return costs if places is None else places * (groups.group_size + 1) + costs
+
+
+def _numbered(parts, n):
+    "Return the number of the part of each group, ints (n,)."
+    found = torch.zeros(n, dtype=torch.long)
+    for number, at in enumerate(parts): found[at] = number
+    return found
 
 
 def _groups(layer, mask, rules, scores, zeros):

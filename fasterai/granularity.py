@@ -303,6 +303,7 @@ class Grouping:
         others = _but(self.axes, OUTPUTS)
         spans_others = all(spanned.get(axis) == self.axes[axis] for axis in others)
         self.whole_filters = 'O' in self.axes and spans_others  # True if a group is one filter or several
+        self.parts = []  # ints (n,), the groups that compete with each other; none where all do
 
     def _lay_out(self, pieces):
         """Find the shapes in which each group is one row; `pieces` is {axis: how much of it a group spans}.
@@ -397,3 +398,43 @@ class Grouping:
         "Undo the padding that `rows` makes."
         padded = mask.reshape([groups * entries for groups, entries in self.view])
         return padded[tuple(slice(length) for length in self.axes.values())]
+
+
+class TiedGrouping(Grouping):
+    """Split a weight into groups of filters that are pruned together with those of other layers.
+
+    A group may have several filters of the weight, or none."""
+
+    def __init__(self,
+        filters: Grouping,  # the weight's, of which each group is a filter
+        of_filters: np.ndarray,  # ints (filters,), the group of each
+        groups: int,  # how many groups there are, with those that have no filter of this weight
+        parts: list,  # of ints (n,), rising: the groups that compete with each other
+    ):
+        self.filters, self.of_filters = filters, torch.as_tensor(of_filters)
+        self.shape, self.axes, self.groups = filters.shape, filters.axes, groups
+        counts = torch.bincount(self.of_filters, minlength=groups)
+        most, self.pad = int(counts.max()), bool((counts != counts[0]).any())
+        self.size = most * filters.size
+        self.sizes = counts * filters.size if self.pad else self.size
+        self.one_layer, self.whole_filters, self.in_order = False, True, False
+        self.parts = [torch.as_tensor(part) for part in parts] if len(parts) > 1 else []
+        order = torch.argsort(self.of_filters, stable=True)
+        nth = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.of_filters[order]]
+        self.places = torch.full((groups, most), filters.groups)  # the filters of each group; behind the last where there are fewer
+        self.places[self.of_filters[order], nth] = order
+
+    def rows(self, tensor):
+        rows = self.filters.rows(tensor).reshape(self.filters.groups, -1)
+        if self.pad: rows = torch.cat([rows, torch.zeros_like(rows[:1])])
+        shape = (self.groups, self.size) if self.size > 1 else (self.groups,)
+        return rows[self.places.to(rows.device)].reshape(shape)
+
+    def mean(self, scores, where=slice(None)):
+        if not self.pad: return super().mean(scores, where)
+        scores = torch.as_tensor(scores)
+        scores = scores.reshape(len(scores), -1)
+        return scores.sum(1) / self.sizes.to(scores.device)[where].clamp(min=1)
+
+    def numbers(self, at): return self.of_filters.to(at.device)[self.filters.numbers(at)]
+    def expand(self, keep): return self.filters.expand(keep[self.of_filters.to(keep.device)])

@@ -32,6 +32,7 @@ class Masks(Mapping):
         for name, layer in selected.candidates.items():
             if keep_zeros: self._of[name] = Mask.counted(nonzero(layer.weight), layer.grouping)
             else: self._of[name] = Mask.full(layer.weight, layer.grouping)
+        self._counted = {name: layer.grouping for name, layer in selected.candidates.items()}  # the groups that the masks are counted in
         self._dependents = None  # {module: {tensor's name: bool (channels,), True = masked}}; None: not known yet
         self._version = 0  # of the selected layers, for which the dependents were found
 
@@ -135,13 +136,17 @@ class Masks(Mapping):
         self.selected.follow()
         layers = self.selected.candidates
         self._of = {name: self._of[name].to(layer.weight.device) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if layer.grouping is self._counted[name]: continue  # else it is pruned together with others, as is known now
+            self._of[name] = Mask.counted(self._of[name].keep, layer.grouping)
+            self._counted[name] = layer.grouping
         return self._of
 
     @property
     def _masked_along(self):
         if self._version != self.selected.version: self._dependents = None
         if self._dependents is None:
-            self._dependents, self._version = self.selected.dependents(self._of), self.selected.version
+            self._dependents, self._version = self.selected.dependents(self.of), self.selected.version
         return self._dependents
 
     # Holding

@@ -28,7 +28,7 @@ class Rules:
     criteria: str | Criterion = 'magnitude'  # a name in `CRITERIA`, or a function of evidence
     layers: object = None  # as `layers.choose` takes it
     min_keep: int | float | None = None  # how many weights of each layer stay at least, or which share, as `.05`; None: one group. A layer with no more weights stays whole
-    coupled: bool = False  # at filter granularity: prune filters together whose outputs are added (residual networks), so that they can be removed
+    coupled: bool = False  # with groups of whole filters, as 'filter' and `head(n)`: prune filters together whose outputs are added (residual networks) or multiplied (gates), whole groups of grouped convolutions, and heads of attention, so that they can be removed
     round_to: int | None = None  # at filter granularity: round the number of filters that stay in a layer to the nearest multiple of it, as 8: kernels run best so
     exclude: object = None  # layers that take no part, in the forms of `layers`; the others compete as before
     keep_zeros: bool = False  # hold the zeros that are in the weights already, as of a sparse model that is trained on; False: they may learn until an event prunes them
@@ -123,6 +123,10 @@ class Rules:
         self._check_groups(one_layer, several=any(g.size > 1 for g in groupings.values()))
         self._check_floor(max(prod(g.shape) for g in groupings.values()))
         context = self.context_info
+        apart = [name for name, grouping in groupings.items() if not grouping.whole_filters]
+        if self.coupled and apart:
+            raise ValueError(f'coupled: got True with granularity={self.granularity!r}, of which a group in '
+                             f"{apart[0]!r} is not a whole filter; expected one as 'filter' or head(n)")
         if not context.single_weights: return
         for name, grouping in groupings.items():
             if context.axis in grouping.axes: continue
@@ -154,7 +158,7 @@ class Rules:
                          f'expected {" or ".join(names)}, which prunes output channels')
 
     def _check_coupled(self):
-        self._check_one_filter('coupled', True)
+        if isinstance(self.granularity, str): self._check_one_filter('coupled', True)
         if not self.context_info.by_shape: return
         others = [name for name, row in CONTEXTS.items() if not row.by_shape]
         raise ValueError(f'coupled: got True with context={self.context!r}, which goes by the shape of '

@@ -143,8 +143,15 @@ def together(
 ) -> torch.Tensor | np.ndarray:  # (n,)
     "Return the scores of their n-th groups: the mean over all weights of these."
     if len(tied) == 1: return scores(tied[0], where)
-    size = sum(layer.grouping.size for layer in tied)
-    return sum(torch.as_tensor(scores(layer, where)) * (layer.grouping.size / size) for layer in tied)
+    sizes = [_sizes(layer, where) for layer in tied]
+    size = sum(sizes)
+    return sum(torch.as_tensor(scores(layer, where)) * (own / size) for layer, own in zip(tied, sizes))
+
+
+def _sizes(layer, where):
+    "Return the number of weights in groups of a layer: one, or (n,) where they differ."
+    sizes = layer.grouping.sizes
+    return sizes.to(layer.weight.device)[where] if isinstance(sizes, torch.Tensor) else sizes
 
 
 def _terms(criterion, makes, rows):

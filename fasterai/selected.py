@@ -4,18 +4,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from fasterai.arguments import callable_with, is_function, read_example
 from fasterai.dataflow import trace, watch
-from fasterai.granularity import Grouping, weights_of
+from fasterai.granularity import Grouping, TiedGrouping, weights_of
 from fasterai.inputs import uses
 from fasterai.layers import check_masked_along, choose
 from fasterai.names import Named, Places, Weight, bare, find_again, warn_lost
 from fasterai.norms import Known
 from fasterai.peers import ALONE
 from fasterai.rules import Rules
+from fasterai.ties import ties
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,7 @@ class Layer:
     at: Weight  # the module, and the name of the parameter in it
     grouping: Grouping  # `.groups`: how many groups; `.size`: number of weights in each; `.axes`: {name: size}
     filters: Grouping | None  # the same by filters, where a group is one or several filters; else None
+    own: Grouping  # by the granularity alone; `grouping` may join filters that are pruned together
     uses: int = 1  # number of multiply-adds of each weight, where the context goes by work; else 1
 
     @property
@@ -39,6 +42,12 @@ class Layer:
     def weight(self) -> nn.Parameter:
         "Return the weight."
         return self.at.tensor
+
+    @property
+    def group_of_filters(self) -> np.ndarray:  # ints (filters,)
+        "Return which of its own groups each filter is in."
+        at = self.filters.rows(torch.arange(self.weight.numel()).reshape(self.filters.shape))
+        return self.own.numbers(at.reshape(self.filters.groups, -1)[:, 0]).numpy()
 
     def has_axes_of(self,
         weight: Weight,  # one that was found in the place of this
@@ -57,7 +66,8 @@ class Layer:
         mask,  # `event.Mask` of this layer
     ) -> torch.Tensor:  # bool (output channels,)
         "Return which filters have any weight left."
-        if self.filters.groups == self.grouping.groups: return mask.alive(self.grouping)
+        is_own = self.grouping is self.own
+        if is_own and self.filters.groups == self.own.groups: return mask.alive(self.own)
         return self.filters.count(mask.keep) > 0
 
 
@@ -77,7 +87,7 @@ class Selected:
         self.model, self.rules, self.example = model, rules, example
         self.choice = choose(model, rules.layers, rules.exclude)
         self.candidates = {n: _layer(n, at, rules.granularity) for n, at in self.choice.chosen.items()}  # name: `Layer`
-        rules.check_groupings({n: layer.grouping for n, layer in self.candidates.items()})
+        rules.check_groupings({n: layer.own for n, layer in self.candidates.items()})
         check_masked_along(model, [c.at for c in self.candidates.values() if c.grouping.whole_filters])
         self.flow = None  # `Known`, where the data flow is needed and could be found
         self.ties = []  # lists of names of layers whose n-th filters are pruned together
@@ -155,6 +165,7 @@ class Selected:
         self._take_over(found)
         if self.flow is None: return
         self.flow, self.ties, self.example, self.resolved = None, [], example, False
+        for name, layer in self.candidates.items(): self.candidates[name] = replace(layer, grouping=layer.own)
 
     def located(self,
         model: nn.Module,  # the one that is known, or another one
@@ -259,18 +270,29 @@ class Selected:
         for name in reasons: del self.candidates[name]
 
     def _couple(self):
-        "Find the layers whose outputs are added. Where one of them is not selected, the others are left out."
+        "Find the filters that are pruned together. Layers whose filters meet others are left out."
         if self.flow is None:
             raise ValueError(f'coupled: how {type(self.model).__name__} runs cannot be told from its code: '
                              'pass example=one batch of inputs')
         names = {id(layer.weight): name for name, layer in self.candidates.items()}
-        for ids in self.flow.flow.tied():
-            known = [name for i, name in names.items() if i in ids]
-            if len(known) == len(ids):
-                self.ties.append(known)
-                continue
-            reason = 'is added to what is not selected, so with coupled=True it stays'
-            self._leave_out(dict.fromkeys(known, reason))
+        own = {id(layer.weight): layer.group_of_filters for layer in self.candidates.values()}
+        found, with_others, collapsed = ties(self.flow.flow, own, not self.rules.granularity_info.one_filter)
+        added = 'is added to what is not selected, so with coupled=True it stays'
+        all_one = 'has filters that all meet each other, so with coupled=True it stays'
+        self._leave_out({name: added for i, name in names.items() if i in with_others} |
+                        {name: all_one for i, name in names.items() if i in collapsed})
+        for tie in found: self._tie(tie, [i for i in names if i in tie.of_filters], names, own)
+
+    def _tie(self, tie, weights, names, own):
+        "Let layers be pruned as one, with the groups of a tie."
+        if len(weights) > 1: self.ties.append([names[i] for i in weights])
+        layers = [self.candidates[names[i]] for i in weights]
+        alike = all(layer.own.groups == tie.groups for layer in layers)
+        if alike and all(np.array_equal(tie.of_filters[i], own[i]) for i in weights): return
+        parts = tie.parts(weights)
+        for i, layer in zip(weights, layers):
+            grouping = TiedGrouping(layer.filters, tie.of_filters[i], tie.groups, parts)
+            self.candidates[layer.name] = replace(layer, grouping=grouping)
 
     def dependents(self,
         masks: dict,  # layer's name: `event.Mask`
@@ -313,7 +335,7 @@ def _shared(model, layers):
 def _layer(name, at, granularity):
     grouping = Grouping(at.module, granularity, name, at.attr)
     filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
-    return Layer(name, name, at, grouping, filters)
+    return Layer(name, name, at, grouping, filters, grouping)
 
 
 def _flow(model, example):

@@ -381,7 +381,7 @@ class Sparsifier:
     def report(self) -> Report:
         "Count the zeros of each layer now."
         self._warn_if_moved()
-        rows = [(name, layer.at, layer.grouping) for name, layer in self.layers.items()]
+        rows = [(name, layer.at, layer.own) for name, layer in self.layers.items()]
         uses = {name: layer.uses for name, layer in self.layers.items()}
         return measure(self.model, rows, self.skipped, uses)
 

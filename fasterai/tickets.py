@@ -301,7 +301,7 @@ class _Search:
     def _shuffled(self, name, keep):
         "Return a random mask that keeps as many groups of a layer."
         if name not in self.sparsifier.layers: return keep  # it is left whole
-        grouping = self.sparsifier.layers[name].grouping
+        grouping = self.sparsifier.layers[name].own
         alive = grouping.count(keep) > 0
         return grouping.expand(alive[torch.randperm(len(alive))]).contiguous()
 

@@ -166,18 +166,6 @@ def conv(): return nn.Conv2d(2, 4, 1)
 def sides(way, **layers): return Net(way, **(dict(a=conv(), b=conv()) | layers))
 
 
-@pytest.mark.parametrize('model, tied', [
-    (sides(lambda s, x: s.a(x) + s.b(x).relu()), ['a', 'b']),
-    (sides(lambda s, x: s.n(s.a(x)) * 2 - s.b(x).mean((2, 3), True), n=nn.BatchNorm2d(4)), ['a', 'b']),
-    (sides(lambda s, x: s.b(s.a(x)), b=nn.Conv2d(4, 4, 1, groups=4)), ['a', 'b']),
-    (sides(lambda s, x: s.b(s.a(x)), b=nn.Conv2d(4, 4, 1, groups=2)), []),
-    (sides(lambda s, x: s.a(x).flatten(1) + s.b(x).flatten(1)), []),  # a channel is several entries
-    (sides(lambda s, x: s.a(x).sigmoid() + s.b(x)), []),
-])
-def test_layers_whose_channels_meet(model, tied):
-    assert [names(model, ids) for ids in watch(model, (IMAGE,)).tied()] == ([tied] if tied else [])
-
-
 def test_watching_leaves_no_trace():
     model = chain(nn.BatchNorm2d(3), nn.Dropout(.5), nn.Conv2d(3, 1, 1))
     model.train()

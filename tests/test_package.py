@@ -19,8 +19,8 @@ def test_the_star_import_shadows_nothing():
 
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
-    'synonyms arguments data batches tables snapshot peers operations optimizers plot progress least_squares knapsack',  # leaves
-    'ranking selection dataflow inputs calibration curvature synflow',
+    'synonyms arguments data batches tables snapshot peers operations channels optimizers plot progress least_squares knapsack',  # leaves
+    'ranking selection dataflow ties inputs calibration curvature synflow',
     'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
     'zeros scoring rounding rounds exchange event',
     'norms selected masks held',  # state
