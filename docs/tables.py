@@ -8,7 +8,7 @@ from fastcore.docments import docments
 from fasterai.callback import SparsifyCallback
 from fasterai.context import CONTEXTS
 from fasterai.criteria import CRITERIA
-from fasterai.granularity import AXES, GRANULARITIES, read_axes
+from fasterai.granularity import AXES, BY_NAME, GRANULARITIES, read_axes
 from fasterai.regrowth import REGROWTHS
 from fasterai.repair import REPAIRS
 from fasterai.schedule import SCHEDULES
@@ -31,12 +31,12 @@ def layers() -> str:
     "The layer types that are known, and which axes a group of each granularity spans, as a Markdown table."
     head = ['layer type', 'weight', 'axes', *GRANULARITIES]
     lines = [head, ['---'] * len(head)]
-    for kind, weights in AXES.items():
-        if not kind.__module__.startswith('torch.'): continue
+    rows = {kind.__name__: weights for kind, weights in AXES.items() if kind.__module__.startswith('torch.')}
+    for kind, weights in (rows | BY_NAME).items():
         for name, row in weights.items():
             axes = dict.fromkeys((a for folded in read_axes(row) for a, _ in folded), 2)
             spans = [' '.join(row.spans(axes)) or '·' for row in GRANULARITIES.values()]
-            lines.append([kind.__name__, f'`{name}`', f'`{row}`', *spans])
+            lines.append([kind, f'`{name}`', f'`{row}`', *spans])
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 

@@ -39,6 +39,9 @@ AXES = {
     nn.GRU: {'weight_[ih]h_l*': '(S:3 O) I'},
     nn.GRUCell: {'weight_[ih]h': '(S:3 O) I'},
 }
+BY_NAME = {  # in the same way, of libraries that are not imported here
+    'transformers.pytorch_utils.Conv1D': {'weight': 'I O'},
+}
 LARGE = 64  # neighbouring entries from which on a mask is a view that repeats a decision, not a copy
 OUTPUTS = frozenset('GSO')  # axes that tell outputs apart
 INPUTS = frozenset('GI')  # axes that tell inputs apart
@@ -85,12 +88,16 @@ def weights_of(
     module: nn.Module,
 ) -> dict:  # {name of a parameter: its axes, as a row of `AXES`}; empty for a type that has no row
     "Find the weights of a module and their axes, by the row of `AXES` for its type or nearest base class."
-    row = next((AXES[c] for c in type(module).__mro__ if c in AXES), {})
+    rows = map(_row_of, type(module).__mro__)
+    row = next((row for row in rows if row is not None), {})
     found = {}
     for name in _weight_names(module, row):
         for pattern, axes in row.items():
             if fnmatchcase(name, pattern): found[name] = axes
     return found
+
+
+def _row_of(kind): return AXES.get(kind, BY_NAME.get(f'{kind.__module__}.{kind.__name__}'))
 
 
 def _weight_names(module, row):
@@ -119,6 +126,14 @@ def _computed_name(module, name):
     "Return 'weight' for 'weight_g', 'weight_v' and 'weight_orig', the parts of a weight that is computed."
     base = re.sub('_(g|v|orig)$', '', name)
     return base if held(module, base) is not None else name
+
+
+def is_part(
+    module: nn.Module,
+    name: str,  # of a parameter
+) -> bool:
+    "Tell whether another weight of the module is computed from a parameter."
+    return _computed_name(module, name) != name
 
 
 def _axes(module, attr, shape):

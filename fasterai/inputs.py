@@ -55,7 +55,7 @@ class Read(NamedTuple):
     weight: nn.Parameter
     input: torch.Tensor
     settings: dict  # of a convolution: stride, padding, dilation, groups, output_padding
-    transposed: bool = False
+    transposed: bool = False  # of a transposed convolution, and where inputs come first
     real: torch.Tensor | None = None  # bool (batch, length): False where a token is padding; None where all are real
     part: tuple | None = None  # (start, stop): the rows of the weight that meet this input; None for all
 
@@ -220,7 +220,8 @@ def _layer(name, args, kwargs):
     "Return what a linear layer or a convolution reads."
     call = layer_call(name, args, kwargs)
     if call is None or not isinstance(call.input, torch.Tensor): return []
-    if name == 'linear': return [Read(call.weight, call.input.detach(), {})]
+    if name in ('linear', 'addmm'):  # the weight of the second has its inputs first
+        return [Read(call.weight, call.input.detach(), {}, name == 'addmm')]
     transposed = 'transpose' in name
     names = TRANSPOSED if transposed else CONVOLUTION
     settings = {key: argument(args, kwargs, 3 + i, key, DEFAULTS[key]) for i, key in enumerate(names)}

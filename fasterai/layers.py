@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fasterai.arguments import nearest
-from fasterai.granularity import AXES
+from fasterai.granularity import AXES, is_part
 from fasterai.names import Named, Weight, is_script, joined
 from fasterai.peers import is_sharded
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that can be pruned
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # left alone unless they are chosen
 
+COMPUTED = ('has a weight that is computed from others (a parametrization, weight_norm, spectral_norm), '
+            'so it is left alone: remove that first to include it')
 
 ONE_CHOICE = (str, type, nn.Module, torch.Tensor, Weight)  # what stands for itself, though some can be iterated
 
@@ -56,6 +59,9 @@ def choose(
         if shared is not None:
             skipped[name] = f'shares the weight of {shared!r}, which is excluded'
             continue
+        if layers is None and weight.stored is None and not _is_masked(weight):
+            skipped[name] = COMPUTED
+            continue
         _check_fit(name, weight)
         if not weight.tensor.numel():
             skipped[name] = 'has no weights'
@@ -72,6 +78,8 @@ def choose(
         if owner is not None and name in named.weights: skipped[name] = f'shares the weight of {owner!r}'
         else: skipped |= _not_wanted(name, weight, named, layers)
     if not chosen:
+        for name, reason in skipped.items():
+            if reason == COMPUTED: _check_fit(name, named.every[name])  # raises
         none = f'{type(model).__name__} has none of {_known_types()}'
         hint = f'; name a parameter, as layers={next(iter(named.others))!r}' if named.others else ''
         raise ValueError(f'layers: no layer selected: {none}{hint}')
@@ -173,6 +181,7 @@ def _not_wanted(name, weight, named, layers):
     "Return {name: reason} for a weight that is not chosen; nothing for biases and their like."
     if name in named.weights: return {name: _lookups(named)[name] if layers is None else 'not chosen'}
     if is_lazy(weight.stored) or getattr(weight.stored, 'ndim', 0) < 2: return {}
+    if isinstance(weight.module, ParametrizationList) or is_part(weight.module, weight.attr): return {}
     kind = type(weight.module).__name__
     reason = (f"{kind} is no known layer type: add_layer_type({kind}, {weight.attr}=…) makes it one, "
               "with 'O I' for outputs × inputs, 'I O' for inputs × outputs; or name it in layers=")

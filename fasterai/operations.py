@@ -144,9 +144,10 @@ def layer_call(
 
     Return None for other calls, and where there is no parameter in the weight."""
     if plain(name) not in LAYERS: return None
-    weight = argument(args, kwargs, 1, 'weight')
-    if weight_in(weight) is None: return None
-    return LayerCall(argument(args, kwargs, 0, 'input'), weight, argument(args, kwargs, 2, 'bias'))
+    if plain(name) == 'addmm': names = (1, 'mat1'), (2, 'mat2'), (0, 'input')
+    else: names = (0, 'input'), (1, 'weight'), (2, 'bias')
+    x, weight, bias = (argument(args, kwargs, *name) for name in names)
+    return None if weight_in(weight) is None else LayerCall(x, weight, bias)
 
 
 def argument(args, kwargs, i, key, default=None):
@@ -215,11 +216,8 @@ def linear(call):
 
 def addmm(call):
     "Follow a sum and a matrix product; by a weight it is a linear layer of inputs × outputs."
-    weight, bias = call.argument(2, 'mat2'), call.argument(0, 'input')
-    if call.weight_in(weight) is None: return matrix_product(call)
-    bias = None if _is_zeros(call.node_of(bias)) else bias
-    layer = LayerCall(call.argument(1, 'mat1'), call.weight_in(weight), bias)
-    return _layer(call, layer, layer.weight.shape[1], 1, 2)
+    layer = call.layer
+    return layer and _layer(call, layer, layer.weight.shape[1], 1, 2)
 
 
 def convolution(call):
@@ -656,6 +654,7 @@ def _rows(names, rule): return dict.fromkeys(names.split(), rule)
 
 LAYERS = {
     **_rows('linear', linear),
+    **_rows('addmm', addmm),
     **_rows('conv1d conv2d conv3d', convolution),
     **_rows('convtranspose1d convtranspose2d convtranspose3d', transposed_convolution),
 }
@@ -664,7 +663,6 @@ OPERATIONS = LAYERS | {
     **_rows('embedding embeddingbag bilinear multiheadattention multiheadattentionforward', own_weights),
     **_rows('lstm gru rnn rnntanh rnnrelu lstmcell grucell rnncell rnntanhcell rnnrelucell', own_weights),
     **_rows('matmul rmatmul mm bmm baddbmm einsum', matrix_product),
-    **_rows('addmm', addmm),
     **_rows('scaleddotproductattention', attention),
     **_rows('batchnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm', batch_norm),
     **_rows('relu relu6 leakyrelu prelu rrelu elu selu celu gelu silu mish hardswish', keeps_zeros),

@@ -8,7 +8,17 @@ from fasterai.arguments import Inputs
 from fasterai.data import real_positions
 from fasterai.inputs import Watching, as_matrix, from_matrix
 
+
+class InputsFirst(nn.Module):
+    def __init__(self, into, out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(into, out)), nn.Parameter(torch.randn(out))
+
+    def forward(self, x): return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
 LAYERS = {
+    'inputs first': (lambda: InputsFirst(5, 7), (3, 4, 5)),
     'linear': (lambda: nn.Linear(5, 7), (3, 4, 5)), 'strided grouped': (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9, 8)),
     'dilated same': (lambda: nn.Conv2d(4, 6, (3, 2), dilation=(2, 1), padding='same'), (2, 4, 9, 8)), 'valid': (lambda: nn.Conv2d(2, 3, 3, padding='valid'), (2, 2, 5, 5)),
     'circular': (lambda: nn.Conv1d(3, 4, 3, padding=2, padding_mode='circular'), (2, 3, 9)), 'depthwise': (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 6, 6)),

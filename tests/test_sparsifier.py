@@ -164,9 +164,10 @@ def test_one_layer_with_several_weights_by_name_or_module():
     assert sparsifier.report().rows[2].sparsity == 25
 
 
-def test_old_weight_norm_of_a_recurrent_layer_is_refused():
+def test_old_weight_norm_of_a_recurrent_layer_is_left_out():
     with pytest.warns(FutureWarning): lstm = nn.utils.weight_norm(nn.LSTM(3, 4), 'weight_hh_l0')
-    with pytest.raises(ValueError, match="weight of 'weight_hh_l0' is not a parameter of its own"): Sparsifier(nn.Sequential(lstm)[0])
+    assert list(Sparsifier(lstm).layers) == ['weight_ih_l0']
+    with pytest.raises(ValueError, match="weight of 'weight_hh_l0' is not a parameter of its own"): Sparsifier(lstm, layers='weight_hh_l0')
 
 
 @pytest.mark.parametrize('state', [None, 7, 'x', [], torch.ones(2), torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=.1)])
