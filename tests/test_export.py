@@ -100,3 +100,37 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 2), dynamic_batch='no')
     with pytest.raises(ValueError, match='example: got a tensor without axes, expected .*dynamic_batch=False'):
         export_onnx(nn.ReLU(), tmp_path / 'a', torch.tensor(1.))
+
+
+def test_what_cannot_be_exported_is_said_in_our_words(tmp_path):
+    class Cached(nn.Linear):
+        def __init__(self): super().__init__(4, 4)
+        def forward(self, x): return super().forward(x), object()
+    cached = Cached()
+    with pytest.raises(ValueError, match='Cached returns a object, which ONNX has no type for, expected tensors: return tensors alone'):
+        export_onnx(cached, tmp_path / 'a.onnx', torch.randn(2, 4))
+    cached.config = type('Config', (), {'use_cache': True})()
+    with pytest.raises(ValueError, match='set model.config.use_cache = False'): export_onnx(cached, tmp_path / 'a.onnx', torch.randn(2, 4))
+
+    class Graph(nn.Linear):
+        def forward(self, x, edges): return super().forward(torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+    graph, example = Graph(4, 4), (torch.randn(6, 4), torch.randint(0, 6, (2, 9)))
+    with pytest.raises(ValueError, match='what was exported fails for inputs of shape .*; pass dynamic_batch=False where the first axis of an input is no batch'):
+        export_onnx(graph, tmp_path / 'a.onnx', example)
+    assert not list(tmp_path.iterdir())
+    export_onnx(graph, tmp_path / 'a.onnx', example, dynamic_batch=False)
+
+
+def test_the_cause_of_a_failed_export_is_said(tmp_path, monkeypatch):
+    export, fails = torch.onnx.export, []
+
+    def failing(model, *args, dynamic_shapes, **more):
+        if dynamic_shapes or fails: raise RuntimeError('This is step 1/3\nNext steps') from KeyError('a view')
+        export(model, *args, dynamic_shapes=dynamic_shapes, **more)
+    monkeypatch.setattr(torch.onnx, 'export', failing)
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="Sequential cannot be written by torch.onnx.export: KeyError: 'a view'; with dynamic_batch=False it can"):
+        export_onnx(model, tmp_path / 'a.onnx', x)
+    fails.append(1)
+    with pytest.raises(ValueError, match="KeyError: 'a view'$"): export_onnx(model, tmp_path / 'a.onnx', x, dynamic_batch=False)
+    assert not list(tmp_path.iterdir())
