@@ -28,29 +28,44 @@ class Flow:
         if None in outputs or not outputs: outputs = [*outputs, *_unread(self.tape)]  # any may be an output
         known = [n for n in outputs if n is not None]
         self.output_weights = frozenset().union(*(n.sources for n in known))  # ids
-        self.before_norms = _leading_to([n for n in self.tape if n.op == 'norm'])
+        self.shifts = _shifts(self.tape)  # {id: parameter}
+        masked = [n for n in self.tape if n.op == 'norm' or self._shift(n)]
+        self.masked = _leading_to(masked)
 
     def zero_channels(self,
         dead: dict,  # id of a layer's weight: bool (output channels,), True where the filter is zero
         biases: dict,  # id of a bias: bool (output channels,), True where it is zero, with the filter
-    ) -> dict:  # BatchNorm: bool (channels,), for each that has any
-        "Find the channels of each BatchNorm that receive only zeros at all its uses."
+    ) -> dict:  # BatchNorm, or a parameter that is added to channels: bool (channels,), for each that has any
+        "Find the channels of each BatchNorm and learned shift that meet only zeros at all its uses."
         if not self.sure: return {}
         dead, biases = _as_arrays(dead), _as_arrays(biases)
         norms = [n for n in self.tape if n.op == 'norm']
         scales = {n: _scale(n.norm) for n in norms}
         zero = {scale: np.ones(n.length, bool) for n, scale in scales.items()}
+        shifts = {i: shift for i, shift in self.shifts.items() if i not in biases}
+        zero |= {i: np.ones(shift.numel(), bool) for i, shift in shifts.items()}
         while True:  # what one use rules out changes what follows the others: repeat until nothing changes
             before = zero
             zero = self._narrowed(before, scales, dead, biases)
             if all(np.array_equal(before[k], zero[k]) for k in zero): break
-        return {n.norm: torch.from_numpy(zero[scale]) for n, scale in scales.items() if zero[scale].any()}
+        keys = [(n.norm, scale) for n, scale in scales.items()] + [(shift, i) for i, shift in shifts.items()]
+        return {key: torch.from_numpy(zero[i]) for key, i in keys if zero[i].any()}
+
+    def _shift(self, node):
+        "Return the bias node and the other one, where a learned shift is added to channels; else None."
+        if node.op != 'addition': return None
+        a, b = node.inputs
+        for shift, x in ((a, b), (b, a)):
+            if shift.op == 'bias' and id(shift.bias) in self.shifts: return shift, x
+        return None
 
     def _narrowed(self, zero, scales, dead, biases):
-        "Return the channels that are zero at all uses of each norm, if those in `zero` are zero after it."
+        """Return the channels that are zero at all uses of each norm and shift, if those in `zero` are zero
+        behind it."""
         values, found = {}, dict(zero)
+        biases = biases | {i: zero[i] for i in self.shifts if i in zero}
         for node in self.tape:
-            if node not in self.before_norms: continue
+            if node not in self.masked: continue
             value = zero_entries(node, [values.get(i) for i in node.inputs], dead, biases)
             if node in scales:
                 scale = scales[node]
@@ -58,7 +73,19 @@ class Flow:
                 found[scale] = found[scale] & channels
                 value = (zero[scale] & channels).reshape(node.places)
             values[node] = value
+            self._narrow_shift(node, values, found)
         return found
+
+    def _narrow_shift(self, node, values, found):
+        "Take from a shift the channels to which something is added that is not zero."
+        met = self._shift(node)
+        if met is None or id(met[0].bias) not in found: return
+        shift, x = met
+        value = values[x]
+        axis = shift.axis + len(node.places) - shift.ndim
+        if value is not None: value = np.broadcast_to(value, node.places)
+        others = tuple(at for at in range(len(node.places)) if at != axis)
+        found[id(shift.bias)] = found[id(shift.bias)] & (False if value is None else value.all(axis=others))
 
     def meetings(self,
         heads: bool = False,  # the filters of a head of attention are pruned together
@@ -92,6 +119,16 @@ def _with_inputs(tape):
         found[node] = None
     for node in tape: add(node)
     return list(found)
+
+
+def _shifts(tape):
+    "Find the parameters that are added to channels, and used in no other way: {id: parameter}."
+    found = {id(n.bias): n.bias for n in tape if n.op == 'bias'}
+    for node in tape:
+        terms = {'addition': node.inputs, 'bias': (node,)}.get(node.op, ())
+        added = {id(term.bias) for term in terms if term.op == 'bias'}
+        for i in node.vectors - added: found.pop(i, None)
+    return found
 
 
 def _leading_to(nodes):

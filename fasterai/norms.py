@@ -3,6 +3,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasterai.dataflow import Flow
+from fasterai.layers import why_not_zeroed
 from fasterai.names import named_modules, warn_lost
 
 
@@ -20,6 +21,9 @@ class Known:
         self.weights = {name: layer.weight for name, layer in layers.items()}
         modules = named_modules(model).items()
         self.norms = {module: name for name, module in modules if isinstance(module, _BatchNorm)}
+        flow.shifts = {i: shift for i, shift in flow.shifts.items() if not why_not_zeroed(shift)}
+        self.shifts = {id(tensor): (path, name) for path, module in modules
+                       for name, tensor in module._parameters.items() if id(tensor) in flow.shifts}
         self.biases = {(path, name): tensor for path, module in modules
                        for name, tensor in module._parameters.items() if 'bias' in name}
 
@@ -39,11 +43,21 @@ class Known:
         by_id = {id(self.weights[name]): filters for name, filters in dead.items()}
         found = {}
         for norm, channels in self.flow.zero_channels(by_id, zero_biases).items():
+            if isinstance(norm, nn.Parameter):
+                self._add_shift(norm, channels, modules, found)
+                continue
             now = self._again(norm, modules, paths)
             if now is None: continue
             names = [name for name in ('running_mean', 'bias') if getattr(now, name) is not None]
             found[now] = dict.fromkeys(names, channels)
         return found
+
+    def _add_shift(self, shift, channels, modules, found):
+        "Add the mask of a learned shift to what is found, where the model still has it."
+        path, name = self.shifts.get(id(shift), (None, None))
+        tensor = modules[path]._parameters.get(name) if path in modules else None
+        if tensor is None or tensor.shape != shift.shape: return
+        found.setdefault(modules[path], {})[name] = channels.reshape(shift.shape)
 
     def _again(self, norm, modules, paths):
         "Return the BatchNorm that is in the place of one now, None where it is lost or fused."

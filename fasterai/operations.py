@@ -4,7 +4,7 @@
 After an operation that is not in the table nothing is known of the channels. A rule may say less than
 is true, never more."""
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from numbers import Real
 from typing import NamedTuple
@@ -38,6 +38,7 @@ class Node:
     bias: object = None  # of a 'layer': None, a parameter, or a tensor that was computed; of a 'bias': the parameter
     norm: nn.Module | None = None  # the BatchNorm of a 'norm'
     reads: frozenset = frozenset()  # ids of the weights among the arguments
+    vectors: frozenset = frozenset()  # ids of the parameters among them that differ along one axis
 
     @property
     def length(self) -> int | None:
@@ -89,6 +90,13 @@ class Call:
     def reads(self) -> frozenset:
         "Return the ids of the weights among the arguments: parameters of more than one axis."
         return frozenset(id(p) for p in self.leaves if isinstance(p, nn.Parameter) and p.ndim > 1)
+
+    @property
+    def vectors(self) -> frozenset:
+        "Return the ids of the parameters among the arguments that differ along one axis."
+        own = (p for p in self.leaves if isinstance(p, nn.Parameter))
+        ids = {id(p) for p in own if p.numel() == max(p.shape, default=0) > 1}
+        return frozenset(ids | {id(n.bias) for n in self.inputs if n.op == 'bias'})
 
     @property
     def layer(self):
@@ -172,7 +180,9 @@ def follow(call: Call) -> Node:
     "Return the node of a call's result, by the rule for the operation."
     rule = OPERATIONS.get(plain(call.name), other)
     node = rule(call)
-    return other(call) if node is None or not _fits(node.places, call.after) else node
+    if node is None or not _fits(node.places, call.after): node = other(call)
+    vectors = call.vectors
+    return replace(node, vectors=vectors) if vectors else node
 
 
 def _fits(places, shape):
@@ -534,20 +544,20 @@ def _made_weight(call):
 def _reshaped_bias(call):
     "Return the node of a bias that gets axes of length one, so that it can be added; None for all else."
     bias = call.argument(0, 'input')
-    if not isinstance(bias, nn.Parameter) or bias.ndim != 1 or call.inputs or not call.after: return None
+    if not isinstance(bias, nn.Parameter) or call.inputs or not call.after: return None
     return _bias(bias, call.after)
 
 
 def _bias(bias, shape):
     "Return the node of a parameter that differs along one axis; None for another one."
     axes = [axis for axis, length in enumerate(shape) if length != 1]
-    if len(axes) != 1: return None
+    if len(axes) != 1 or shape[axes[0]] != max(bias.shape): return None
     return Node('bias', places=tuple(shape), ndim=len(shape), axis=axes[0], bias=bias)
 
 
 def _node(call, x):
     "Return the node of an argument whose channels are known; of a parameter that may be a bias too."
-    if isinstance(x, nn.Parameter) and x.ndim == 1: return _bias(x, x.shape)
+    if isinstance(x, nn.Parameter): return _bias(x, x.shape)
     node = call.node_of(x)
     return None if node is None or node.places is None else node
 

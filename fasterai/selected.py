@@ -282,6 +282,7 @@ class Selected:
         self._leave_out({name: added for i, name in names.items() if i in with_others} |
                         {name: all_one for i, name in names.items() if i in collapsed})
         for tie in found: self._tie(tie, [i for i in names if i in tie.of_filters], names, own)
+        self.ties += _within_modules(self.candidates)
 
     def _tie(self, tie, weights, names, own):
         "Let layers be pruned as one, with the groups of a tie."
@@ -297,14 +298,16 @@ class Selected:
     def dependents(self,
         masks: dict,  # layer's name: `event.Mask`
     ) -> dict:  # module: {tensor's name: bool (channels,)}, True where it is masked
-        """Find what is masked along with pruned filters: their biases, and the BatchNorm of channels that
-        are zero."""
+        """Find what is masked along with pruned filters: their biases, and the BatchNorm and learned shift of
+        channels that are zero."""
         layers = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not layers: return {}
         alive = ALONE.fetched([layer.filters_alive(masks[layer.name]) for layer in layers])
         dead = {layer.name: ~torch.from_numpy(filters) for layer, filters in zip(layers, alive)}
         found = self._biases({id(layer.weight): dead[layer.name] for layer in layers})
-        if self.flow is not None: found |= self.flow.zero_channels(dead, found, self.model)
+        if self.flow is None: return found
+        for module, tensors in self.flow.zero_channels(dead, found, self.model).items():
+            found.setdefault(module, {}).update(tensors)
         return found
 
     def _biases(self, dead):
@@ -336,6 +339,20 @@ def _layer(name, at, granularity):
     grouping = Grouping(at.module, granularity, name, at.attr)
     filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
     return Layer(name, name, at, grouping, filters, grouping)
+
+
+def _within_modules(layers):
+    """Find the weights of one module that are pruned as one, as lists of names.
+
+    They are those of a recurrent layer, where a group is a hidden unit, and the heads of an attention."""
+    found = {}
+    for name, layer in layers.items():
+        module, attr = layer.at
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and layer.own.groups == layer.own.axes.get('O'):
+            found.setdefault((module, attr.replace('_hh', '_ih')), []).append(name)
+        if isinstance(module, nn.MultiheadAttention) and layer.own.groups == module.num_heads:
+            found.setdefault((module, 'heads'), []).append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def _flow(model, example):

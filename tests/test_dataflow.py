@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fasterai.dataflow import trace, watch
+from fasterai.channels import zero_entries
+from fasterai.dataflow import Flow, _norms, _Watcher, trace, watch
+from fasterai.sparsifier import Sparsifier
 
 IMAGE, ROWS = torch.randn(2, 2, 4, 4), torch.randn(3, 4)
 
@@ -122,7 +124,8 @@ def test_norms_behind_quotients_sums_with_a_bias_and_weights_that_are_scaled():
     assert names(model, flow.output_weights) == ['b']
     weights = {id(model.a.weight): dead}
     assert flow.zero_channels(weights, {id(model.a.bias): dead})[model.n].tolist() == dead.tolist()
-    assert flow.zero_channels(weights, {id(model.a.bias): ~dead}) == flow.zero_channels(weights, {}) == {}
+    assert flow.zero_channels(weights, {id(model.a.bias): ~dead}) == {}
+    assert {key: zero.tolist() for key, zero in flow.zero_channels(weights, {}).items()} == dict.fromkeys((model.n, model.a.bias), dead.tolist())  # a shift like others
 
 
 def test_buffers_that_a_batch_resizes_are_put_back():
@@ -300,3 +303,81 @@ def test_watching_touches_neither_overloaded_modes_nor_buffers_nor_random_number
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     watch(model, (ROWS,))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+
+
+# Learned shifts, and whole networks
+
+class Shifted2d(nn.Module):
+    "A scale and a shift of each channel, as layers of several libraries have them."
+    def __init__(self, way=lambda s, x: torch.addcmul(s.shift, s.scale, x), shape=(1, 4, 1, 1)):
+        super().__init__()
+        self.scale, self.shift, self.way = nn.Parameter(torch.rand(shape) + 1), nn.Parameter(torch.rand(shape) + 1), way
+
+    def forward(self, x): return self.way(self, x)
+
+
+SHIFTS = {
+    'addcmul': (Shifted2d(), True), 'a sum': (Shifted2d(lambda s, x: s.scale * x + s.shift), True), 'first': (Shifted2d(lambda s, x: s.shift + x), True),
+    'a vector': (Shifted2d(lambda s, x: x + s.shift.view(1, 4, 1, 1), (4,)), True), 'of a response norm': (Shifted2d(lambda s, x: x + s.shift + s.scale * (x * x.norm(dim=(2, 3), keepdim=True))), True),
+    'a scale too': (Shifted2d(lambda s, x: x * s.shift + s.shift), False), 'on another way': (Shifted2d(lambda s, x: x + s.shift + s.shift.exp()), False),
+    'to what is not zero': (Shifted2d(lambda s, x: x.cos() + s.shift), False), 'twice': (Shifted2d(lambda s, x: (x + s.shift).relu() + (x.cos() + s.shift)), False),
+    'over the rows': (Shifted2d(lambda s, x: x + s.shift, (1, 1, 4, 1)), False), 'numbers': (Shifted2d(lambda s, x: x + s.shift, (1, 1, 1, 1)), False),
+}
+
+
+@pytest.mark.parametrize('name', SHIFTS)
+def test_a_learned_shift_is_zero_with_its_filters(name):
+    shifted, masked = SHIFTS[name]
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), shifted, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model[3].weight.data.abs_()
+    sparsifier = Sparsifier(model, 'filter', example=IMAGE)
+    sparsifier.sparsify_model(50)
+    gone = (model[0].weight == 0).flatten(1).all(1)
+    assert gone.sum() == 2 and torch.equal((shifted.shift == 0).flatten(), gone if masked else torch.zeros(shifted.shift.numel(), dtype=torch.bool))
+    if masked: assert torch.equal((model[:2](IMAGE) == 0).all(0).flatten(1).all(1), gone)
+    sparsifier.sparsify_model(0, regrow=True)
+    assert shifted.shift.all()
+    shifted.shift.data.uniform_(1, 2)
+
+
+def test_shifts_that_no_mask_can_hold_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), Shifted2d(lambda s, x: x + s.shift, (4,)), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[1].shift = nn.Parameter(torch.rand(1).expand(4), requires_grad=False)
+    Sparsifier(model, 'filter', example=ROWS).sparsify_model(50)
+    assert model[1].shift.all() and model[2].bias.numel() == 4 and not any(model[2].running_mean)
+
+
+def networks():
+    import torchvision.models as models
+    torch.manual_seed(0)
+    yield models.mobilenet_v3_small(), (2, 3, 32, 32)
+    yield models.shufflenet_v2_x0_5(), (2, 3, 32, 32)
+    block = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, activation='gelu'), nn.Linear(8, 4))
+    yield block, (2, 5, 8)
+
+
+@pytest.mark.parametrize('n', range(3))
+@pytest.mark.parametrize('coupled', [False, True])
+def test_all_that_is_said_to_be_zero_in_a_pruned_network_is_zero(n, coupled):
+    model, shape = list(networks())[n]
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): nn.init.normal_(m.running_mean), nn.init.normal_(m.bias), nn.init.uniform_(m.running_var, .5, 2)
+    x = torch.randn(shape)
+    sparsifier = Sparsifier(model.eval(), 'filter', 'local', example=x, coupled=coupled)
+    sparsifier.sparsify_model(50)
+    watcher, seen = _Watcher(_norms(model)), []
+    record = watcher._record
+    watcher._record = lambda call, results: (record(call, results), seen.extend((watcher.nodes[t], t.clone()) for t in results))
+    with torch.no_grad(), watcher: model(x)
+    along = sparsifier.selected.dependents(sparsifier.masks.of)
+    biases = {id(getattr(m, name)): zero.numpy() for m, tensors in along.items() for name, zero in tensors.items() if name != 'running_mean'}
+    dead = {id(layer.weight): (~layer.filters_alive(sparsifier.masks.of[name])).numpy() for name, layer in sparsifier.layers.items()}
+    values, claims = {}, 0
+    for node in Flow(watcher.tape, []).tape:
+        values[node] = zero_entries(node, [values.get(i) for i in node.inputs], dead, biases)
+        if node.op == 'norm' and values[node] is not None: values[node] = values[node] & along.get(node.norm, {}).get('bias', torch.zeros(node.length, dtype=torch.bool)).numpy().reshape(node.places)
+    for node, tensor in seen:
+        if values.get(node) is None: continue
+        claims += values[node].sum()
+        assert not tensor.masked_select(torch.from_numpy(values[node].copy()).expand(tensor.shape)).any(), node.op
+    assert claims > 10

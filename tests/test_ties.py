@@ -150,6 +150,37 @@ def test_the_heads_of_a_network_go_as_one_and_the_output_is_zero_there():
         Sparsifier(model, head(2, 'I'), coupled=True, example=ROWS)
 
 
+# Weights of one module
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_hidden_units_of_recurrent_layers(kind):
+    "Where all gates of a unit are zero, with their biases, it is zero at all times."
+    model = Net(lambda s, x: s.head(s.units(x)[0]), units=kind(3, 6, bidirectional=True), head=nn.Linear(12, 2))
+    granularity = ('I',) if kind is nn.RNN else ('S', 'I')
+    sparsifier = Sparsifier(model, granularity, 'local', layers=kind, example=torch.randn(2, 4, 3), coupled=True)
+    assert sparsifier.selected.ties == [['units.weight_ih_l0', 'units.weight_hh_l0'], ['units.weight_ih_l0_reverse', 'units.weight_hh_l0_reverse']]
+    sparsifier.sparsify_model(50)
+    out, _ = model.units(torch.randn(2, 4, 3))
+    assert sparsifier.sparsity == 50 and (out == 0).flatten(0, 1).all(0).view(2, 6).sum(1).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize('apart', [False, True])
+def test_heads_of_a_multihead_attention(apart):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 4, kdim=6 if apart else None, vdim=6 if apart else None, batch_first=True)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x, memory): return self.head(self.attention(x, memory, memory)[0])
+    model, example = Attention(), (torch.randn(2, 5, 8), torch.randn(2, 3, 6 if apart else 8))
+    sparsifier = Sparsifier(model, head(4), 'local', layers='*_proj_weight', example=example, coupled=True)
+    sparsifier.sparsify_model(50)
+    weights = [layer.weight.view(-1, 4, 2, layer.weight.shape[1]) for layer in sparsifier.layers.values()]
+    gone = torch.cat([(weight == 0).flatten(2).all(2) for weight in weights])
+    assert gone.shape == (3, 4) and gone.sum(1).tolist() == [2, 2, 2] and (gone == gone[0]).all()
+
+
 # What the Sparsifier makes of it
 
 @pytest.mark.parametrize('context', ['local', 'global', 'lamp', 'normalized', 'work'])
