@@ -322,6 +322,8 @@ class Selected:
                 bias = module._parameters.get(name)
                 if bias is None or bias.shape != dead[id(weight)].shape: continue
                 found.setdefault(module, {})[name] = dead[id(weight)]
+            joint = _joint_bias(module, dead)
+            if joint is not None: found.setdefault(module, {})['in_proj_bias'] = joint
         return found
 
 
@@ -339,6 +341,15 @@ def _layer(name, at, granularity):
     grouping = Grouping(at.module, granularity, name, at.attr)
     filters = Grouping(at.module, 'filter', name, at.attr) if grouping.whole_filters else None
     return Layer(name, name, at, grouping, filters, grouping)
+
+
+def _joint_bias(module, dead):
+    "Return the mask of the one bias that queries, keys and values of an attention have; None elsewhere."
+    if not isinstance(module, nn.MultiheadAttention) or module.in_proj_bias is None: return None
+    weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    if not any(id(weight) in dead for weight in weights): return None
+    none = torch.zeros(module.embed_dim, dtype=torch.bool)
+    return torch.cat([dead.get(id(weight), none) for weight in weights])
 
 
 def _within_modules(layers):

@@ -171,6 +171,7 @@ def test_heads_of_a_multihead_attention(apart):
             super().__init__()
             self.attention = nn.MultiheadAttention(8, 4, kdim=6 if apart else None, vdim=6 if apart else None, batch_first=True)
             self.head = nn.Linear(8, 2)
+            nn.init.normal_(self.attention.in_proj_bias)
 
         def forward(self, x, memory): return self.head(self.attention(x, memory, memory)[0])
     model, example = Attention(), (torch.randn(2, 5, 8), torch.randn(2, 3, 6 if apart else 8))
@@ -179,6 +180,7 @@ def test_heads_of_a_multihead_attention(apart):
     weights = [layer.weight.view(-1, 4, 2, layer.weight.shape[1]) for layer in sparsifier.layers.values()]
     gone = torch.cat([(weight == 0).flatten(2).all(2) for weight in weights])
     assert gone.shape == (3, 4) and gone.sum(1).tolist() == [2, 2, 2] and (gone == gone[0]).all()
+    assert torch.equal((model.attention.in_proj_bias == 0).view(3, 4, 2).all(2), gone)
 
 
 # What the Sparsifier makes of it
