@@ -110,6 +110,8 @@ ON_IMAGES = {  # names as in the table: a use of each, after which it is known w
     'mul': lambda s, x, y: y * x, 'multiply': lambda s, x, y: torch.multiply(x, y), 'imul': lambda s, x, y: operator.imul(x, y), 'rmul': lambda s, x: 2 * x,
     'div': lambda s, x, y: x / (1 + y.abs()), 'divide': lambda s, x: torch.divide(x, 3), 'truedivide': lambda s, x: torch.true_divide(x, 3),
     'addcmul': lambda s, x, y: torch.addcmul(x, x, y), 'glu': lambda s, x, y: F.glu(torch.cat([x, y], 1), 1),
+    'viewas': lambda s, x: x.view_as(torch.rand(2, 4, 16)), 'reshapeas': lambda s, x: x.transpose(1, 2).reshape_as(torch.rand(2, 2, 2, 16)),
+    'detach': lambda s, x: x.detach(), 'typeas': lambda s, x: x.type_as(x), 'double': lambda s, x: x.double(), 'bfloat16': lambda s, x: x.bfloat16(),
     'view': lambda s, x: x.view(2, 2, 2, 16), 'reshape': lambda s, x: x.reshape(2, -1), 'unflatten': lambda s, x: x.unflatten(1, (2, 2)),
     'flatten': lambda s, x: x.flatten(1), 'transpose': lambda s, x: x.transpose(1, 2), 'permute': lambda s, x: x.permute(0, 2, 3, 1),
     'swapaxes': lambda s, x: x.swapaxes(1, 3), 'swapdims': lambda s, x: x.swapdims(0, 1), 'movedim': lambda s, x: x.movedim(1, -1),
