@@ -26,6 +26,7 @@ bench: .venv/installed
 	$(RUN) benchmarks/speed.py
 	$(RUN) benchmarks/deploy.py
 	$(RUN) benchmarks/kernels.py
+	$(RUN) benchmarks/budgets.py $(if $(wildcard $(DATA)/cifar10),--data $(DATA))
 
 science: .venv/installed-science
 	$(RUN) benchmarks/science.py --data $(DATA) $(PARTS)
