@@ -9,13 +9,14 @@ from fasterai.callback import SparsifyCallback
 from fasterai.context import CONTEXTS
 from fasterai.criteria import CRITERIA
 from fasterai.granularity import AXES, BY_NAME, GRANULARITIES, read_axes
+from fasterai.recipes import RECIPES
 from fasterai.regrowth import REGROWTHS
 from fasterai.repair import REPAIRS
 from fasterai.schedule import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 NAMES = {'granularity': [*GRANULARITIES], 'context': [*CONTEXTS, '2:4'], 'criteria': [*CRITERIA], 'schedule': [*SCHEDULES],
-         'regrow': [*REGROWTHS], 'repair': [*REPAIRS]}
+         'regrow': [*REGROWTHS], 'repair': [*REPAIRS], 'recipe': [*RECIPES]}
 
 
 def options() -> str:

@@ -1,6 +1,7 @@
 "Import all that one needs: `from fasterai.all import *`."
 from fasterai.callback import SparsifyCallback
 from fasterai.context import within
+from fasterai.distil import distillation
 from fasterai.fit_to import fit_to
 from fasterai.granularity import add_layer_type, block, head
 from fasterai.keep import KeepSparse
@@ -33,6 +34,6 @@ __all__ = [
     'SparsifyCallback', 'KeepSparse', 'Sparsifier', 'Report', 'block', 'head', 'within', 'add_layer_type',
     'one_shot', 'iterative', 'gradual', 'linear', 'cosine', 'one_cycle', 'dense_sparse_dense',
     'exponential', 'multi_step', 'acdc', 'rigl', 'Due', 'steps', 'epochs', 'plot_schedule',
-    'sensitivity', 'fit_to', 'refit', 'recalibrate', 'Snapshot', 'find_ticket',
+    'sensitivity', 'fit_to', 'refit', 'recalibrate', 'Snapshot', 'find_ticket', 'distillation',
     'plot_kernels', 'plot_weights', 'plot_tradeoff',
 ]

@@ -5,6 +5,8 @@ from fastai.learner import noop
 
 from fasterai.batches import TrainingBatches, loss_of
 from fasterai.data import check_batches
+from fasterai.distil import read_distil
+from fasterai.distilling import Distilling
 from fasterai.driver import Driver, check_begin, check_end
 from fasterai.epochs import Column, Trackers, saves_at_end, saves_every_epoch
 from fasterai.fit_to import fit_to, read_budget
@@ -13,12 +15,16 @@ from fasterai.layers import check_kinds, matching
 from fasterai.names import Named
 from fasterai.plot import plot_history
 from fasterai.progress import hidden
+from fasterai.recipes import with_recipe
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Time, needs_length, read_schedule
 from fasterai.summary import (
+    NOT_DISTILLED,
     anew_line,
     chosen_line,
+    distilled_line,
     frozen_line,
+    low_rate_line,
     not_run_line,
     repaired_line,
     rewound_line,
@@ -49,20 +55,24 @@ class SparsifyCallback(Keeper):
         bytes: float | None = None,  # in place of `sparsity`: bytes that the file may have, as in `fit_to`
         example=None,  # with `ms`, the batch whose latency counts, as in `fit_to`
         rewind_to: float | Time | None = None,  # after the last event all weights that are left, and the optimizer's state, go back to this time: a share of training, 0 to 1, or `steps(n)`, `epochs(n)`
+        distil=None,  # share of the loss, 0 to 1, that comes from the outputs of the network as it was before the first event, which stays in memory until the end of the fit; or `distillation(...)`
+        recipe: str | None = None,  # other defaults for `schedule` and `distil`: 'accurate' loses least at high sparsities
         **kwargs,  # the other rules, as in `Rules`
     ):
+        given = with_recipe(recipe, {'schedule': schedule, 'distil': distil})
         if isinstance(sparsity, Mapping) and sparsity: check_kinds(list(sparsity), 'sparsity')
         if layers is None and isinstance(sparsity, Mapping): layers = list(sparsity) or None
         self.rules = Rules(granularity, context, criteria, layers, **kwargs)
         self.budget, self.example = {} if sparsity is not None else {'ms': ms, 'bytes': bytes}, example
         self._check_budget(sparsity, ms, bytes)
         if not self.budget: self.rules.check_sparsity(sparsity)
-        self.sparsity, self.schedule = sparsity, read_schedule(schedule)
+        self.sparsity, self.schedule = sparsity, read_schedule(given['schedule'])
         self.repair, self.rewind_to = repair, rewind_to
         if not self.budget: check_begin(self.rules, sparsity, self.schedule)
         check_end(self.rules, repair, rewind_to)
         if data is not None: check_batches(data)
         self.data = list(data) if isinstance(data, Iterator) else data  # there may be several fits
+        self.distilling = Distilling(self, read_distil(given['distil']))
         self.keeper, self.history = None, []
         self.column, self.trackers = Column(self), Trackers()
 
@@ -135,12 +145,15 @@ class SparsifyCallback(Keeper):
     def end(self):
         "Mask once more, when all other callbacks are done, and say what was reached."
         super().end()
+        self.distilling.end(self.learn)
         if not self.active or not self.sparsifier.selected.candidates: return
         driver, frozen = self.driver, self._frozen_by_learner()
         if not self.begun: driver.trouble = 'there was no batch to train on'
         driver.snapshot = None
         if not frozen: self._say(rewound_line(driver.timetable, driver.rewound))
         self._say(repaired_line(driver.repaired_by, driver.repaired))
+        self._say(distilled_line(self.distilling.n_batches, self.distilling.n_lower))
+        self._say(low_rate_line(self.rate, driver.timetable))
         self._say(driver.reached(frozen))
 
     # What
@@ -152,6 +165,8 @@ class SparsifyCallback(Keeper):
                              self.rewind_to, start)
         n_steps = len(self.learn.dls.train)
         if n_steps and self.n_epoch and self._can_place(): self.driver.timetable.place(self.n_epoch, n_steps)
+        self.distilling.begin(self.learn, self._resumes_at() > 0, any(self.driver.masked_before.values()))
+        self.rate = None  # the learning rate when the target was reached, as a share of its peak
         self.compared, self.history = False, []  # whether there was an epoch at the final sparsity; sparsity of each layer by epoch
 
     def _can_place(self):
@@ -171,7 +186,16 @@ class SparsifyCallback(Keeper):
         timetable.progress = (self._steps_done + 1) / (self.n_epoch * self.n_iter)
         if self._frozen_by_learner(): return
         timetable.place(self.n_epoch, self.n_iter)  # there may be another number of batches than was known before
+        if timetable.due(timetable.progress) != timetable.done:
+            self.distilling.remember(self._model(), self._batch())
         if self.driver.prune(): self._mask_optimizer_state()
+        if self.rate is None and timetable.at_end: self.rate = self._rate()
+
+    def _rate(self):
+        "Return the learning rate of this step as a share of the highest so far."
+        now = self.opt.hypers[-1]['lr']
+        highest = max([now, *getattr(self.learn.recorder, 'lrs', [])])
+        return now / highest if highest else 1.
 
     def _remember(self):
         "Copy the weights at the time to go back to."
@@ -251,6 +275,7 @@ class SparsifyCallback(Keeper):
     def _announce(self):
         "Say before the first epoch which layers are left alone, and which zeros are not held."
         self._say(frozen_line(self.sparsifier.selected.frozen))
+        if not self.distilling.known: self._say(NOT_DISTILLED)
         if self._resumes_at(): self._say(anew_line(self.sparsifier.evidence.of_training))
         if self.rules.keep_zeros or self._resumes_at(): return
         self._say(zeros_line(self.sparsifier.selected.learning(), self.sparsifier.masks.of))
@@ -260,6 +285,7 @@ class SparsifyCallback(Keeper):
         given = (asked or {'sparsity': self.sparsity}) | self.rules.given | {'schedule': self.schedule}
         if self.repair: given['repair'] = self.repair
         if self.rewind_to is not None: given['rewind_to'] = self.rewind_to
+        if self.distilling.choice is not None: given['distil'] = self.distilling.choice
         return f'{type(self).__name__}({as_arguments(given)})'
 
     def plot_sparsity(self,

@@ -34,7 +34,7 @@ class Repairs:
     ):
         "Hold a copy of the network from before an event; let go of a new one where the `with` block fails."
         before = self.dense
-        if before is None and self: self.dense = _copied(model, self.data)
+        if before is None and self: self.dense = copied(model, self.data)
         try: yield
         except BaseException:
             self.dense = before
@@ -75,7 +75,10 @@ def _read_once(data, model):
     return [inputs.kwargs or (inputs.args,) for inputs in found]
 
 
-def _copied(model, data):
+def copied(
+    model: nn.Module,
+    data,  # batches, as in `Repairs`; read only if they are needed
+) -> nn.Module:
     "Copy a model. What it keeps of a pass with gradients cannot be copied, so a pass without comes first."
     try: return deepcopy(model)
     except RuntimeError: batch = read_data(data, model)[0]

@@ -6,6 +6,10 @@ from fasterai.repair import REPAIRS, Repaired
 from fasterai.report import Report
 from fasterai.zeros import count_zeros
 
+LOW_RATE = .05  # of its peak: a learning rate that a network hardly recovers with
+NOT_DISTILLED = ('not distilled: the fit resumes after its first event, '
+                 'and the dense network of then is not in memory')
+
 
 def frozen_line(
     frozen: list,  # names of layers that are frozen, and not by the Learner
@@ -90,6 +94,25 @@ def rewound_line(
     if timetable.last is None: return ''
     if rewound: return f'rewound to step {timetable.remember} after the last event, at step {timetable.last}'
     return f'not rewound: the last event, due at step {timetable.last}, was not followed by a step'
+
+
+def distilled_line(
+    n_batches: int,  # since the first event
+    n_lower: int,  # those of them in which the dense network was listened to
+) -> str:  # '' where nothing was distilled
+    "Say how often the dense network was listened to."
+    if not n_batches: return ''
+    return f'distilled in {n_lower:,} of {n_batches:,} batches, in which the dense network had the lower loss'
+
+
+def low_rate_line(
+    rate: float | None,  # learning rate when the target was reached, as a share of the highest before; None: it was not
+    timetable,  # `Timetable`
+) -> str:  # '' where it was high enough
+    "Warn where the learning rate was too low for the network to recover."
+    if rate is None or rate >= LOW_RATE: return ''
+    return (f'the learning rate was {100 * rate:.2g} % of its peak when the sparsity was reached, '
+            f'so the network hardly recovers: end {name_of(timetable.schedule)} earlier')
 
 
 def reached_line(

@@ -58,6 +58,9 @@ VALUES = {
         "'rigl'": 'set dynamic dst sparse_to_sparse',
         'gradual(every=steps(100), swap=.3)': 'granet',
     }),
+    'recipe': _rows({
+        "'accurate'": 'accuracy best quality',
+    }),
     'regrow': _rows({
         "'gradient'": 'grad gradients rigl',
         "'random'": 'rand set',
@@ -81,6 +84,8 @@ ARGUMENTS = _rows({
     'schedule=gradual(initial=50)': 'initial initial_sparsity start_sparsity',
     'schedule=rigl(swap=.3)': 'swap drop_fraction update_fraction',
     'regrow=': 'regrowth grow growth grow_method',
+    'distil=': 'distill distillation distil_loss kd knowledge_distillation teacher',
+    'recipe=': 'preset',
     'layers=': 'layer layer_type modules parameters targets',
     'example=': 'example_input example_inputs inputs x',
     'data=': 'dataloader dls dl batches calibration calibration_data',

@@ -122,7 +122,8 @@ def test_a_synonym_means_something_that_there_is(argument):
     "What the hint says can be written: it is tried."
     read = {'granularity': lambda v: new(granularity=v, layers='0'), 'context': lambda v: new(context=v, layers='3'),
             'criteria': lambda v: new(criteria=v, data=[], loss_func=print), 'repair': lambda v: new(repair=v, data=[]),
-            'regrow': lambda v: new(regrow=v), 'schedule': lambda v: SparsifyCallback(50, schedule=v)}[argument]
+            'regrow': lambda v: new(regrow=v), 'schedule': lambda v: SparsifyCallback(50, schedule=v),
+            'recipe': lambda v: SparsifyCallback(50, recipe=v)}[argument]
     for meant in VALUES[argument].values():
         if meant.startswith('context='): continue  # it belongs to another argument, and is tried there
         read(eval(meant.split(',')[0] if meant.startswith('head') else meant, NAMES))

@@ -21,11 +21,11 @@ def test_the_star_import_shadows_nothing():
 ROWS = [
     'synonyms arguments data batches tables snapshot peers operations channels optimizers plot progress least_squares knapsack',  # leaves
     'ranking selection dataflow ties inputs calibration curvature synflow',
-    'granularity kinds evidence criteria names layers pattern allocation context schedule regrowth rules',  # choices
+    'granularity kinds evidence criteria names layers pattern allocation context schedule recipes regrowth rules distil',  # choices
     'zeros scoring rounding rounds exchange event',
     'norms selected masks held',  # state
     'repair repairing report driver attached sparsifier sensitivity timetable summary fit_to',
-    'epochs keep callback tickets demo all',  # with fastai
+    'epochs keep distilling callback tickets demo all',  # with fastai
 ]
 
 
@@ -58,7 +58,7 @@ def test_native_knows_nothing_else():
 
 def test_only_the_last_row_needs_fastai():
     needs = {file.stem for file in (ROOT / 'fasterai').rglob('*.py') if re.search(r'^(from|import) fastai\b', file.read_text(), re.MULTILINE)}
-    assert needs == {'keep', 'callback', 'epochs', 'tickets', 'demo'}
+    assert needs == {'keep', 'callback', 'distilling', 'epochs', 'tickets', 'demo'}
 
 
 def test_settings_are_what_setup_reads():

@@ -1,0 +1,27 @@
+"Name arguments of a training that go together, each of which was measured."
+from fasterai.arguments import one_of
+from fasterai.schedule import gradual
+
+DEFAULTS = {'schedule': 'gradual', 'distil': None}  # of the arguments that a recipe may choose
+
+# A recipe has what paid in `benchmarks/SCIENCE.md`: the sparsity is reached early, so that the network trains
+# long at it, and the dense network helps. To add one, write a row.
+RECIPES = {
+    'accurate': {'schedule': gradual(start=.1, end=.5), 'distil': .9},
+}
+
+
+def with_recipe(
+    recipe: str | None,  # a name in `RECIPES`
+    given: dict,  # {name of an argument: what came}
+) -> dict:  # {name: value}
+    "Return arguments, those that were left at their defaults as a recipe has them."
+    if recipe is None: return given
+    names = ', '.join(RECIPES)
+    if not isinstance(recipe, str):
+        raise TypeError(f'recipe: got {recipe!r}, expected one of {names}, or None')
+    row = one_of('recipe', recipe, RECIPES, 'or None')
+    return given | {name: value for name, value in row.items() if _is(given[name], DEFAULTS[name])}
+
+
+def _is(value, default): return value is default or isinstance(value, str) and value == default
