@@ -16,13 +16,16 @@ from experiments.rows import Row, as_text
 from results import machine, write
 
 SCIENCE, HEADING = Path(__file__).parent / 'SCIENCE.md', 'Ours beside the published'
-LONGEST_FIRST = 'minilm resnet20 lenet monks synflow memory xor paper'.split()
+LONGEST_FIRST = 'minilm accurate accurate_cifar resnet20 lenet tickets monks synflow memory xor paper'.split()
 PARTS = {  # module in `experiments`: (title, what it needs of the data)
     'xor': ('XOR, Optimal Brain Surgeon', None),
     'monks': ("MONK's problems, Optimal Brain Surgeon", 'monks'),
     'resnet20': ('ResNet-20, pruned in one event and repaired', 'cifar10'),
     'minilm': ('A sentence encoder, pruned in one event and repaired', 'shakespeare'),
     'lenet': ('LeNet-300-100, SNIP and iterative magnitude', 'mnist'),
+    'accurate': ('LeNet-300-100, pruned while it trains', 'mnist'),
+    'accurate_cifar': ('ResNet-20, pruned while it is fine-tuned', 'cifar10'),
+    'tickets': ('LeNet-300-100, lottery tickets', 'mnist'),
     'synflow': ('SynFlow on VGG-16', None),
     'memory': ('Memory of a repair', None),
     'paper': ('A model of 7 billion parameters, on paper', None),
