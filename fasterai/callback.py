@@ -194,7 +194,8 @@ class SparsifyCallback(Keeper):
     def _rate(self):
         "Return the learning rate of this step as a share of the highest so far."
         now = self.opt.hypers[-1]['lr']
-        highest = max([now, *getattr(self.learn.recorder, 'lrs', [])])
+        recorder = getattr(self.learn, 'recorder', None)
+        highest = max([now, *getattr(recorder, 'lrs', [])])
         return now / highest if highest else 1.
 
     def _remember(self):

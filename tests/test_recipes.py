@@ -37,3 +37,9 @@ def test_a_learning_rate_that_is_too_low(make_learner, capsys, how, schedule, sa
     learn.logger = print
     getattr(learn, how)(2, 1e-3, cbs=SparsifyCallback(80, schedule=schedule))
     assert ('% of its peak when the sparsity was reached' in capsys.readouterr().out) == says
+
+
+def test_a_learner_without_a_recorder(make_learner):
+    learn = make_learner(batches=10, metrics=[])
+    learn.remove_cb(learn.recorder)
+    learn.fit(1, cbs=SparsifyCallback(80, schedule=linear(0, 1)))
