@@ -56,7 +56,7 @@ class SparsifyCallback(Keeper):
         example=None,  # with `ms`, the batch whose latency counts, as in `fit_to`
         rewind_to: float | Time | None = None,  # after the last event all weights that are left, and the optimizer's state, go back to this time: a share of training, 0 to 1, or `steps(n)`, `epochs(n)`
         distil=None,  # share of the loss, 0 to 1, that comes from the outputs of the network as it was before the first event, which stays in memory until the end of the fit; or `distillation(...)`
-        recipe: str | None = None,  # other defaults for `schedule` and `distil`: 'accurate' loses least at high sparsities
+        recipe: str | None = None,  # other defaults for `schedule` and `distil`: 'accurate' is for a trained network that is pruned far
         **kwargs,  # the other rules, as in `Rules`
     ):
         given = with_recipe(recipe, {'schedule': schedule, 'distil': distil})

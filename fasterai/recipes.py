@@ -4,8 +4,8 @@ from fasterai.schedule import gradual
 
 DEFAULTS = {'schedule': 'gradual', 'distil': None}  # of the arguments that a recipe may choose
 
-# A recipe has what paid in `benchmarks/SCIENCE.md`: the sparsity is reached early, so that the network trains
-# long at it, and the dense network helps. To add one, write a row.
+# `accurate` is ahead of gradual pruning where a trained network is pruned far (`benchmarks/SCIENCE.md`).
+# It reaches the sparsity early, so that the network trains long at it, and the dense network helps.
 RECIPES = {
     'accurate': {'schedule': gradual(start=.1, end=.5), 'distil': .9},
 }
