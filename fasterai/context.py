@@ -11,6 +11,7 @@ import torch
 from fasterai import allocation
 from fasterai.arguments import callable_with, name_of, one_of
 from fasterai.pattern import pattern, read_pattern
+from fasterai.peers import ALONE
 from fasterai.regrowth import LIVING
 from fasterai.selection import LayerGroups, Lowest
 
@@ -45,17 +46,30 @@ def global_(
     fraction: Fraction,  # of zeros, of all layers together
 ) -> list:  # keep masks (groups,), one a layer
     "Prune the lowest groups of all layers together."
-    zeros = fraction * sum(layer.n_weights for layer in layers)
-    if _single_weights(layers): zeros = round(zeros)  # groups are rounded to the nearest one, from the exact number
-    return prune_together(layers, zeros, fraction == 1)
-
-
-def _single_weights(layers): return all(layer.group_size == 1 for layer in layers)
+    return _each([layers], fraction)[0]
 
 
 def local(layers, fraction):
     "Prune each layer to the sparsity (layer-wise, or uniform)."
-    return [global_([layer], fraction)[0] for layer in layers]
+    return [keep for keep, in _each([[layer] for layer in layers], fraction)]
+
+
+def _each(sets, fraction):
+    "Prune the lowest groups of each set of layers. What they ask other processes is asked together."
+    return _in_step(sets, [_zeros_of(layers, fraction) for layers in sets], fraction == 1)
+
+
+def _zeros_of(layers, fraction):
+    zeros = fraction * sum(layer.n_weights for layer in layers)
+    return round(zeros) if _single_weights(layers) else zeros  # groups are rounded to the nearest one, from the exact number
+
+
+def _in_step(sets, zeros, everything):
+    peers = next((layer.peers for layers in sets for layer in layers), ALONE)
+    return peers.in_step([prune_together(layers, n, everything) for layers, n in zip(sets, zeros)])
+
+
+def _single_weights(layers): return all(layer.group_size == 1 for layer in layers)
 
 
 def allotted(
@@ -63,13 +77,23 @@ def allotted(
 ) -> Context:
     "Return the context in which each layer has as many zeros as `allocate` gives it."
     def prune(layers, fraction):
-        total = fraction * sum(layer.n_weights for layer in layers)
-        if _single_weights(layers): total = round(total)
-        held, there = [layer.zeros for layer in layers], [layer.zeros_there for layer in layers]
+        total = _zeros_of(layers, fraction)
+        held, there = [layer.zeros for layer in layers], _zeros_there(layers)
         zeros = allocation.shared_out(allocate(layers, fraction), total, held, there)
         if _single_weights(layers): zeros = allocation.rounded(zeros, total)
-        return [prune_together([layer], n, fraction == 1)[0] for layer, n in zip(layers, zeros)]
+        return [keep for keep, in _in_step([[layer] for layer in layers], zeros, fraction == 1)]
     return prune
+
+
+def _zeros_there(layers):
+    "Return the number of all zeros of each layer, those among them that no mask holds."
+    if not layers: return []
+
+    def free():
+        told = yield [layer.count_free() if layer.speaks and layer.count_free else 0 for layer in layers]
+        return [sum(of_layer) for of_layer in zip(*told)]
+    found, = layers[0].peers.in_step([free()])
+    return [layer.zeros + n for layer, n in zip(layers, found)]
 
 
 def work(layers, fraction):
@@ -227,7 +251,7 @@ def prune_together(
     layers: list,  # of `selection.LayerGroups`
     zeros: int | Fraction,  # number of weights of all layers that shall be zero in the end
     everything: bool = False,  # all of them are asked for, so that a layer may be emptied
-) -> list:  # keep masks (groups,), one a layer
+):  # a coroutine, for `peers.in_step`, which returns keep masks (groups,), one a layer
     """Prune the lowest groups of layers that compete.
 
     A layer that would fall below its floor keeps its best groups, and the other layers are pruned more."""
@@ -236,15 +260,15 @@ def prune_together(
     floors = {layer: _floor(layer, everything, len(layers) > 1) for layer in layers}
     while True:
         there = sum(layer.zeros for layer in layers) + sum(cost for _, cost in at_floor.values())
-        cut = order.cut(zeros - there) if zeros > there and order.layers else None
+        cut = (yield from order.cut(zeros - there)) if zeros > there and order.layers else None
         costs = [0] * len(order.layers) if cut is None else order.costs(cut)
         below = [layer for layer, cost in zip(order.layers, costs)
                  if cost and layer.remaining - cost < floors[layer]]
         if not below and not at_floor and not everything:
-            below = _best_of_all(order.layers, costs)
+            below = yield from _best_of_all(order.layers, costs)
             floors |= dict.fromkeys(below, 1)
         if not below: break
-        at_floor |= {layer: _keep_floor(layer, floors[layer]) for layer in below}
+        for layer in below: at_floor[layer] = yield from _keep_floor(layer, floors[layer])
         warned += [layer.name for layer in below if layer.floor is None]
         order.leave(below)
     if warned: _warn_best_kept(warned)
@@ -274,9 +298,11 @@ def _best_of_all(layers, costs):
     "Return the layer that stays, in a list, where all layers would be emptied."
     if any(layer.floor is not None for layer in layers): return []
     if any(layer.remaining > cost for layer, cost in zip(layers, costs)): return []
-
-    def best(layer): return max(float(scores.max()) for scores in layer.living_scores() if len(scores))
-    return sorted((layer for layer in layers if layer.remaining), key=best)[-1:]
+    living = [layer for layer in layers if layer.remaining]
+    told = yield [layer.best()[0] for layer in living]
+    best = [max(of_layer) for of_layer in zip(*told)]
+    order = sorted(range(len(living)), key=best.__getitem__)
+    return [living[i] for i in order[-1:]]
 
 
 def _keep_floor(layer, floor):
@@ -284,9 +310,9 @@ def _keep_floor(layer, floor):
     pruned."""
     if layer.remaining <= floor: return layer.alive, 0
     one_group = 1 if layer.costs is not None else layer.group_size
-    if floor <= one_group: return _keep_best(layer)
+    if floor <= one_group: return (yield from _keep_best(layer))
     order = Lowest([layer])
-    cut = order.cut(layer.remaining - floor)
+    cut = yield from order.cut(layer.remaining - floor)
     (keep, cost), = order.remove(cut)
     if layer.remaining - cost < floor:  # the nearest group was one too many
         (keep, cost), = order.remove(cut._replace(ties=cut.ties - 1))
@@ -294,9 +320,11 @@ def _keep_floor(layer, floor):
 
 
 def _keep_best(layer):
-    best = layer.best()
+    score, best = layer.best()
+    mine = score, layer.whole_position(best)
+    told = yield mine
     keep = torch.zeros_like(layer.alive)
-    keep[best] = True
+    if mine == max(told): keep[best] = True
     kept = layer.group_size if layer.costs is None else int(layer.costs[best])
     return keep, layer.remaining - kept
 

@@ -40,7 +40,8 @@ def _without_lowest(groups, some, scores, n):
     "Return some groups without the n lowest: a bool (groups,)."
     if not n: return some
     order = Lowest([replace(groups, alive=some, scores=scores, costs=None)])
-    (keep, _), = order.remove(order.cut(n * groups.group_size))
+    cut, = groups.peers.in_step([order.cut(n * groups.group_size)])
+    (keep, _), = order.remove(cut)
     return keep
 
 

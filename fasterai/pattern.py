@@ -39,7 +39,8 @@ class pattern:
         to_prune = round(share * (layer.n_weights - layer.peers.count(keep))) - layer.zeros
         if to_prune <= 0: return layer.alive
         order = Lowest([replace(layer, alive=layer.alive & ~keep)])
-        (rest, _), = order.remove(order.cut(to_prune))
+        cut, = layer.peers.in_step([order.cut(to_prune)])
+        (rest, _), = order.remove(cut)
         return keep | rest
 
     def _whole_pattern(self, scores, alive, layer):

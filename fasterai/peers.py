@@ -3,7 +3,9 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from hashlib import blake2b
+from math import prod
 
 import numpy as np
 import torch
@@ -61,11 +63,11 @@ class Alone:
         if isinstance(mask, np.ndarray): return int(np.count_nonzero(mask))
         return int(torch.count_nonzero(mask))
 
-    def total(self,
-        number: int,  # of what is here
-    ) -> int:  # of all processes
-        "Return the sum over all processes."
-        return number
+    def in_step(self,
+        coroutines: list,  # generators, which yield what this process has and are sent a list of what each process has
+    ) -> list:  # what each returns
+        "Run coroutines to their ends. One process hears itself alone."
+        return [_alone(coroutine) for coroutine in coroutines]
 
     def agreed(self,
         decide: Callable,  # without arguments
@@ -86,7 +88,37 @@ class Alone:
 def _is_on(device, piece): return isinstance(piece, torch.Tensor) and piece.device == device
 
 
+def _alone(coroutine):
+    "Run a coroutine to its end, and send it what it yields."
+    try:
+        told = next(coroutine)
+        while True: told = coroutine.send([told])
+    except StopIteration as end: return end.value
+
+
 ALONE = Alone()
+
+
+@dataclass(frozen=True)
+class Place:
+    "Say which part of a tensor a process has: a box of it."
+    shape: tuple  # of the whole
+    sizes: tuple  # of the part; an axis may have length 0
+    offset: tuple  # where the part begins along each axis
+    speaks: bool = True  # no process before this one has the same part
+
+    @property
+    def n_whole(self) -> int:
+        "Return the number of entries of the whole."
+        return prod(self.shape)
+
+    def positions(self,
+        at: np.ndarray,  # ints (n,), positions in the flattened part
+    ) -> np.ndarray:  # ints (n,), in the flattened whole; they rise where those do
+        "Return the positions in the whole of entries of the part."
+        if self.sizes == self.shape or not len(at): return at
+        along = np.unravel_index(at, self.sizes)
+        return np.ravel_multi_index([i + start for i, start in zip(along, self.offset)], self.shape)
 
 
 class Replicas(Alone):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fasterai.native.sweep import Terms, sweep
-from fasterai.peers import ALONE, Alone
+from fasterai.peers import ALONE, Alone, Place
 from fasterai.ranking import Ranks, cost_of, cost_of_all, differing, joined, spread
 
 CHUNK = 1 << 19  # weights that are scored together: few enough for a processor's cache
@@ -39,7 +39,8 @@ class LayerGroups:
     shape: tuple = ()  # of the layer's weight
     axes: dict | None = None  # name: size, of the weight; for contexts of single weights
     known_alive: InitVar[int | None] = None  # number of living groups, if it is known; else it is counted
-    peers: Alone = ALONE  # reads and sums the numbers
+    peers: Alone = ALONE  # reads the numbers, and asks other processes
+    place: Place | None = None  # which part of the layer is here, where single weights are split; `alive` and `scores` are those of the part, numbers of weights those of the whole; None: all is here
     scattered: int = 0  # number of zeros in groups with other weights that no mask holds: they count, and are held from now on
     count_free: Callable[[], int] | None = None  # counts zeros that no mask holds and that are not among `zeros`
     outcome: Outcome = field(default_factory=Outcome)  # what the context says beside the mask
@@ -47,22 +48,52 @@ class LayerGroups:
 
     def __post_init__(self, known_alive):
         if known_alive is not None: self.n_alive = known_alive
+        if self.place is None: return
+        if known_alive is None or self.costs is not None:
+            raise ValueError(f'{self.name!r}: got a part, expected single weights, and how many live in all')
+
+    @property
+    def n_groups(self) -> int:
+        "Return the number of groups, pruned or not."
+        return len(self.alive) if self.place is None else self.place.n_whole
 
     @cached_property
     def n_alive(self) -> int:
         "Return the number of groups that are not pruned."
-        return self.peers.total(self.peers.count(self.alive))
+        return self.peers.count(self.alive)
 
     @property
     def all_alive(self) -> bool:
         "Tell whether no group is pruned."
-        return self.n_alive == self.peers.total(len(self.alive))
+        return self.n_alive == self.n_groups
 
     @cached_property
     def remaining(self) -> int:
         "Return the number of weights that are not pruned."
         if self.costs is None: return self.group_size * self.n_alive
-        return self.peers.total(int((self.costs * self.alive).sum()))
+        return int((self.costs * self.alive).sum())
+
+    @cached_property
+    def alive_here(self) -> int:
+        "Return the number of groups that are here and not pruned."
+        return self.n_alive if self.place is None else self.peers.count(self.alive)
+
+    @property
+    def remaining_here(self) -> int:
+        "Return the number of weights that are here and not pruned."
+        return self.remaining if self.place is None else self.group_size * self.alive_here
+
+    def whole_position(self,
+        at: int,  # of a group that is here; -1: of none
+    ) -> int:
+        "Return the position of a group in the whole layer; -1 stays."
+        if self.place is None or at < 0: return at
+        return int(self.place.positions(np.array([at]))[0])
+
+    @property
+    def speaks(self) -> bool:
+        "Tell whether this process tells the others of the groups here: of several with them one does."
+        return self.place is None or self.place.speaks
 
     @property
     def zeros(self) -> int:
@@ -76,11 +107,6 @@ class LayerGroups:
         "Return the scores of all groups."
         return _nan_lowest(self.peers.fetched([self.joined_scores()])[0])
 
-    @cached_property
-    def zeros_there(self) -> int:
-        "Return the number of all zeros, those among them that no mask holds."
-        return self.zeros if self.count_free is None else self.zeros + self.count_free()
-
     def joined_scores(self):  # (groups,), where the layer is
         "Join the scores of all chunks."
         return joined([scores for _, scores, _ in self.chunks()])
@@ -91,9 +117,9 @@ class LayerGroups:
             if alive is not None: scores = scores[alive]
             yield _nan_lowest(self.peers.fetched([scores])[0])
 
-    def best(self) -> int:
-        "Return the position of the living group with the highest score, the last of several."
-        most, best = -np.inf, 0
+    def best(self) -> tuple:  # (score, position), (-inf, -1) where none is here
+        "Return the living group with the highest score, the last of several."
+        most, best = -np.inf, -1
         for where, scores, alive in self.chunks():
             scores, = self.peers.fetched([scores])
             if alive is not None:
@@ -104,14 +130,14 @@ class LayerGroups:
             most = scores.max()
             last = int(np.flatnonzero(scores == most)[-1])
             best = where.start + (last if alive is None else int(at[last]))
-        return best
+        return float(most), best
 
     def chunks(self) -> Iterator[tuple]:  # slice, scores (n,), alive (n,) or None where all groups are; as arrays on a CPU
         "Yield the layer in pieces of `CHUNK` weights, or in one piece where it is not on the host."
         groups = len(self.alive)
         step = self._groups_a_chunk() if self.peers.on_host(self.alive) else groups or 1
         alive = None if self.all_alive else self.peers.array(self.alive)
-        for start in range(0, groups, step):
+        for start in range(0, groups or 1, step):  # of an empty part one empty piece
             where = slice(start, start + step)
             here = None if alive is None else alive[where]
             yield where, self.peers.array(self.scores(where)), here
@@ -142,35 +168,57 @@ class Found(NamedTuple):
     cost: int  # number of weights in living groups below the bracket
 
 
+class Ties(NamedTuple):
+    "Hold the groups of one layer that have the score of a cut, by position, those of all processes."
+    costs: np.ndarray  # (n,) of each
+    at: np.ndarray | None = None  # (n,) positions in the whole layer; None: all of them are in this process, or there is one
+    here: np.ndarray | None = None  # positions of those that are here
+
+    def first(self,
+        n: int,  # of them
+    ) -> int | None:  # None: all
+        "Return how many of those that are here are among the first ones."
+        if self.at is None: return n
+        return int(self.here.searchsorted(self.at[n])) if n < len(self.at) else None
+
+
 class Lowest:
     """Find the lowest living groups whose weights make up a budget, rounded to the nearest group.
 
     A strided sample brackets the cut (Floyd & Rivest 1975). One sweep over all scores then keeps the
     groups above the bracket, prunes those below, and collects those inside, which alone are ranked. Where
-    a bracket misses the cut, all groups are ranked; where it hits, it is used again for the next cut."""
+    a bracket misses the cut, all groups are ranked; where it hits, it is used again for the next cut.
+
+    Where each process has a part of the layers, all rank what all have collected. So `cut` is a coroutine,
+    which `peers.in_step` runs: it yields what is found here, and is sent what each process has found."""
 
     def __init__(self,
         layers: list,  # of `LayerGroups`
     ):
         self.layers, self.found, self.ranks = layers, [], None
+        self.told = []  # by layer: of each process (scores, costs) inside the bracket and the cost below it
+        self.ties = []  # by layer: `Ties` at the last cut
         self.peers = layers[0].peers if layers else ALONE
+        self.split = any(layer.place is not None for layer in layers)
 
     def cut(self,
         budget: int | Fraction,  # number of weights to prune, above 0; it may lie between whole numbers where groups are large
     ) -> Cut:
         "Find where to cut the order of groups."
         exact, budget = budget, ceil(budget)  # groups reach the one where they reach the other
-        if self._brackets(budget): return self._inside(budget, exact)
-        few = self.peers.total(sum(len(layer.alive) for layer in self.layers)) <= SAMPLE
+        if self._brackets(budget): return (yield from self._inside(budget, exact))
+        few = sum(layer.n_groups for layer in self.layers) <= SAMPLE
         for find in (_everything,) if few else (_bracketed, _everything):
-            self.found = find(self.layers, budget)
+            self.found = yield from find(self.layers, budget)
+            told = yield [_told(layer, found) for layer, found in zip(self.layers, self.found)]
+            self.told = list(zip(*told))
             self._rank()
-            if self._brackets(budget): return self._inside(budget, exact)
+            if self._brackets(budget): return (yield from self._inside(budget, exact))
         return EVERYTHING  # there are fewer weights than the budget
 
     def _below(self):
         "Return the number of weights in groups below the bracket."
-        return self.peers.total(sum(found.cost for found in self.found))
+        return sum(cost for told in self.told for _, _, cost in told)
 
     def _brackets(self, budget):
         "Tell whether the cut is among the groups that were collected."
@@ -181,9 +229,8 @@ class Lowest:
         "Find the cut among the groups inside the bracket."
         below = self._below()
         score = np.float64(self.ranks.reaching(budget - below))  # numpy would round a float to the type of the scores
-        equal = [np.flatnonzero(found.scores == score) for found in self.found]
-        costs = np.concatenate([_costs_at(found, at) for found, at in zip(self.found, equal)])
-        pruned = costs.cumsum()  # weights in the first n + 1 groups with this score, by position
+        self.ties = yield from self._find_ties(score)
+        pruned = np.concatenate([ties.costs for ties in self.ties]).cumsum()  # weights in the first n + 1 groups with this score, by position
         lower = below + self.ranks.upto(score) - int(pruned[-1])  # weights in groups with a lower score
         wanted = exact - lower  # of the weights with this score
         last = int(pruned.searchsorted(budget - lower))  # the group that reaches what is wanted: is it nearer with or without it?
@@ -192,6 +239,19 @@ class Lowest:
         ties = last + 1 if with_it - wanted <= wanted - without else last
         return Cut(score, ties, len(pruned))
 
+    def _find_ties(self, score):
+        "Return the groups of each layer that have a score."
+        equal = [np.flatnonzero(found.scores == score) for found in self.found]
+        costs = [_costs_at(found, at) for found, at in zip(self.found, equal)]
+        if not self.split: return [Ties(each) for each in costs]
+        alone = [_tied_alone(told, score) for told in self.told]
+        if sum(map(len, alone)) == 1: return [Ties(each) for each in alone]
+        here = [layer.place.positions(_places_of(found, at))
+                for layer, found, at in zip(self.layers, self.found, equal)]
+        mine = [slice(None) if layer.speaks else slice(0) for layer in self.layers]
+        told = yield [(at[which], each[which]) for at, each, which in zip(here, costs, mine)]
+        return [_in_order(of_layer, at) for of_layer, at in zip(zip(*told), here)]
+
     def leave(self,
         layers: list,  # of `LayerGroups`
     ):
@@ -199,10 +259,12 @@ class Lowest:
         stay = [i for i, layer in enumerate(self.layers) if not any(layer is other for other in layers)]
         self.layers = [self.layers[i] for i in stay]
         self.found = [self.found[i] for i in stay if self.found]
+        self.told = [self.told[i] for i in stay if self.told]
         self._rank()
 
     def _rank(self):
-        self.ranks = Ranks([(found.scores, found.costs) for found in self.found]) if self.found else None
+        pieces = [(scores, costs) for told in self.told for scores, costs, _ in told]
+        self.ranks = Ranks(pieces) if self.found else None
 
     def remove(self,
         cut: Cut,  # the last one
@@ -213,10 +275,20 @@ class Lowest:
     def costs(self,
         cut: Cut,  # the last one
     ) -> list:  # of ints, one a layer
-        "Return how many weights a cut prunes."
+        "Return how many weights a cut prunes, in all processes."
         if cut == EVERYTHING: return [layer.remaining for layer in self.layers]
-        stay = self._above(cut)
-        return [found.cost + cost_of(found.costs, ~stays) for found, stays in zip(self.found, stay)]
+        lower = [sum(cost + cost_of(costs, scores < cut.score) for scores, costs, cost in told)
+                 for told in self.told]
+        going = self._going(cut)
+        return [cost + int(ties.costs[:n].sum()) for cost, ties, n in zip(lower, self.ties, going)]
+
+    def _going(self, cut):
+        "Return how many ties of each layer are pruned: they are in the order of (layer, position)."
+        found, left = [], cut.ties
+        for ties in self.ties:
+            found.append(min(left, len(ties.costs)))
+            left -= found[-1]
+        return found
 
     def keeps(self,
         cut: Cut,  # the last one
@@ -230,18 +302,42 @@ class Lowest:
         return self.peers.sent([found.keep for found in self.found], devices)
 
     def _above(self, cut):
-        """Tell which groups inside the bracket stay: a bool array a layer.
-
-        Ties are pruned in the order of (layer, position)."""
-        stay, left = [], cut.ties
-        for found in self.found:
+        "Tell which groups inside the bracket stay: a bool array a layer."
+        stay = []
+        for found, ties, going in zip(self.found, self.ties, self._going(cut)):
             stays = found.scores > cut.score
             if cut.ties < cut.tied:
                 equal = np.flatnonzero(found.scores == cut.score)
-                stays[equal[left:]] = True
-                left = max(left - len(equal), 0)
+                first = ties.first(going)
+                if first is not None: stays[equal[first:]] = True
             stay.append(stays)
         return stay
+
+
+def _told(layer, found):
+    "Return what this process tells the others of a layer."
+    if layer.speaks: return found.scores, found.costs, found.cost
+    return found.scores[:0], found.costs if isinstance(found.costs, int) else found.costs[:0], 0
+
+
+def _tied_alone(told, score):
+    "Return the costs of what has a score in one layer, from what each process has told."
+    each = [spread(costs, len(scores))[scores == score] for scores, costs, _ in told]
+    return np.concatenate(each)
+
+
+def _in_order(told, here):
+    "Return the ties of a layer in the order of their positions, from those of each process."
+    at = np.concatenate([places for places, _ in told])
+    costs = np.concatenate([each for _, each in told])
+    order = at.argsort()
+    return Ties(costs[order], at[order], here)
+
+
+def _places_of(found, at):
+    "Return the positions, in what is here of the layer, of some of the groups inside the bracket."
+    if not isinstance(found.at, slice): return ALONE.fetched([found.at])[0][at]
+    return at + (found.at.start or 0)
 
 
 def _costs_at(found, at):
@@ -251,18 +347,19 @@ def _costs_at(found, at):
 
 
 def _everything(layers, budget):
-    "Collect all living groups."
+    "Collect all living groups; a coroutine that asks nothing."
     scores = _ordered(layers, [layer.joined_scores() for layer in layers])
     found = []
     for layer, scored, (at, costs) in zip(layers, scores, _living(layers, [slice(None)] * len(layers))):
         where = at if isinstance(at, slice) else np.flatnonzero(at)
         found.append(Found(torch.zeros(len(layer.alive), dtype=torch.bool), where, scored[at], costs, 0))
+    yield from ()
     return found
 
 
 def _bracketed(layers, budget):
     "Collect the groups near the cut, by a bracket from a sample."
-    lo, hi = _bracket(layers, budget)
+    lo, hi = yield from _bracket(layers, budget)
     apart = iter(_sweep_apart([layer for layer in layers if not layer.peers.on_host(layer.alive)], lo, hi))
     return [_sweep(layer, lo, hi) if layer.peers.on_host(layer.alive) else next(apart) for layer in layers]
 
@@ -270,14 +367,15 @@ def _bracketed(layers, budget):
 def _bracket(layers, budget):
     """Return two scores three standard errors about the estimated cut, which most likely lies between them
     or at one of them."""
-    step = round(sum(len(layer.alive) for layer in layers) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
+    step = round(sum(layer.n_groups for layer in layers) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
     wheres, at = [], 0
     for layer in layers:
         wheres.append(slice(-at % step, None, step))
         at += len(layer.alive)
     scores = _ordered(layers, [layer.scores(where) for layer, where in zip(layers, wheres)])
     sample = [(scored[living], costs) for scored, (living, costs) in zip(scores, _living(layers, wheres))]
-    ranks = Ranks(sample, step)
+    told = yield [piece for layer, piece in zip(layers, sample) if layer.speaks]
+    ranks = Ranks([piece for of_one in told for piece in of_one], step)
     share = min(budget / ranks.total, 1) if ranks.total else 1
     error = 3 * (share * (1 - share) * ranks.squares) ** .5 + step
     lo = ranks.reaching(budget - error) if budget > error else -np.inf
@@ -321,10 +419,11 @@ def _sweep(layer, lo, hi):
     keep = torch.empty_like(layer.alive)
     at, inside, stay = _compiled_sweep(layer, lo, hi, keep) or _numpy_sweep(layer, lo, hi, keep)
     if layer.costs is None:
-        return Found(keep, at, inside, layer.group_size, layer.group_size * (layer.n_alive - stay - len(at)))
+        below = layer.alive_here - stay - len(at)
+        return Found(keep, at, inside, layer.group_size, layer.group_size * below)
     costs = layer.peers.array(layer.costs)[at]
     kept = int((layer.costs * keep).sum())
-    return Found(keep, at, inside, costs, layer.remaining - kept - int(costs.sum()))
+    return Found(keep, at, inside, costs, layer.remaining_here - kept - int(costs.sum()))
 
 
 def _compiled_sweep(layer, lo, hi, keep):
@@ -374,7 +473,8 @@ def _sweep_apart(layers, lo, hi):
     found = []
     for layer, keep, at, inside, (n, above) in zip(layers, keeps, ats, scores, counts):
         each = layer.group_size if layer.costs is None else next(costs)
-        found.append(Found(keep, at, inside, each, layer.remaining - above - cost_of_all(each, n)))
+        below = layer.remaining_here - above - cost_of_all(each, n)
+        found.append(Found(keep, at, inside, each, below))
     return found
 
 
