@@ -33,6 +33,7 @@ class ContextInfo:
     counted: bool = False  # it says in `layer.outcome` how many weights stay
     rescales: bool = False  # it computes other scores from those of the criterion, or may do so
     places: Callable | None = None  # (axes) -> array (weights,) of ints: weights compete with those of the same number only; None: all of a layer do
+    of_parts: bool = False  # each process may have a part of the layers only
     by_work: bool = False  # a weight counts as many as its multiply-adds, which an example shows
     check: Callable | None = None  # (shapes, axes, fraction): raises `ValueError` where the fraction cannot be reached
 
@@ -191,11 +192,11 @@ class within:
 
 # To add a context, write a function of layers and fraction, and a row.
 CONTEXTS = {
-    'local': ContextInfo(local, counted=True),
-    'global': ContextInfo(global_, counted=True),
-    'erk': ContextInfo(allotted(allocation.erk), by_shape=True, counted=True),
-    'er': ContextInfo(allotted(allocation.er), by_shape=True, counted=True),
-    'uniform_plus': ContextInfo(allotted(allocation.uniform_plus), by_shape=True, counted=True,
+    'local': ContextInfo(local, counted=True, of_parts=True),
+    'global': ContextInfo(global_, counted=True, of_parts=True),
+    'erk': ContextInfo(allotted(allocation.erk), by_shape=True, counted=True, of_parts=True),
+    'er': ContextInfo(allotted(allocation.er), by_shape=True, counted=True, of_parts=True),
+    'uniform_plus': ContextInfo(allotted(allocation.uniform_plus), by_shape=True, counted=True, of_parts=True,
                                 check=allocation.check_uniform_plus),
     'work': ContextInfo(work, by_work=True, counted=True),
     'lamp': ContextInfo(lamp, within_layers=True, counted=True, rescales=True),

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fasterai.channels import behind, zero_entries
 from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place
+from fasterai.shards import kind_of
 from fasterai.snapshot import evaluation_mode, undisturbed
 
 
@@ -227,7 +228,7 @@ def _memory(tensor): return tensor.untyped_storage().data_ptr()
 
 def trace(model: nn.Module) -> Flow:
     "Find the data flow in the model's code with torch.fx; raise what fx raises where it cannot trace."
-    tracer = fx.Tracer(param_shapes_constant=True)  # code may ask for the shape of a weight
+    tracer = _Tracer(param_shapes_constant=True)  # code may ask for the shape of a weight
     graph, norms = tracer.trace(model), _norms(model)
     nodes, tape, outputs, sure = {}, [], [], True
     def node_of(x): return nodes.get(x) if isinstance(x, fx.Node) else None
@@ -242,6 +243,19 @@ def trace(model: nn.Module) -> Flow:
             nodes[step.args[0]] = node
             sure = sure and node.op == 'keeps_zeros'
     return Flow(tape, outputs, sure)
+
+
+class _Tracer(fx.Tracer):
+    "Trace models that `fully_shard` has split too, without a call of their hooks."
+
+    def is_leaf_module(self, m, qualified_name):
+        kind = kind_of(m)
+        if kind is type(m): return super().is_leaf_module(m, qualified_name)
+        return kind.__module__.startswith(('torch.nn', 'torch.ao.nn')) and not isinstance(m, nn.Sequential)
+
+    def call_module(self, m, forward, args, kwargs):
+        without_hooks = forward if kind_of(m) is type(m) else m.forward
+        return super().call_module(m, without_hooks, args, kwargs)
 
 
 def _function_call(model, step):
@@ -262,7 +276,7 @@ def _module_call(model, step):
     args, kwargs = _arguments(model, step)
     args = args[:1] or tuple(kwargs.values())[:1]
     module = model.get_submodule(step.target)
-    name = type(module).__name__
+    name = kind_of(module).__name__
     def call(x, *_): return module(x)
     layer = next((c.__name__ for c in type(module).__mro__ if c.__name__.lower() in LAYERS), None)
     if layer:

@@ -15,6 +15,7 @@ from fasterai.rounding import rounded
 from fasterai.rules import Rules
 from fasterai.scoring import Gone, LayerScores, Scores, together
 from fasterai.selection import LayerGroups, Outcome
+from fasterai.shards import Place
 from fasterai.zeros import LowestWhere, count_zeros, find_zeros, zero_groups
 
 
@@ -23,7 +24,8 @@ class Mask:
     "Say which weights of one layer stay."
     keep: torch.Tensor  # bool, of the weight's shape, True = keep
     costs: torch.Tensor | None  # (groups,), weights left in each group; None where each group is full or empty
-    left: int  # number of weights that stay
+    left: int  # number of weights that stay, in all processes
+    place: Place | None = None  # which part of the layer `keep` is about; None: all of it
 
     @classmethod
     def counted(cls, keep, grouping):
@@ -38,7 +40,7 @@ class Mask:
         return cls(keep, _as_costs(grouping.sizes, weight.device), weight.numel())
 
     @property
-    def size(self) -> int: return self.keep.numel()
+    def size(self) -> int: return self.keep.numel() if self.place is None else self.place.n_whole
 
     @property
     def nearly_empty(self) -> bool:
@@ -59,7 +61,13 @@ class Mask:
         "Return the mask on a device."
         if self.keep.device == device: return self
         costs = None if self.costs is None else self.costs.to(device)
-        return Mask(self.keep.to(device), costs, self.left)
+        return Mask(self.keep.to(device), costs, self.left, self.place)
+
+    def whole(self,
+        values: torch.Tensor,  # of the shape of `keep`
+    ) -> torch.Tensor:  # of the weight's shape
+        "Return values of what is here as a tensor of the layer: a DTensor where it is split."
+        return values if self.place is None else self.place.split(values)
 
 
 class Budget(NamedTuple):
@@ -93,17 +101,17 @@ class Change:
     @cached_property
     def masks(self) -> dict:  # layer's name: bool, of the weight's shape, True = keep
         "Return the masks after the event."
-        return {name: mask.keep.clone() for name, mask in self.after.items()}
+        return {name: mask.whole(mask.keep.clone()) for name, mask in self.after.items()}
 
     @cached_property
     def died(self) -> dict:  # layer's name: bool, of the weight's shape
         "Return which weights the event prunes."
-        return {name: self.before[name].keep & ~mask.keep for name, mask in self.after.items()}
+        return {name: mask.whole(self.before[name].keep & ~mask.keep) for name, mask in self.after.items()}
 
     @cached_property
     def born(self) -> dict:  # layer's name: bool, of the weight's shape
         "Return which weights the event brings back. They start from zero."
-        return {name: mask.keep & ~self.before[name].keep for name, mask in self.after.items()}
+        return {name: mask.whole(mask.keep & ~self.before[name].keep) for name, mask in self.after.items()}
 
     def __repr__(self):
         size = sum(mask.size for mask in self.after.values())
@@ -283,10 +291,11 @@ def _groups(layer, mask, rules, scores, zeros):
     known = mask.left // grouping.size if mask.costs is None else None
     costs = mask.costs if found is None else found.costs
     scattered = 0 if found is None else len(found.scattered)
+    shape = grouping.shape if mask.place is None else mask.place.shape
     groups = LayerGroups(layer.name, mask.size, grouping.size, mask.alive(grouping),
                          LayerScores(scores, layer), costs, rules.floor_of(mask.size),
-                         grouping.one_layer, grouping.shape, grouping.axes, known, scattered=scattered,
-                         count_free=_count_free(layer, mask, found))
+                         grouping.one_layer, shape, grouping.axes, known, layer.peers, mask.place,
+                         scattered=scattered, count_free=_count_free(layer, mask, found))
     return _by_work(groups, layer.uses) if layer.uses > 1 else groups
 
 
@@ -371,8 +380,13 @@ def _new_mask(grouping, mask, keep, left, alone, regrow):
     has_zeros_in_groups = costs is not None or not alone
     if has_zeros_in_groups and not regrow: kept = _both(kept, mask.keep)
     if costs is not None: costs = costs * keep
-    if left is None: left = ALONE.count(kept)
-    return Mask(kept, costs, left)
+    if left is None: left = _counted(kept, mask)
+    return Mask(kept, costs, left, mask.place)
+
+
+def _counted(kept, mask):
+    if mask.place is None: return ALONE.count(kept)
+    raise RuntimeError('masks: got no count of the weights that stay, for a part of a layer')  # a context of parts says it
 
 
 def _with_zeros(grouping, mask, keep, zeros, freed):

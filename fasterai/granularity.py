@@ -1,6 +1,7 @@
 "Split the weights of a layer into groups that are pruned together: structured or unstructured pruning."
 import re
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil, prod
@@ -319,6 +320,15 @@ class Grouping:
         spans_others = all(spanned.get(axis) == self.axes[axis] for axis in others)
         self.whole_filters = 'O' in self.axes and spans_others  # True if a group is one filter or several
         self.parts = []  # ints (n,), the groups that compete with each other; none where all do
+
+    def of_part(self,
+        shape: tuple,  # of a part of the weight
+    ):
+        "Return the grouping of a part, where a group is one weight. Its axes are those of the whole."
+        if self.size > 1: raise ValueError(f'part: got groups of {self.size}, expected single weights')
+        part = copy(self)
+        part.shape, part.groups = tuple(shape), prod(shape)
+        return part
 
     def _lay_out(self, pieces):
         """Find the shapes in which each group is one row; `pieces` is {axis: how much of it a group spans}.

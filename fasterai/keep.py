@@ -15,6 +15,7 @@ from fasterai.layers import choose
 from fasterai.masks import nonzero
 from fasterai.names import bare
 from fasterai.rules import Rules
+from fasterai.shards import refuse_shards
 from fasterai.sparsifier import Sparsifier
 
 add_layer_type(WeightDropout, **{'weight_*_raw': 'O I'})  # fastai's AWD_LSTM makes the weights that it drops from these
@@ -81,6 +82,7 @@ class Keeper(Callback):
 
     def _build(self, rules, **more):
         "Make the Sparsifier, with the masks that others hold at the start of this fit."
+        refuse_shards(self._model(), type(self).__name__)
         held = {}
         for keeper in self._others(KeepSparse):
             if not keeper.left: held = both(held, keeper.masks_for(self._model()))

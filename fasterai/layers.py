@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fasterai.arguments import nearest
 from fasterai.granularity import AXES, is_part
 from fasterai.names import Named, Weight, is_script, joined
-from fasterai.peers import is_sharded
+from fasterai.shards import here
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights that can be pruned
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)  # left alone unless they are chosen
@@ -43,9 +43,6 @@ def choose(
     these kinds."""
     if is_script(model):
         raise ValueError('model: got a ScriptModule, expected the torch.nn.Module that it was made from')
-    if is_sharded(model):
-        raise ValueError('model: got one that is split over processes (fully_shard, tensor parallel), '
-                         'expected one that is whole in each, as in DistributedDataParallel')
     named = Named(model)
     wanted, by_name = _wanted(named, layers)
     excluded = _excluded(named, exclude)
@@ -145,6 +142,8 @@ def _memory(tensor):
     "Return the address of a tensor's storage, 0 where it has none, and its first and last place in it."
     if not isinstance(tensor, torch.Tensor) or isinstance(tensor, UninitializedParameter): return 0, 0, 0
     if tensor.layout != torch.strided or tensor.device.type == 'meta' or not tensor.numel(): return 0, 0, 0
+    tensor = here(tensor)
+    if not tensor.numel(): return 0, 0, 0
     span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
     start = tensor.storage_offset()
     size = tensor.element_size()
@@ -215,6 +214,7 @@ def why_not_zeroed(
     "Return why single entries of a tensor cannot be zeroed, as the end of an error message."
     if tensor.layout != torch.strided:
         return f'has the layout {tensor.layout}, expected a dense tensor, as to_dense() makes it'
+    tensor = here(tensor)
     if tensor.is_meta: return 'is on the meta device, expected values: load them first'
     if tensor.dtype not in DTYPES:
         return f'is {tensor.dtype}, expected floating-point weights: {", ".join(map(str, DTYPES))}'

@@ -10,7 +10,9 @@ from fasterai.arguments import nearest
 from fasterai.event import Change, Mask
 from fasterai.names import warn_lost
 from fasterai.native.sweep import mask as masked
+from fasterai.peers import ALONE, Alone
 from fasterai.selected import Selected
+from fasterai.shards import here, is_split, part_for, place_of, split_like
 
 PIECE = 1 << 20  # weights that are masked together
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32,  # integers of the same size
@@ -26,15 +28,39 @@ class Masks(Mapping):
     def __init__(self,
         selected: Selected,
         keep_zeros: bool = False,  # begin with the zeros that are in the weights; else nothing is masked
+        peers: Alone = ALONE,  # the processes, each of which may have a part of the model
     ):
-        self.selected = selected
-        self._of = {}
-        for name, layer in selected.candidates.items():
-            if keep_zeros: self._of[name] = Mask.counted(nonzero(layer.weight), layer.grouping)
-            else: self._of[name] = Mask.full(layer.weight, layer.grouping)
-        self._counted = {name: layer.grouping for name, layer in selected.candidates.items()}  # the groups that the masks are counted in
+        self.selected, self.peers = selected, peers
+        layers = selected.candidates
+        self._of = {name: self._full(layer) for name, layer in layers.items()}
+        if keep_zeros: self._of |= self._zeros_kept(layers)
+        self._groupings = {name: layer.grouping for name, layer in layers.items()}  # the groups that the masks are counted in
         self._dependents = None  # {module: {tensor's name: bool (channels,), True = masked}}; None: not known yet
         self._version = 0  # of the selected layers, for which the dependents were found
+
+    def _full(self, layer):
+        "Return the mask that keeps all of a layer."
+        place = self.peers.place(layer.weight)
+        if place is None: return Mask.full(layer.weight, layer.grouping)
+        keep = torch.ones(place.sizes, dtype=torch.bool, device=layer.weight.device)
+        return Mask(keep, None, place.n_whole, place)
+
+    def _zeros_kept(self, layers):
+        """Return the masks that hold the zeros of weights.
+
+        A weight that is all zero is an initialization, and all of it is kept."""
+        keeps = {name: (here(layer.weight) != 0).contiguous() for name, layer in layers.items()}
+        found = self._counted(keeps)
+        return {name: mask for name, mask in found.items() if mask.left}
+
+    def _counted(self, keeps):
+        "Return masks from the bools of what is here: {layer's name: bool}."
+        layers = self.selected.candidates
+        if not self.peers.splits:
+            return {name: Mask.counted(keep, layers[name].grouping) for name, keep in keeps.items()}
+        places = {name: self.peers.place(layers[name].weight) for name in keeps}
+        left = self.peers.totals([ALONE.count(keep) * places[name].speaks for name, keep in keeps.items()])
+        return {name: Mask(keeps[name], None, n, places[name]) for name, n in zip(keeps, left)}
 
     def __getitem__(self,
         name: str,  # of a selected layer
@@ -42,7 +68,8 @@ class Masks(Mapping):
         "Return a copy of a layer's mask."
         self.selected.refresh()
         masks = self.of
-        if name in masks: return masks[name].keep.clone(memory_format=torch.contiguous_format)
+        if name in masks:
+            return masks[name].whole(masks[name].keep.clone(memory_format=torch.contiguous_format))
         raise KeyError(f'masks: got {name!r}, expected one of {", ".join(masks)}{nearest(name, masks)}')
 
     def __iter__(self):
@@ -69,7 +96,8 @@ class Masks(Mapping):
         if not isinstance(masks, Mapping):
             raise TypeError(f'masks: got {type(masks).__name__}, expected {{name of a layer: bool tensor}}')
         self.selected.refresh()
-        self._set({name: self._read(name, mask) for name, mask in masks.items()}, {})
+        keeps = self.peers.agreed(lambda: {name: self._read(name, mask) for name, mask in masks.items()})
+        self._set(self._counted(keeps), {})
 
     def begin_with(self,
         held: Mapping,  # `Weight`: bool, of its shape, True = keep; of other layers too
@@ -122,7 +150,7 @@ class Masks(Mapping):
         names, layer = self.selected.candidates, self.selected.candidates.get(name)
         if layer is None:
             raise ValueError(f'masks: got {name!r}, expected one of {", ".join(names)}{nearest(name, names)}')
-        return Mask.counted(read_mask(name, mask, layer.weight), layer.grouping)
+        return read_mask(name, mask, layer.weight)
 
     def left(self,
         name: str,  # of a selected layer
@@ -137,16 +165,19 @@ class Masks(Mapping):
         layers = self.selected.candidates
         self._of = {name: self._of[name].to(layer.weight.device) for name, layer in layers.items()}
         for name, layer in layers.items():
-            if layer.grouping is self._counted[name]: continue  # else it is pruned together with others, as is known now
-            self._of[name] = Mask.counted(self._of[name].keep, layer.grouping)
-            self._counted[name] = layer.grouping
+            if layer.grouping is self._groupings[name]: continue  # else it is pruned together with others, as is known now
+            self._groupings[name] = layer.grouping
+            mask = self._of[name]
+            if mask.place is None: self._of[name] = Mask.counted(mask.keep, layer.grouping)
         return self._of
 
     @property
     def _masked_along(self):
+        "Return what is masked along with filters: {module: {tensor's name: bool (channels,)}}."
         if self._version != self.selected.version: self._dependents = None
         if self._dependents is None:
-            self._dependents, self._version = self.selected.dependents(self.of), self.selected.version
+            self._dependents = self.selected.dependents(self.of, self.peers)
+            self._version = self.selected.version
         return self._dependents
 
     # Holding
@@ -165,7 +196,7 @@ class Masks(Mapping):
                 if tensor is None: continue  # it was taken away since
                 if of is not None and not of & _owners(module, tensor): continue
                 tensors[name] = tensors[name].to(tensor.device)
-                yield tensor, ~tensors[name]
+                yield tensor, part_for(~tensors[name], tensor)
 
     def mask_weights(self,
         of: set | None = None,  # as in `tensors`
@@ -176,7 +207,7 @@ class Masks(Mapping):
     def moved(self) -> list:  # of names
         "Return the layers of which a masked weight is not zero."
         masks, layers = self.of, self.selected.candidates.items()
-        return [name for name, layer in layers if layer.weight.detach()[~masks[name].keep].any()]
+        return [name for name, layer in layers if here(layer.weight)[~masks[name].keep].any()]
 
     def mask_gradients(self,
         of: set | None = None,  # as in `tensors`
@@ -217,7 +248,7 @@ class Masks(Mapping):
         self.selected.refresh()
         after = self.of | masks
         before = self._masked_along
-        dependents = self.selected.dependents(after)  # what may fail stands before what changes anything
+        dependents = self.selected.dependents(after, self.peers)  # what may fail stands before what changes anything
         self._of, self._dependents, self._version = after, dependents, self.selected.version
         with torch.no_grad():
             self._start_again(before)
@@ -233,14 +264,18 @@ class Masks(Mapping):
                 if tensor is None: continue
                 masked = self._masked_along.get(module, {}).get(name, torch.zeros_like(was_masked))
                 back = was_masked & ~masked.to(was_masked.device)
-                tensor.masked_fill_(back.to(tensor.device), .01)
+                here(tensor).masked_fill_(part_for(back.to(tensor.device), tensor), .01)
 
     # Saving
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
-        "Return the masks, packed to bits."
+        """Return the masks, packed to bits.
+
+        Where each process has a part, 'keep' has the mask instead: a bool DTensor, split like the weight."""
         self.selected.refresh()
-        return {name: packed(mask.keep) for name, mask in self.of.items()}
+        if not self.peers.splits: return {name: packed(mask.keep) for name, mask in self.of.items()}
+        return {name: {'shape': mask.place.shape, 'keep': mask.whole(mask.keep.clone())}
+                for name, mask in self.of.items()}
 
     def read_state(self,
         state: dict,  # of `state_dict`
@@ -253,8 +288,8 @@ class Masks(Mapping):
         if set(state) != set(layers):
             came = ', '.join(map(str, state)) or 'nothing'
             raise ValueError(f'state: got masks for {came}, expected those for {", ".join(layers)}')
-        keeps = {name: unpacked(name, state[name], layer.weight) for name, layer in layers.items()}
-        return {name: Mask.counted(keep, layers[name].grouping) for name, keep in keeps.items()}
+        keeps = {name: _mask_in(name, state[name], layer.weight) for name, layer in layers.items()}
+        return self._counted(keeps)
 
     def load(self,
         masks: dict,  # name of a layer: `event.Mask`
@@ -268,9 +303,9 @@ def read_mask(
     mask,  # what a user gave
     weight: torch.Tensor,
 ) -> torch.Tensor:  # bool, a copy where the weight is
-    "Read a mask of a user's own; `ValueError` where it does not fit."
+    "Read a mask of a user's own, or the part of it that is here; `ValueError` where it does not fit."
     if _is_mask(mask) and mask.shape == weight.shape:
-        return mask.detach().to(weight.device, copy=True).contiguous()
+        return split_like(mask, weight).to(weight.device).contiguous()
     came = type(mask).__name__
     if isinstance(mask, torch.Tensor):
         came = f'a {mask.layout} tensor of {mask.dtype} on {mask.device} of shape {tuple(mask.shape)}'
@@ -308,6 +343,11 @@ def _is_mask(thing):
     return not thing.is_meta and thing.layout == torch.strided
 
 
+def _split_alike(mask, weight):
+    "Tell whether a mask is whole, or split as a weight is."
+    return not is_split(mask) or is_split(weight) and place_of(mask) == place_of(weight)
+
+
 def _owners(module, tensor):
     "Return the ids of the parameters with which a tensor is stepped: of a buffer those of its module."
     if isinstance(tensor, torch.nn.Parameter): return {id(tensor)}
@@ -317,8 +357,14 @@ def _owners(module, tensor):
 def _mirrors(kept, tensor):
     """Tell whether a value of an optimizer's state belongs to a weight entry by entry, and zero means
     nothing is kept."""
-    plain = type(kept) in (torch.Tensor, torch.nn.Parameter)
+    plain = type(kept) in (torch.Tensor, torch.nn.Parameter) or is_split(kept) and _split_alike(kept, tensor)
     return plain and kept.shape == tensor.shape and kept.dtype in BITS
+
+
+def _mask_in(name, saved, weight):
+    "Return the part that is here of a mask in a state."
+    if isinstance(saved, Mapping) and 'keep' in saved: return read_mask(name, saved['keep'], weight)
+    return part_for(unpacked(name, saved, weight), weight)
 
 
 def packed(
@@ -358,11 +404,11 @@ def _zero(tensor, keep):
     """Zero all entries but `keep`.
 
     Their bits are multiplied as integers: that is faster than a fill, and makes zero of a NaN too."""
-    tensor = tensor.detach()
+    tensor = here(tensor)
     if masked(tensor, keep): return
     keep = keep[tuple(slice(None) if step else slice(1) for step in keep.stride())]  # what only repeats is read once
     bits = BITS.get(tensor.dtype)
-    if bits is None or not tensor.ndim:
+    if bits is None or not tensor.ndim or not tensor.numel():
         tensor.masked_fill_(~keep, 0)
         return
     tensor, pieces = tensor.view(bits), -(-tensor.numel() // PIECE)
@@ -371,8 +417,8 @@ def _zero(tensor, keep):
         return
     rows = -(-len(tensor) // pieces)  # for a product torch widens the mask, so it is done in pieces
     for start in range(0, len(tensor), rows):
-        here = slice(start, start + rows)
-        tensor[here].mul_(keep[here] if len(keep) > 1 else keep)
+        at = slice(start, start + rows)
+        tensor[at].mul_(keep[at] if len(keep) > 1 else keep)
 
 
 def _zero_sparse(grad, keep):

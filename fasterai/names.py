@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fasterai.granularity import held, weights_of
-from fasterai.peers import is_split
+from fasterai.shards import is_split
 
 
 class Weight(NamedTuple):
@@ -172,7 +172,7 @@ class Places:
     ):
         self.children = [(module._modules, key, child) for module in model.modules()
                          for key, child in module._modules.items()]
-        self.shapes = [(w.module._parameters, w.attr, w.tensor.shape) for w in weights]
+        self.shapes = [(w.module._parameters, w.attr, w.tensor.shape, is_split(w.tensor)) for w in weights]
         self.shared = shared
 
     @property
@@ -182,9 +182,9 @@ class Places:
         `ValueError` where it was split over processes meanwhile."""
         for modules, key, child in self.children:
             if modules.get(key) is not child: return True
-        for parameters, attr, shape in self.shapes:
+        for parameters, attr, shape, was_split in self.shapes:
             parameter = parameters.get(attr)
-            if is_split(parameter):
+            if is_split(parameter) and not was_split:
                 raise ValueError(f'model: got {attr!r} of a selected layer as a DTensor, which is split over '
                                  'processes since, expected a weight that is whole in each')
             if parameter is None or parameter.shape != shape: return True

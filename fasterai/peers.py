@@ -1,9 +1,8 @@
 "Read and sum numbers wherever they lie, and compare what several processes decide."
 import random
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from hashlib import blake2b
 from math import prod
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+from fasterai.shards import Place, here, is_sharded, is_split, place_of, reshard
 from fasterai.snapshot import random_numbers_kept
 
 
@@ -20,6 +20,8 @@ class Alone:
     On a CPU numpy compares and picks many times faster than torch; on a GPU tensors stay where they are,
     and what the host must see comes over in one piece. A class with the same methods can do so for several
     processes."""
+
+    splits = False  # each process has a part of the model only
 
     def on_host(self, tensor) -> bool:
         "Tell whether the CPU can read a tensor at once."
@@ -69,6 +71,36 @@ class Alone:
         "Run coroutines to their ends. One process hears itself alone."
         return [_alone(coroutine) for coroutine in coroutines]
 
+    def totals(self,
+        numbers: list,  # of what is here
+    ) -> list:  # of all processes
+        "Return sums over all processes, where each has a part."
+        return numbers
+
+    def everywhere(self,
+        answers: list,  # of bools
+    ) -> list:
+        "Tell for each question whether all processes say so, where each has a part."
+        return answers
+
+    def any_of(self,
+        masks: list,  # bool arrays
+    ) -> list:
+        "Return where any process has True, where each has a part."
+        return masks
+
+    def place(self,
+        parameter: nn.Parameter,
+    ) -> Place | None:  # None: all of it is here
+        "Return which part of a parameter is here."
+        return None
+
+    def whole(self,
+        tensor: torch.Tensor,
+    ) -> torch.Tensor:  # without a gradient
+        "Return all of a tensor, of which each process may have a part."
+        return tensor.detach()
+
     def agreed(self,
         decide: Callable,  # without arguments
         digests: Callable | None = None,  # of what `decide` returns: {name: bytes}; None: nothing is compared
@@ -99,40 +131,13 @@ def _alone(coroutine):
 ALONE = Alone()
 
 
-@dataclass(frozen=True)
-class Place:
-    "Say which part of a tensor a process has: a box of it."
-    shape: tuple  # of the whole
-    sizes: tuple  # of the part; an axis may have length 0
-    offset: tuple  # where the part begins along each axis
-    speaks: bool = True  # no process before this one has the same part
-
-    @property
-    def n_whole(self) -> int:
-        "Return the number of entries of the whole."
-        return prod(self.shape)
-
-    def positions(self,
-        at: np.ndarray,  # ints (n,), positions in the flattened part
-    ) -> np.ndarray:  # ints (n,), in the flattened whole; they rise where those do
-        "Return the positions in the whole of entries of the part."
-        if self.sizes == self.shape or not len(at): return at
-        along = np.unravel_index(at, self.sizes)
-        return np.ravel_multi_index([i + start for i, start in zip(along, self.offset)], self.shape)
-
-
-class Replicas(Alone):
-    """Compare what the ranks of a group decide. Each holds the whole model, as in DistributedDataParallel.
+class Several(Alone):
+    """Compare what the ranks of a group decide, and gather what each has.
 
     All go on or all raise, so that no rank comes to weights that the others do not have. Each method waits
     for the same call on all ranks."""
 
-    def __init__(self,
-        model: nn.parallel.DistributedDataParallel,
-    ):
-        self.group = model.process_group
-        self.gpu = max((p.get_device() for p in model.parameters() if p.is_cuda), default=-1)  # -1: none
-        self.buffers = list(model.module.buffers()) if model.broadcast_buffers else []
+    groups, gpu = (), -1  # process groups, the first of which is gathered last; the number of a GPU, -1: none
 
     def agreed(self, decide, digests=None, what='arguments'):
         """Return what a function returns, where all ranks come to the same.
@@ -143,40 +148,202 @@ class Replicas(Alone):
             found = decide()
             mine = {} if digests is None else digests(found)
         except Exception as error:
-            with suppress(RuntimeError): self._gather(what, (_failure(error), {}))
+            if not getattr(error, 'all_know', False):
+                with suppress(RuntimeError, ValueError): self.gathered(what, None, _failure(error))
+                _known(error)
             raise
-        told = self._gather(what, (None, mine))
-        _raise_failure([failure for failure, _ in told])
-        _check_same([of_rank for _, of_rank in told], what)
+        self._check_same(self.gathered(what, mine), what)
         return found
 
     @contextmanager
     def alike(self):
         "Have all ranks draw the random numbers of the first, of Python, numpy and torch's CPU generator."
-        seed, *_ = self._gather('random numbers', int(torch.randint(2 ** 32, ())))
+        seed, *_ = self.gathered('random numbers', int(torch.randint(2 ** 32, ())))
         with random_numbers_kept():
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
             yield
 
+    def gathered(self,
+        what: str,  # for the error
+        mine,  # of this rank
+        failure: tuple | None = None,  # (whether it is a ValueError, what it says), of this rank
+    ) -> list:  # of each rank
+        """Return what each rank has, by rank.
+
+        `ValueError` or `RuntimeError` where one has failed, `RuntimeError` where ranks are not in step, or
+        one is gone."""
+        found = [(what, failure, mine)]
+        try:
+            for group in reversed(self.groups): found = self._joined(found, group)
+        except RuntimeError as error:
+            gone = RuntimeError(f'ranks: one cannot be reached ({error}); nothing was changed')
+            raise _known(gone) from error
+        kinds = [kind for kind, _, _ in found]
+        _raise_failure([failure for _, failure, _ in found])
+        if len({*kinds}) == 1: return [of_rank for _, _, of_rank in found]
+        said = (f'ranks: they compare {", ".join(kinds)}, expected the same on all: call sparsify_model '
+                'and attach on all ranks, in one order; nothing was changed')
+        raise _known(RuntimeError(said))
+
+    def _joined(self, mine, group):
+        "Join lists of all ranks of a group."
+        told = [None] * distributed.get_world_size(group)
+        with torch.cuda.device(self.gpu): distributed.all_gather_object(told, mine, group=group)
+        return [one for of_rank in told for one in of_rank]
+
+    def _check_same(self, digests, what):
+        "Raise `RuntimeError` where the digests of a name are not the same on all ranks that have one."
+        names = dict.fromkeys(name for of_rank in digests for name in of_rank)
+        differ = {name: self._other(name, digests) for name in names}
+        differ = {name: ranks for name, ranks in differ.items() if ranks}
+        if not differ: return
+        name, ranks = next(iter(differ.items()))
+        named = name if isinstance(name, str) else name[0]
+        more = f' (and of {len(differ) - 1} more)' if len(differ) > 1 else ''
+        where = ', '.join(map(str, ranks))
+        first = _first(name, digests)
+        raise RuntimeError(f'ranks: got other {what} of {named!r}{more} on rank {where} than on rank '
+                           f'{first}, expected the same on all, from the same weights, gradients '
+                           '(outside of no_sync), data and random numbers; nothing was changed')
+
+    def _other(self, name, digests):
+        "Return the ranks that have another digest of a name than the first."
+        first = digests[_first(name, digests)][name]
+        return [rank for rank, of_rank in enumerate(digests) if self._differs(of_rank, name, first)]
+
+    def _differs(self, digests, name, first): return digests.get(name) != first
+
+
+def _first(name, digests):
+    "Return the first rank that has a digest of a name."
+    return next(rank for rank, of_rank in enumerate(digests) if name in of_rank)
+
+
+class Replicas(Several):
+    "Compare what the ranks of a group decide. Each holds the whole model, as in DistributedDataParallel."
+
+    def __init__(self,
+        model: nn.parallel.DistributedDataParallel,
+    ):
+        self.groups = [model.process_group]
+        self.gpu = max((p.get_device() for p in model.parameters() if p.is_cuda), default=-1)
+        self.buffers = list(model.module.buffers()) if model.broadcast_buffers else []
+
     def share_buffers(self):
         "Have all ranks take over the buffers of the first, as each forward of DistributedDataParallel does."
-        first = distributed.get_global_rank(self.group, 0)
-        for buffer in self.buffers: distributed.broadcast(buffer, first, self.group)
+        group, = self.groups
+        first = distributed.get_global_rank(group, 0)
+        for buffer in self.buffers: distributed.broadcast(buffer, first, group)
 
-    def _gather(self, what, mine):
-        "Return what each rank has, by rank; `RuntimeError` where ranks are not in step, or one is gone."
-        found = [None] * distributed.get_world_size(self.group)
-        try:
-            with torch.cuda.device(self.gpu):
-                distributed.all_gather_object(found, (what, mine), group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(f'ranks: one cannot be reached ({error}); nothing was changed') from error
-        kinds = [kind for kind, _ in found]
-        if len({*kinds}) == 1: return [of_rank for _, of_rank in found]
-        raise RuntimeError(f'ranks: they compare {", ".join(kinds)}, expected the same on all: call '
-                           'sparsify_model and attach on all ranks, in one order; nothing was changed')
+
+class Shards(Several):
+    """Ask the ranks of a group, each of which has a part of the model, as `fully_shard` and tensor parallel
+    leave it.
+
+    The group is that of the largest mesh of the parameters. `ValueError` where other meshes are not within
+    it."""
+
+    splits = True
+
+    def __init__(self,
+        model: nn.Module,
+    ):
+        reshard(model)
+        self.parameters = dict(model.named_parameters())
+        meshes = [p.device_mesh for p in self.parameters.values() if is_split(p)]
+        mesh = max(meshes, key=lambda mesh: mesh.size())
+        self.groups = mesh.get_all_groups()
+        self.gpu = max((p.get_device() for p in map(here, self.parameters.values()) if p.is_cuda), default=-1)
+        self._places = self.agreed_places(mesh, meshes)
+
+    def agreed_places(self, mesh, meshes):
+        "Return the place of each parameter, by its id, where all ranks together have the whole."
+        ranks = {*mesh.mesh.flatten().tolist()}
+        if any(not {*other.mesh.flatten().tolist()} <= ranks for other in meshes):
+            raise ValueError('model: got parameters on meshes of which none has all processes, expected one '
+                             'mesh, and parts of it')
+        mine = {name: place_of(p) for name, p in self.parameters.items()}
+        boxes = {name: (place.sizes, place.offset) for name, place in mine.items()}
+        told = self.gathered('places', boxes)
+        rank = mesh.mesh.flatten().tolist().index(distributed.get_rank())
+        found = {}
+        for name, place in mine.items():
+            of_ranks = [of_rank.get(name) for of_rank in told]
+            _check_whole(name, place.shape, of_ranks)
+            first = of_ranks.index((place.sizes, place.offset))
+            found[id(self.parameters[name])] = replace(place, speaks=first == rank)
+        return found
+
+    def place(self,
+        parameter: nn.Parameter,
+    ) -> Place:
+        "Return which part of a parameter is here; `ValueError` where it is not the one that it was."
+        found = self._places.get(id(parameter))
+        if found is not None and place_of(parameter) == replace(found, speaks=True): return found
+        raise ValueError('model: got a parameter that is split otherwise than it was, or another one, '
+                         'expected that which the Sparsifier was made with; make a new one')
+
+    def in_step(self, coroutines):
+        """Run coroutines to their ends on all ranks.
+
+        Each yields what this rank has, and is sent what each rank has: what all of them yield travels in
+        one exchange."""
+        results, told = [None] * len(coroutines), None
+        waiting = dict(enumerate(coroutines))
+        while waiting:
+            asked = {}
+            for i, coroutine in list(waiting.items()):
+                try: asked[i] = coroutine.send(None if told is None else [of_rank[i] for of_rank in told])
+                except StopIteration as end:
+                    results[i] = end.value
+                    del waiting[i]
+            if not asked: break
+            told = self.gathered(f'questions about {", ".join(map(str, asked))}', asked)
+        return results
+
+    def totals(self, numbers): return [sum(of_all) for of_all in zip(*self.gathered('totals', numbers))]
+
+    def everywhere(self, answers):
+        "Tell for each question whether all ranks say so."
+        return [all(of_all) for of_all in zip(*self.gathered('answers', answers))]
+
+    def any_of(self, masks):
+        told = self.gathered('masks of filters', [np.packbits(mask) for mask in masks])
+        found = [np.bitwise_or.reduce(of_all) for of_all in zip(*told)]
+        return [np.unpackbits(bits, count=len(mask)).astype(bool) for bits, mask in zip(found, masks)]
+
+    def whole(self, tensor):
+        "Return all of a tensor, gathered by torch."
+        if not is_split(tensor): return tensor.detach()
+        shapes = self.gathered('whole weights', tuple(tensor.shape))
+        if len({*shapes}) > 1: raise _known(RuntimeError(f'ranks: they gather {shapes}, expected one tensor'))
+        return tensor.detach().full_tensor()
+
+    def _differs(self, digests, name, first): return digests.get(name, first) != first
+
+
+def _check_whole(name, shape, boxes):
+    "Raise `ValueError` unless the boxes that ranks have of a tensor are all of it, and do not overlap."
+    apart = sorted({box for box in boxes if box is not None and prod(box[0])})
+    size = sum(prod(sizes) for sizes, _ in apart)
+    overlap = any(_meet(one, other) for i, one in enumerate(apart) for other in apart[:i])
+    if None not in boxes and size == prod(shape) and not overlap: return
+    raise ValueError(f'model: got parts of {name!r} that are not all of it, or overlap, '
+                     'expected those of one tensor on all processes of the mesh')
+
+
+def _meet(one, other):
+    "Tell whether two boxes have an entry in common."
+    along = zip(*one, *other)
+    return all(start < start2 + size2 and start2 < start + size for size, start, size2, start2 in along)
+
+
+def _known(error):
+    "Mark an error that all ranks raise."
+    error.all_know = True
+    return error
 
 
 def _failure(error): return isinstance(error, ValueError), f'{type(error).__name__}: {error}'
@@ -188,31 +355,21 @@ def _raise_failure(failures):
         if failure is None: continue
         is_value_error, said = failure
         kind = ValueError if is_value_error else RuntimeError
-        raise kind(f'ranks: rank {rank} failed, so nothing was changed on any: {said}')
-
-
-def _check_same(digests, what):
-    "Raise `RuntimeError` where the digests of a name are not the same on all ranks."
-    first, *others = digests
-    names = dict.fromkeys(name for of_rank in digests for name in of_rank)
-    differ = {name: [rank for rank, of_rank in enumerate(others, 1) if of_rank.get(name) != first.get(name)]
-              for name in names}
-    differ = {name: ranks for name, ranks in differ.items() if ranks}
-    if not differ: return
-    name, ranks = next(iter(differ.items()))
-    more = f' (and of {len(differ) - 1} more)' if len(differ) > 1 else ''
-    where = ', '.join(map(str, ranks))
-    raise RuntimeError(f'ranks: got other {what} of {name!r}{more} on rank {where} than on rank 0, expected '
-                       'the same on all, from the same weights, gradients (outside of no_sync), data and '
-                       'random numbers; nothing was changed')
+        raise _known(kind(f'ranks: rank {rank} failed, so nothing was changed on any: {said}'))
 
 
 def peers_of(
     model: nn.Module,
-) -> Alone:  # `Replicas` where there are several
-    "Return the processes that hold the same model, as DistributedDataParallel in it says."
-    found = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    return Replicas(found[0]) if found else ALONE
+) -> Alone:  # `Replicas` or `Shards` where there are several
+    """Return the processes that hold the same model, as DistributedDataParallel in it says, or parts of it.
+
+    `ValueError` where both is so, or the parts are those of FullyShardedDataParallel (FSDP1)."""
+    replicated = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    if not is_sharded(model): return Replicas(replicated[0]) if replicated else ALONE
+    parts = [p for p in model.parameters() if is_split(p)]
+    if parts and not replicated: return Shards(model)
+    raise ValueError('model: got one that is split over processes by FullyShardedDataParallel (FSDP1), or '
+                     'within DistributedDataParallel, expected fully_shard or tensor parallel')
 
 
 def digest(
@@ -220,32 +377,13 @@ def digest(
 ) -> bytes:
     "Return a short text that differs, but for chance, where the bits of tensors differ."
     found = blake2b(digest_size=8)
-    for tensor in tensors: found.update(b'' if tensor is None else _bits(tensor.detach()))
+    for tensor in tensors: found.update(b'' if tensor is None else _bits(here(tensor)))
     return found.digest()
 
 
 def _bits(tensor):
     if tensor.dtype == torch.bool: return np.packbits(tensor.cpu().numpy())
     return tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-
-
-def is_split(
-    tensor: torch.Tensor,
-) -> bool:
-    "Tell whether a tensor is a DTensor, of which each process has a part."
-    module = sys.modules.get('torch.distributed.tensor')  # whoever made one has loaded it
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def is_sharded(
-    model: nn.Module,
-) -> bool:
-    "Tell whether each process has a part of a model, or of one of its parameters, only."
-    module = sys.modules.get('torch.distributed.fsdp')
-    kinds = [getattr(module, name, None) for name in ('FullyShardedDataParallel', 'FSDPModule')]
-    kinds = tuple(kind for kind in kinds if kind is not None)
-    if any(isinstance(one, kinds) for one in model.modules()): return True
-    return any(is_split(parameter) for parameter in model.parameters())
 
 
 def as_array(

@@ -2,7 +2,11 @@
 from dataclasses import asdict, dataclass
 from html import escape
 
+import torch
+
 from fasterai.names import Named
+from fasterai.peers import ALONE, Alone
+from fasterai.shards import here, kind_of
 from fasterai.tables import as_html, as_text
 
 
@@ -139,12 +143,16 @@ def measure(
     layers: list,  # of (name, `names.Weight`, `granularity.Grouping`), the selected ones
     skipped: dict,  # {name: reason}, for layers that were left out
     uses: dict | None = None,  # name: number of multiply-adds of each weight; None: they are not known
+    peers: Alone = ALONE,  # the processes, each of which may have a part of the model; all have to ask
 ) -> Report:
     "Count the zeros of the selected layers and of the whole model."
-    rows = tuple(_row(*layer, (uses or {}).get(layer[0], 1)) for layer in layers)
+    single = [layer for layer in layers if peers.splits and layer[2].size == 1]
+    counts = peers.totals([zeros_in(weight.tensor, peers) for _, weight, _ in single])
+    known = {name: n for (name, *_), n in zip(single, counts)}
+    rows = tuple(_row(*layer, (uses or {}).get(layer[0], 1), peers, known.get(layer[0])) for layer in layers)
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    zeros = sum(int((p.detach() == 0).sum()) for p in parameters)
+    zeros = sum(peers.totals([zeros_in(p, peers) for p in parameters]))
     return Report(rows, total, zeros, dict(skipped), *_unknown(model, layers))
 
 
@@ -157,9 +165,20 @@ def _unknown(model, layers):
     return sum(p.numel() for p in weights), sum(p.numel() for p in unknown)
 
 
-def _row(name, weight, grouping, uses):
-    "Count the zeros of one layer."
-    zero = weight.tensor.detach().cpu() == 0
+def zeros_in(
+    tensor: torch.Tensor,
+    peers: Alone,
+) -> int:
+    "Count the zeros of a tensor for which this process speaks."
+    place = peers.place(tensor)
+    return int((here(tensor) == 0).sum()) if place is None or place.speaks else 0
+
+
+def _row(name, weight, grouping, uses, peers, zeros):
+    "Count the zeros of one layer, unless they are known of single weights."
+    kind = kind_of(weight.module).__name__
+    if zeros is not None:
+        return Row(name, kind, grouping.shape, grouping.groups, zeros, grouping.groups, zeros, uses)
+    zero = peers.whole(weight.tensor).cpu() == 0
     dead = int((grouping.count(zero) == grouping.sizes).sum())
-    kind = type(weight.module).__name__
     return Row(name, kind, grouping.shape, zero.numel(), int(zero.sum()), grouping.groups, dead, uses)

@@ -3,6 +3,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from fasterai.inputs import uses
 from fasterai.layers import check_masked_along, choose
 from fasterai.names import Named, Places, Weight, bare, find_again, warn_lost
 from fasterai.norms import Known
-from fasterai.peers import ALONE
+from fasterai.peers import ALONE, Alone
 from fasterai.rules import Rules
+from fasterai.shards import is_split, reshard
 from fasterai.ties import ties
 
 
@@ -32,6 +34,7 @@ class Layer:
     filters: Grouping | None  # the same by filters, where a group is one or several filters; else None
     own: Grouping  # by the granularity alone; `grouping` may join filters that are pruned together
     uses: int = 1  # number of multiply-adds of each weight, where the context goes by work; else 1
+    peers: ClassVar = ALONE  # an event reads what is in this process
 
     @property
     def module(self) -> nn.Module:
@@ -65,7 +68,8 @@ class Layer:
     def filters_alive(self,
         mask,  # `event.Mask` of this layer
     ) -> torch.Tensor:  # bool (output channels,)
-        "Return which filters have any weight left."
+        "Return which filters have any weight left, as far as the mask is here."
+        if mask.place is not None: return self.filters.count(_spread(mask)) > 0
         is_own = self.grouping is self.own
         if is_own and self.filters.groups == self.own.groups: return mask.alive(self.own)
         return self.filters.count(mask.keep) > 0
@@ -94,6 +98,7 @@ class Selected:
         self.learned = set(self.choice.by_name)  # names of layers that were seen to learn, or that were named
         self.shared = _shared(model, self.candidates)  # name of a layer: names of others with the same parameter
         self.version = 0  # it rises when modules were replaced
+        self.split = any(is_split(layer.weight) for layer in self.candidates.values())
         self._note_places()
         self.notice()
         self.whole_filters = any(layer.grouping.whole_filters for layer in self.candidates.values())
@@ -154,6 +159,7 @@ class Selected:
 
     def follow(self):
         "Find the layers again where modules were replaced; name those that are lost, and leave them out."
+        if self.split: reshard(self.model)
         if self.places.changed: self._take_over(self.located(self.model))
 
     def move_to(self,
@@ -297,13 +303,14 @@ class Selected:
 
     def dependents(self,
         masks: dict,  # layer's name: `event.Mask`
+        peers: Alone = ALONE,  # the processes, each of which may have a part of the masks
     ) -> dict:  # module: {tensor's name: bool (channels,)}, True where it is masked
         """Find what is masked along with pruned filters: their biases, and the BatchNorm and learned shift of
         channels that are zero."""
         layers = [layer for layer in self.candidates.values() if layer.grouping.whole_filters]
         if not layers: return {}
         alive = ALONE.fetched([layer.filters_alive(masks[layer.name]) for layer in layers])
-        dead = {layer.name: ~torch.from_numpy(filters) for layer, filters in zip(layers, alive)}
+        dead = {layer.name: ~torch.from_numpy(filters) for layer, filters in zip(layers, peers.any_of(alive))}
         found = self._biases({id(layer.weight): dead[layer.name] for layer in layers})
         if self.flow is None: return found
         for module, tensors in self.flow.zero_channels(dead, found, self.model).items():
@@ -335,6 +342,13 @@ def _shared(model, layers):
         owner = owners.get(id(weight.stored))
         if owner is not None and owner != name: found.setdefault(owner, []).append(name)
     return found
+
+
+def _spread(mask):
+    "Return the part of a mask as one of the whole weight, False elsewhere."
+    keep = torch.zeros(mask.place.shape, dtype=torch.bool, device=mask.keep.device)
+    keep[mask.place.box] = mask.keep
+    return keep
 
 
 def _layer(name, at, granularity):

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from fasterai.native.sweep import Terms, sweep
-from fasterai.peers import ALONE, Alone, Place
+from fasterai.peers import ALONE, Alone
 from fasterai.ranking import Ranks, cost_of, cost_of_all, differing, joined, spread
+from fasterai.shards import Place
 
 CHUNK = 1 << 19  # weights that are scored together: few enough for a processor's cache
 SAMPLE = 1 << 16  # groups: so many are all ranked; of more, a sample and those near the cut

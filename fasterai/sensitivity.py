@@ -16,6 +16,7 @@ from fasterai.criteria import read_criterion
 from fasterai.progress import progress
 from fasterai.repair import recalibrate
 from fasterai.repairing import repairs_of
+from fasterai.shards import refuse_shards
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.summary import names_of_repairs
@@ -209,6 +210,7 @@ def sensitivity(
     Learner, `ValueError` if a network has no `metric` or no data to refit, or a level is no percentage."""
     learner = None if isinstance(model, nn.Module) else model
     if learner is not None: model = _network_of(learner)
+    refuse_shards(model, 'sensitivity')
     better = True
     if metric is None: metric, better = metric_of(learner)
     callable_with('metric', metric, 1, 'a function of the model')

@@ -18,11 +18,12 @@ from fasterai.evidence import Evidence
 from fasterai.kinds import EVIDENCE
 from fasterai.masks import Masks
 from fasterai.names import Named, bare
+from fasterai.parts import EvidenceOfParts, check, cut, seen
 from fasterai.peers import ALONE, digest, peers_of
 from fasterai.progress import progress
 from fasterai.repair import read_repairs
 from fasterai.repairing import Repairs, repairs_of
-from fasterai.report import Report, measure
+from fasterai.report import Report, measure, zeros_in
 from fasterai.rounds import in_rounds
 from fasterai.rules import Rules, as_arguments, takes_rules
 from fasterai.schedule import Time, check_initial, read_share
@@ -58,13 +59,25 @@ class Sparsifier:
         if isinstance(data, Iterator): data = list(data)  # it is read several times
         _check_data(self.rules, repair, data, loss_func)
         self.repairs = Repairs(repairs_of(self.rules, repair), data)
-        self.selected = Selected(model, self.rules, example)
-        self.masks = Masks(self.selected, self.rules.keep_zeros)
-        calibration = Calibration(bare(model), data, loss_func, example)
-        self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
         self._attached, self._progress = [], None  # `Attached` optimizers, and how far a training was that a state is of
         self._in_event = False
         self.peers = peers_of(model)  # the processes with which events are agreed upon
+        if self.peers.splits: check(self.rules, {'example': example, 'data': data, 'repair': repair})
+        self._of_parts.agreed(lambda: self._build(data, loss_func, example))
+
+    def _build(self, data, loss_func, example):
+        self.selected = Selected(self.model, self.rules, example)
+        self.masks = Masks(self.selected, self.rules.keep_zeros, self._of_parts)
+        if self.peers.splits:
+            self.evidence = EvidenceOfParts(self.rules.evidence, self.selected, self.peers)
+            return
+        calibration = Calibration(bare(self.model), data, loss_func, example)
+        self.evidence = Evidence(self.rules.evidence, self.selected, calibration)
+
+    @property
+    def _of_parts(self):
+        "Return the processes each of which has a part of the model; this one alone where each has all."
+        return self.peers if self.peers.splits else ALONE
 
     def __repr__(self):
         given = as_arguments(self.rules.given)
@@ -75,6 +88,9 @@ class Sparsifier:
         raise AttributeError(f'{type(self).__name__} has no {name!r}{method_hint(name, dir(type(self)))}')
 
     def __getstate__(self):  # neither an attached optimizer goes along nor other processes
+        if self.peers.splits:
+            raise TypeError('copy: got a Sparsifier of a model that is split over processes, '
+                            'expected one of a whole model; save its state_dict()')
         return self.__dict__ | {'_attached': [], 'peers': ALONE}
 
     @property
@@ -109,6 +125,7 @@ class Sparsifier:
         share, regrow, begin = read_share(share), flag('regrow', regrow), percent(initial, 'initial')
         swap = read_share(swap, 'swap')
         if rounds is not None: whole('rounds', rounds)
+        if rounds not in (None, 1): self._refuse_shards('rounds', rounds)
         if (regrow or swap) and rounds not in (None, 1):
             moves = 'regrow=True' if regrow else f'swap={float(swap):.4g}'
             raise ValueError(f'rounds: got {rounds!r} with {moves}, expected None or 1')
@@ -202,6 +219,7 @@ class Sparsifier:
             change = self.peers.agreed(lambda: self._decided(budgets, regrow, swap),
                                        lambda change: self._digests(change.after, change.weights), 'masks')
         finally: self._in_event = False
+        if self.peers.splits: change = cut(self.peers, change, self.selected.candidates)
         change = self._apply(change)
         self.evidence.end(change.after)
         return change
@@ -210,14 +228,17 @@ class Sparsifier:
         "Return the change that an event makes."
         layers = [layer for budget in budgets for layer in budget.layers]
         needed = self.rules.evidence if regrow or swap else self.rules.criterion.evidence
+        masks = self.masks.of
+        moves = bool(regrow or swap)
+        if self.peers.splits: budgets, masks = seen(self.peers, self.rules, budgets, masks, moves)
         with self.evidence.gathered(layers, needed):
-            change = decide(self.rules, budgets, self.masks.of, self.evidence, regrow, swap)
+            change = decide(self.rules, budgets, masks, self.evidence, regrow, swap)
             return self._adjusted(change, layers)
 
     def _digests(self, masks, weights):
-        "Return a digest of each layer's mask, and of its new weights, after an event."
+        "Return a digest of what is here of each layer's mask and new weights, after an event."
         after = self.masks.of | masks
-        return {name: digest(mask.keep, weights.get(name)) for name, mask in after.items()}
+        return {_name_here(name, mask): digest(mask.keep, weights.get(name)) for name, mask in after.items()}
 
     def _adjusted(self, change, layers):
         "Return the change with what the criterion makes of the weights that stay."
@@ -260,7 +281,7 @@ class Sparsifier:
 
         Later events are agreed upon with them, too. `RuntimeError`, and nothing changed, where they
         differ."""
-        self.peers = peers_of(model)
+        if not self.peers.splits: self.peers = peers_of(model)
         self._agree(self.selected.refresh)
 
     def apply_masks(self):
@@ -293,6 +314,7 @@ class Sparsifier:
         `ValueError`, and nothing changed, where names or shapes of the model are others."""
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f'snapshot: got {type(snapshot).__name__}, expected Snapshot(model, optimizer)')
+        self._refuse_shards('snapshot', 'one')
         self.selected.refresh()
         model = self.model if snapshot.fits(self.model) else bare(self.model)
         states = snapshot.write_into(model, optimizer)
@@ -350,10 +372,16 @@ class Sparsifier:
         Layers that are not found are named. Call `apply_masks` to zero what is masked."""
         if not isinstance(model, nn.Module):
             raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module')
+        self._refuse_shards('model', 'another one')
         self.masks.move_to(model, example)
         self.peers = peers_of(model)
         self.model, self.evidence.calibration.model = model, bare(model)
         if example is not None: self.evidence.calibration.example = example
+
+    def _refuse_shards(self, argument, came):
+        if not self.peers.splits: return
+        raise ValueError(f'{argument}: got {came} with a model that is split over processes (fully_shard, '
+                         'tensor parallel), expected a model that is whole in each')
 
     def detach(self):
         "Let go of all attached optimizers. Their next step may move the zeros."
@@ -372,23 +400,26 @@ class Sparsifier:
 
     @property
     def sparsity(self) -> float:
-        "Count the zeros: return the percentage of the selected weights that are zero now."
+        """Count the zeros: return the percentage of the selected weights that are zero now.
+
+        Where each process has a part of the model, all have to ask."""
         self._warn_if_moved()
-        weights = [layer.weight.detach() for layer in self.layers.values()]
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        weights = [layer.weight for layer in self.layers.values()]
+        zeros = sum(self._of_parts.totals([zeros_in(weight, self._of_parts) for weight in weights]))
         return 100 * zeros / sum(weight.numel() for weight in weights)
 
     def report(self) -> Report:
-        "Count the zeros of each layer now."
+        "Count the zeros of each layer now. Where each process has a part of the model, all have to ask."
         self._warn_if_moved()
         rows = [(name, layer.at, layer.own) for name, layer in self.layers.items()]
         uses = {name: layer.uses for name, layer in self.layers.items()}
-        return measure(self.model, rows, self.skipped, uses)
+        return measure(self.model, rows, self.skipped, uses, self._of_parts)
 
     def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
         """Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion.
 
-        While an attached optimizer prunes by a schedule, '.training' has the progress."""
+        While an attached optimizer prunes by a schedule, '.training' has the progress. Where each process has
+        a part, 'keep' has the mask instead: a bool DTensor, split like the weight."""
         state = self.masks.state_dict()
         self.evidence.add_to(state)
         for attached in self._driven: state[TRAINING] = attached.state_dict()
@@ -407,8 +438,8 @@ class Sparsifier:
         state does not fit."""
         progress = state.get(TRAINING) if isinstance(state, Mapping) else None
         if progress is not None: state = {name: of for name, of in state.items() if name != TRAINING}
-        masks = self.masks.read_state(state)
-        states = self.evidence.read_from(state)
+        masks, states = self._of_parts.agreed(
+            lambda: (self.masks.read_state(state), self.evidence.read_from(state)))
         self._progress = progress
         for attached in self._driven: self._go_on(attached, progress)
         self.masks.load(masks)
@@ -419,6 +450,11 @@ def _check_only_kept(given):
     "Refuse arguments of `attach` that mean nothing without a sparsity."
     said = {name: value for name, value in given.items() if value is not None and value != 'gradual'}
     if said: raise ValueError(f'sparsity: got None with {as_arguments(said)}, expected percent of zeros')
+
+
+def _name_here(name, mask):
+    "Return a name for what is here of a layer: of one part all ranks that have it hold the same."
+    return name if mask.place is None else (name, mask.place.offset, mask.place.sizes)
 
 
 def _check_data(rules, repair, data, loss_func):

@@ -20,6 +20,7 @@ from fasterai.progress import progress
 from fasterai.rules import Rules, takes_rules
 from fasterai.schedule import Time, check_time, steps_until
 from fasterai.sensitivity import metric_of, without_output
+from fasterai.shards import refuse_shards
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.tables import as_html, as_text
@@ -65,6 +66,7 @@ class Ticket:
         model: nn.Module,  # of the same names and shapes
     ) -> Sparsifier:  # of the model, with the masks
         "Make a model the ticket, ready to be trained: its first weights, with zeros where it is pruned."
+        refuse_shards(model, 'a ticket')
         sparsifier = Sparsifier(model, **self.rules.given)
         sparsifier.masks.update(self.masks)
         sparsifier.rewind(self.start)
@@ -243,6 +245,7 @@ class _Search:
         self.learn, self.fit, self.ticket, self.metric = learn, fit, ticket, metric
         self.rewind_to, self.initialize = rewind_to, initialize
         self.model = bare(learn.model)
+        refuse_shards(self.model, 'tickets')
         self.came = Snapshot(self.model)
         # it is made before the first training: some criteria ask for the initial weights
         self.sparsifier = Sparsifier(self.model, **ticket.rules.given, **self._more())

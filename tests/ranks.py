@@ -1,6 +1,7 @@
 "What each of two processes does in test_ranks.py. `run` is called in each, and returns {case: what came of it}."
 import os
 import sys
+from copy import deepcopy
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from fasterai.peers import digest
 from fasterai.schedule import acdc
+from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 
 EQUAL, RAISING = {}, {}  # {name of a case: function}
@@ -261,17 +263,19 @@ def event_of_one_rank(rank):
 
 
 def refused_shards(rank):
-    "What each process has a part of, from the beginning or since."
+    "What cannot be done with a model of which each process has a part, or has one since."
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from fasterai.sensitivity import sensitivity
     mesh, found = distributed.device_mesh.init_device_mesh('cpu', (2,)), {}
-    linear = parallelize_module(nn.Sequential(nn.Linear(8, 8)), mesh, {'0': ColwiseParallel()})
-    assert isinstance(linear[0].weight, DTensor)
-    late = net()
-    sparsifier = Sparsifier(late)
-    acts = {'tensor parallel': lambda: Sparsifier(linear), 'fully_shard': lambda: Sparsifier(fully_shard(net(), mesh=mesh)),
-            'later': lambda: fully_shard(late, mesh=mesh) and sparsifier.sparsity}
+    late, split = net(), fully_shard(net(), mesh=mesh)
+    sparsifier, of_parts = Sparsifier(late), Sparsifier(split)
+    acts = {'later': lambda: fully_shard(late, mesh=mesh) and sparsifier.sparsity,
+            'data': lambda: Sparsifier(split, criteria='wanda', data=[batch(0)[0]]), 'example': lambda: Sparsifier(split, 'filter', example=batch(0)[0]),
+            'work': lambda: Sparsifier(split, context='work'), 'criterion': lambda: Sparsifier(split, criteria='synflow'),
+            'repair': lambda: Sparsifier(split, repair='batchnorm', data=[batch(0)[0]]), 'rounds': lambda: of_parts.sparsify_model(50, rounds=3),
+            'another model': lambda: of_parts.move_to(split), 'a copy': lambda: deepcopy(of_parts), 'rewind': lambda: of_parts.rewind(Snapshot(split)),
+            'sensitivity': lambda: sensitivity(split, metric=lambda model: 0)}
     for name, act in acts.items():
         try: found[name] = act()
         except Exception as error: found[name] = type(error).__name__, str(error)

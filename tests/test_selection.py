@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from fasterai import ranking, selection
 from fasterai.context import prune_together
-from fasterai.peers import ALONE, Place
+from fasterai.peers import ALONE
 from fasterai.selection import LayerGroups, Lowest
+from fasterai.shards import Place
 
 INF = torch.inf
 
