@@ -11,7 +11,7 @@ import torch
 from fasterai import allocation
 from fasterai.arguments import callable_with, name_of, one_of
 from fasterai.pattern import pattern, read_pattern
-from fasterai.peers import ALONE
+from fasterai.peers import ALONE, abreast
 from fasterai.regrowth import LIVING
 from fasterai.selection import LayerGroups, Lowest
 
@@ -269,7 +269,8 @@ def prune_together(
             below = yield from _best_of_all(order.layers, costs)
             floors |= dict.fromkeys(below, 1)
         if not below: break
-        for layer in below: at_floor[layer] = yield from _keep_floor(layer, floors[layer])
+        kept = yield from abreast([_keep_floor(layer, floors[layer]) for layer in below])
+        at_floor |= dict(zip(below, kept))
         warned += [layer.name for layer in below if layer.floor is None]
         order.leave(below)
     if warned: _warn_best_kept(warned)

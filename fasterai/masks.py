@@ -268,14 +268,16 @@ class Masks(Mapping):
 
     # Saving
 
-    def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
-        """Return the masks, packed to bits.
-
-        Where each process has a part, 'keep' has the mask instead: a bool DTensor, split like the weight."""
+    def state_dict(self,
+        as_bits: bool = True,  # masks of whole layers; False: as bools
+    ) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,), or 'keep': bool, of its shape}
+        "Return the masks. Those of which each process has a part are bool DTensors, split like the weights."
         self.selected.refresh()
-        if not self.peers.splits: return {name: packed(mask.keep) for name, mask in self.of.items()}
-        return {name: {'shape': mask.place.shape, 'keep': mask.whole(mask.keep.clone())}
-                for name, mask in self.of.items()}
+        masks = self.of.items()
+        if as_bits and not self.peers.splits: return {name: packed(mask.keep) for name, mask in masks}
+        keeps = {name: mask.keep.clone(memory_format=torch.contiguous_format) for name, mask in masks}
+        keeps = {name: mask.whole(keeps[name]) for name, mask in masks}
+        return {name: {'shape': tuple(keep.shape), 'keep': keep} for name, keep in keeps.items()}
 
     def read_state(self,
         state: dict,  # of `state_dict`

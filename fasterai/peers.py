@@ -128,6 +128,22 @@ def _alone(coroutine):
     except StopIteration as end: return end.value
 
 
+def abreast(
+    coroutines: list,
+):  # a coroutine, which returns what each returns
+    "Run coroutines in step: what they yield is yielded together, as {number of one: what it yields}."
+    results, told, waiting = [None] * len(coroutines), None, dict(enumerate(coroutines))
+    while waiting:
+        asked = {}
+        for i, coroutine in list(waiting.items()):
+            try: asked[i] = coroutine.send(None if told is None else [of_rank[i] for of_rank in told])
+            except StopIteration as end:
+                results[i] = end.value
+                del waiting[i]
+        if asked: told = yield asked
+    return results
+
+
 ALONE = Alone()
 
 
@@ -290,18 +306,13 @@ class Shards(Several):
 
         Each yields what this rank has, and is sent what each rank has: what all of them yield travels in
         one exchange."""
-        results, told = [None] * len(coroutines), None
-        waiting = dict(enumerate(coroutines))
-        while waiting:
-            asked = {}
-            for i, coroutine in list(waiting.items()):
-                try: asked[i] = coroutine.send(None if told is None else [of_rank[i] for of_rank in told])
-                except StopIteration as end:
-                    results[i] = end.value
-                    del waiting[i]
-            if not asked: break
-            told = self.gathered(f'questions about {", ".join(map(str, asked))}', asked)
-        return results
+        all_of_them, told = abreast(coroutines), None
+        try:
+            while True:
+                told = self.gathered('questions', all_of_them.send(told))
+                if any(of_rank.keys() != told[0].keys() for of_rank in told):
+                    raise _known(RuntimeError('ranks: they ask about other layers; nothing was changed'))
+        except StopIteration as end: return end.value
 
     def totals(self, numbers): return [sum(of_all) for of_all in zip(*self.gathered('totals', numbers))]
 

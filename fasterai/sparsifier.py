@@ -415,12 +415,14 @@ class Sparsifier:
         uses = {name: layer.uses for name, layer in self.layers.items()}
         return measure(self.model, rows, self.skipped, uses, self._of_parts)
 
-    def state_dict(self) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,)}
+    def state_dict(self,
+        packed: bool = True,  # masks as bits; False: as bool tensors, into which torch.distributed.checkpoint loads those of parts
+    ) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,), or 'keep': bool, of its shape}
         """Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion.
 
         While an attached optimizer prunes by a schedule, '.training' has the progress. Where each process has
-        a part, 'keep' has the mask instead: a bool DTensor, split like the weight."""
-        state = self.masks.state_dict()
+        a part, 'keep' has the mask: a bool DTensor, split like the weight."""
+        state = self.masks.state_dict(packed)
         self.evidence.add_to(state)
         for attached in self._driven: state[TRAINING] = attached.state_dict()
         return state

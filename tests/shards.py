@@ -1,19 +1,24 @@
 "What each of several processes does in test_shards.py: it prunes a model of which it has a part, and the whole one."
 import os
+import sys
+import traceback
 import warnings
 from datetime import timedelta
 from functools import partial
 
 import torch
 from torch import distributed, nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
 
+from fasterai.criteria import elementwise
 from fasterai.granularity import block
 from fasterai.peers import Shards
-from fasterai.shards import here, place_of
+from fasterai.shards import here, is_split, place_of
 from fasterai.sparsifier import Sparsifier
 
 CASES = {2: {}, 4: {}}  # by the number of processes {name: function}
@@ -60,10 +65,11 @@ def both(model):
 
 # ---- All come to what one process would
 
-def give_gradients(plain, split):
-    "The same gradients, each process its part."
+def give_gradients(plain, split, keep=slice(None)):
+    "The same gradients, each process its part; zero but for some entries."
     for p, q in zip(plain.parameters(), split.parameters()):
-        p.grad = torch.randn_like(p)
+        p.grad = torch.zeros_like(p)
+        p.grad.view(-1)[keep] = torch.randn_like(p).view(-1)[keep]
         place = place_of(q)
         q.grad = place.split(place.part(p.grad))
 
@@ -73,7 +79,14 @@ def same(whole, part):
     return torch.equal(place_of(part).part(whole), here(part))
 
 
-def compared(make, wrap, spoil=None, events=((40, {}), (85, {})), dtype=torch.float32, **rules):
+def several_steps(pairs):
+    "Steps of training before an event: one in which no gradient is there, and one in which one entry of each is."
+    for keep in (slice(None), slice(0), slice(1)):
+        give_gradients(*(model for model, _ in pairs), keep)
+        for _, sparsifier in pairs: sparsifier.evidence.step()
+
+
+def compared(make, wrap, spoil=None, events=((40, {}), (85, {})), dtype=torch.float32, trained=False, **rules):
     "Prune a model and one that is split, and say what differs."
     plain, split = make().to(dtype), make().to(dtype)
     if spoil: spoil(plain), spoil(split)
@@ -82,6 +95,7 @@ def compared(make, wrap, spoil=None, events=((40, {}), (85, {})), dtype=torch.fl
     assert isinstance(sparsifiers[1].peers, Shards)
     for sparsity, more in events:
         torch.manual_seed(int(sparsity))
+        if trained: several_steps(list(zip((plain, split), sparsifiers)))
         give_gradients(plain, split)
         torch.manual_seed(7)
         first = sparsifiers[0].sparsify_model(sparsity, **more)
@@ -131,6 +145,9 @@ RULES = {
     'everything': {'events': [(99.9, {}), (100, {})]},
     'a criterion of whole layers': {'criteria': by_position},
     'taylor, filter': {'criteria': 'taylor', 'granularity': 'filter', 'layers': nn.Linear, 'exclude': ['10', '11'], 'events': [(40, {})]},
+    'gradients of several steps': {'criteria': 'gradient', 'trained': True},
+    'movement of several steps': {'criteria': 'movement', 'trained': True, 'context': 'erk'},
+    'saliency of several steps, filter': {'criteria': 'taylor', 'trained': True, 'granularity': 'filter', 'context': 'local', 'events': [(40, {})]},
     'lamp': {'context': 'lamp'},
     'normalized': {'context': 'normalized'},
     '2:4': {'context': '2:4', 'layers': nn.Linear, 'exclude': ['10', '11', '12'], 'events': [(50, {'share': .6}), (50, {})]},
@@ -154,19 +171,211 @@ for _name, _rules in SMALL.items():
     CASES[4][f'tensor parallel and fully_shard, {_name}'] = partial(compared, mlp, both, **_rules)
 
 
+# ---- Training
+
+def trained(make, wrap, data, clip=True, **rules):
+    "Train and prune, with clipping, a validation between, and what the forward has gathered left in place."
+    model = wrap(make())
+    if hasattr(model, 'set_reshard_after_backward'): model.set_reshard_after_backward(False)
+    sparsifier, optimizer = Sparsifier(model, **rules), torch.optim.AdamW(model.parameters(), lr=.01)
+    sparsifier.attach(optimizer)
+    for step in range(1, 6):
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        if clip: nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        sparsifier.sparsify_model(min(20 * step, 60))
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad(): model(data[0])
+        model.train()
+    dead = {name: ~here(mask) for name, mask in sparsifier.masks.items()}
+    state = {name: optimizer.state[layer.weight]['exp_avg'] for name, layer in sparsifier.layers.items()}
+    assert all(not here(layer.weight)[dead[name]].any() for name, layer in sparsifier.layers.items())
+    assert all(not here(state[name])[dead[name]].any() for name in dead) and any(here(m).any() for m in state.values())
+    whole = {name: layer.weight.full_tensor() if is_split(layer.weight) else layer.weight for name, layer in sparsifier.layers.items()}
+    zeros = {name: int((weight == 0).sum()) for name, weight in whole.items()}
+    assert {row.layer: row.zeros for row in sparsifier.report().rows} == zeros
+    assert sparsifier.sparsity == 100 * sum(zeros.values()) / sum(weight.numel() for weight in whole.values())
+    for name, layer in sparsifier.layers.items():
+        if not layer.grouping.whole_filters: continue
+        bias, filters = layer.module.bias.full_tensor(), whole[name].flatten(1).any(1)
+        assert not bias[~filters].any() and bias[filters].all() and not filters.all()
+        norm = model[int(name) + 1]
+        assert not norm.running_mean[~filters].any() and not norm.bias.full_tensor()[~filters].any() and norm.running_mean[filters].all()
+    return {'sparsity': round(sparsifier.sparsity, 1)}
+
+
+TRAINED = {2: {}, 4: {}}
+def images(): return batch(distributed.get_rank())
+
+
+def rows(rank):
+    generator = torch.Generator().manual_seed(100 + rank)
+    return torch.randn(16, 12, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+
+
+TRAINED[2]['fully_shard'] = lambda: trained(conv_net, fsdp, images())
+TRAINED[2]['fully_shard, gradient, local'] = lambda: trained(conv_net, fsdp, images(), criteria='gradient', context='local')
+TRAINED[2]['fully_shard, filter and BatchNorm'] = lambda: trained(conv_net, fsdp, images(), granularity='filter', context='local', layers=nn.Conv2d)
+TRAINED[2]['tensor parallel'] = lambda: trained(mlp, tensor_parallel, rows(0), clip=False, criteria='taylor')  # torch does not clip parts and whole weights together
+TRAINED[4]['hsdp'] = lambda: trained(mlp, hsdp, rows(distributed.get_rank()))
+TRAINED[4]['tensor parallel and fully_shard'] = lambda: trained(mlp, both, rows(distributed.get_rank() // 2))
+
+
+# ---- All ranks raise, and change nothing
+
+class Failing:
+    "A criterion that fails on the last rank, at a call."
+    def __init__(self, at=1, leave=None): self.left, self.leave = at if distributed.get_rank() == distributed.get_world_size() - 1 else -1, leave
+
+    def __call__(self, weight):
+        self.left -= 1
+        if self.left == 0 and self.leave: self.leave()
+        if self.left == 0: raise ValueError('no luck')
+        return abs(weight)
+
+
+def failing_context(layers, fraction):
+    if distributed.get_rank(): raise TypeError('no luck')
+    return [torch.from_numpy(la.all_scores() > 0) for la in layers]
+
+
+def unchanged(act, wrap=fsdp, **rules):
+    "Have something fail on a rank, and say what each has seen; an event of a new Sparsifier succeeds then."
+    model = wrap(mlp())
+    sparsifier = Sparsifier(model, **rules)
+    bits = [here(p).clone() for p in model.parameters()]
+    try: act(sparsifier)
+    except (ValueError, RuntimeError, TypeError) as error: raised = type(error).__name__, str(error)
+    else: raised = None
+    same = all(torch.equal(here(p), q) for p, q in zip(model.parameters(), bits))
+    masks = all(here(mask).all() for mask in sparsifier.masks.values())
+    later = Sparsifier(model)
+    later.sparsify_model(50)
+    return {'raised': raised, 'unchanged': same and masks, 'later': later.sparsity}
+
+
+def prune(sparsifier): sparsifier.sparsify_model(50)
+def build_two(sparsifier): Sparsifier(sparsifier.model, layers='0' if distributed.get_rank() else 'nothing')
+def other_argument(sparsifier): sparsifier.sparsify_model(50 if distributed.get_rank() else 500)
+def other_masks(sparsifier): sparsifier.masks.update({'0': torch.ones(2) if distributed.get_rank() else torch.ones(62, 12, dtype=torch.bool)})
+
+
+def diverged(sparsifier):
+    "One copy of a part differs from the other."
+    weight = here(sparsifier.layers['0'].weight)
+    before = weight.clone()
+    if distributed.get_rank() == 3: weight.neg_().add_(.1)
+    moved = weight.clone()
+    try: prune(sparsifier)
+    finally:
+        assert torch.equal(weight, moved)
+        weight.copy_(before)
+
+
+FAILING = {2: {}, 4: {}}
+for _n in FAILING:
+    FAILING[_n] |= {
+        'an elementwise criterion': lambda: unchanged(prune, criteria=elementwise(Failing(2))),
+        'a criterion of layers': lambda: unchanged(prune, criteria=Failing(3)),
+        'a criterion of filters': lambda: unchanged(prune, criteria=Failing(2), granularity='filter', layers=['0', '2']),
+        'a context': lambda: unchanged(prune, context=failing_context),
+        'building': lambda: unchanged(build_two),
+        'an argument': lambda: unchanged(other_argument),
+        'masks of one\'s own': lambda: unchanged(other_masks)}
+FAILING[4]['copies that differ'] = lambda: unchanged(diverged, hsdp)
+
+
+# ---- How often ranks speak, and for how much
+
+def exchanges(n_layers, **rules):
+    "The number of exchanges in an event that would empty all layers but the last."
+    layers = [nn.Linear(20, 20) for _ in range(n_layers)]
+    with torch.no_grad(): layers[-1].weight.mul_(100)
+    model = fsdp(nn.Sequential(*layers))
+    sparsifier, gathered, found = Sparsifier(model, **rules), Shards.gathered, []
+    def counted(self, *args): return found.append(args[0]) or gathered(self, *args)
+    Shards.gathered = counted
+    try: sparsifier.sparsify_model(100 * (1 - 1 / n_layers) + .5)
+    finally: Shards.gathered = gathered
+    return len(found)
+
+
+# ---- State
+
+STATE = {'global': {}, 'gradient': {'criteria': 'gradient'}, 'filter': {'granularity': 'filter', 'layers': ['0', '2']}}
+
+
+def state_of(model, sparsifier): return {'model': model.state_dict(), 'masks': sparsifier.state_dict()}
+
+
+def saved(folder):
+    "Prune and save; return the whole masks."
+    found = {}
+    for name, rules in STATE.items():
+        model = fsdp(mlp())
+        sparsifier = Sparsifier(model, **rules)
+        F.cross_entropy(model(rows(0)[0]), rows(0)[1]).backward()
+        sparsifier.sparsify_model(70)
+        sparsifier.evidence.step()
+        checkpoint.save(state_of(model, sparsifier), checkpoint_id=f'{folder}/{name}')
+        found[name] = {layer: mask.full_tensor() for layer, mask in sparsifier.masks.items()}
+    return found
+
+
+def loaded(folder, wrap):
+    "Load what other processes have saved; return the masks of the state, and those that the zeros make."
+    found = {}
+    for name, rules in STATE.items():
+        model = wrap(mlp())
+        sparsifier = Sparsifier(model, **rules)
+        for parameter in model.parameters(): here(parameter).fill_(1.)
+        if wrap is fsdp:
+            if rules.get('criteria'):  # DCP loads what is there
+                F.cross_entropy(model(rows(0)[0]), rows(0)[1]).backward()
+                sparsifier.evidence.step()
+            state = state_of(model, sparsifier)
+        else: state = {'model': model.state_dict(), 'masks': sparsifier.state_dict(packed=False)}
+        checkpoint.load(state, checkpoint_id=f'{folder}/{name}')
+        model.load_state_dict(state['model'])
+        with warnings.catch_warnings(): sparsifier.load_state_dict(state['masks'])
+        zeros = Sparsifier(model, keep_zeros=True, **rules)
+        found[name] = [{layer: mask.full_tensor() if is_split(mask) else mask for layer, mask in one.masks.items()} for one in (sparsifier, zeros)]
+    return found
+
+
 def tried(case):
     try: return case()
     except Exception as error:
-        import traceback
         return f'{type(error).__name__}: {error}', traceback.format_exc()
+
+
+def dying(done):
+    "The last rank leaves in the middle of an event, after it has said what it did before."
+    def leave():
+        done({})
+        os._exit(0)
+    model = fsdp(mlp())
+    sparsifier, bits = Sparsifier(model, criteria=Failing(2, leave)), [here(p).clone() for p in model.parameters()]
+    try: prune(sparsifier)
+    except RuntimeError as error: said = str(error)
+    return {'said': said, 'unchanged': all(torch.equal(here(p), q) for p, q in zip(model.parameters(), bits))}
 
 
 def run(rank, n, folder):
     "Run the cases of n processes in one of them, and save what came of each."
     torch.set_num_threads(1)
+    sys.stderr = open(f'{folder}/{n}.{rank}.err', 'w')
     warnings.simplefilter('ignore')
     os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(n), 'GLOO_SOCKET_IFNAME': 'lo'}
     distributed.init_process_group('gloo', f'file://{folder}/store{n}', rank=rank, world_size=n, timeout=timedelta(seconds=60))
     found = {name: tried(case) for name, case in CASES[n].items()}
-    torch.save(found, f'{folder}/{n}.{rank}.pt')
-    distributed.destroy_process_group()
+    found['trained'] = {name: tried(case) for name, case in TRAINED[n].items()}
+    found['failed'] = {name: tried(case) for name, case in FAILING[n].items()}
+    if n == 4: found['saved'] = tried(partial(saved, folder))
+    if n == 2:
+        found['loaded'] = tried(partial(loaded, folder, fsdp))
+        found['exchanges'] = tried(lambda: [exchanges(n, context=context) for context in ('local', 'global') for n in (3, 12)])
+
+    def done(last): torch.save(found | {'death': last}, f'{folder}/{n}.{rank}.pt')
+    done(dying(done) if n == 2 else {})

@@ -82,7 +82,7 @@ def test_models_and_optimizers_that_accelerate_has_prepared(came):
     assert of_0 == of_1 and all(got['held'] and got['sparsity'] == 80 for got in of_0.values())
 
 
-@pytest.mark.parametrize('script, needs', [('ddp.py', 'torch'), ('fastai_ddp.py', 'accelerate')])
+@pytest.mark.parametrize('script, needs', [('ddp.py', 'torch'), ('fsdp.py', 'torch'), ('fastai_ddp.py', 'accelerate')])
 def test_the_examples_reach_their_sparsity(script, needs):
     pytest.importorskip(needs)
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']

@@ -235,6 +235,8 @@ def test_parts_of_layers_lose_what_the_whole_ones_would(seed, monkeypatch):
     for _ in range(200):
         monkeypatch.setattr(selection, 'SAMPLE', draw.choice([2, 1 << 16]))
         monkeypatch.setattr(selection, 'CHUNK', draw.choice([7, 1 << 19]))
+        on_host = draw.random() < .7
+        monkeypatch.setattr(ALONE, 'on_host', lambda tensor, on_host=on_host: on_host)  # else as on a GPU
         n_ranks, layers = draw.choice([2, 3, 5]), []
         for _ in range(draw.choice([1, 1, 2, 4])):
             values = torch.randn(draw.choice([1, 7, 12, 60, 120, 240]))
