@@ -56,6 +56,7 @@ def large():
 
 
 MODELS = {'small': small, 'resnet50': resnet50, 'large': large}
+WEIGHTS = {'small': '110,592', 'resnet50': '25,502,912 (ResNet-50)', 'large': '500,131,840'}
 
 
 def built(layers, dtype, n):
@@ -132,15 +133,14 @@ def of_all(n, size, names):
     return {name: tuple(max(of_rank[name][i] for of_rank in of_ranks) for i in range(4)) for name in names}
 
 
-def lines(size, names):
-    "Rows of the table for one size; the masks must be those of one process."
-    found = {n: of_all(n, size, names) for n in (1, 2, 4)}
-    weights = sum(p.numel() for layer in MODELS[size]() for p in layer.parameters()) if size != 'large' else 10 * 7072 ** 2
+def lines(size, names, numbers=(1, 2, 4)):
+    "Rows of the table for one size and these numbers of processes; the masks must be those of one process."
+    found = {n: of_all(n, size, names) for n in numbers}
     for name in names:
-        assert found[1][name][3] == found[2][name][3] == found[4][name][3], name
-        cells = [f'{1000 * found[n][name][2]:,.0f}' for n in (1, 2, 4)]
-        bytes_ = [f'{found[n][name][1] / 1e6:,.2f}' for n in (2, 4)]
-        yield f'| {weights:,} | {name} | {found[2][name][0]} | {" | ".join(bytes_)} | {" | ".join(cells)} |'
+        assert all(of_n[name][3] == found[1][name][3] for of_n in found.values()), name
+        cells = [f'{1000 * of_n[name][2]:,.0f}' for of_n in found.values()]
+        received = [f'{of_n[name][1] / 1e6:,.2f}' for n, of_n in found.items() if n > 1]
+        yield f'| {WEIGHTS[size]} | {name} | {found[2][name][0]} | {" | ".join(received)} | {" | ".join(cells)} |'
 
 
 def main():
@@ -149,12 +149,15 @@ def main():
     parser.add_argument('--large', action='store_true', help='500 million weights too: 12 GB of memory')
     parser.add_argument('--out', type=Path, default=results.RESULTS)
     args = parser.parse_args()
-    found = [*lines('small' if args.small else 'resnet50', list(EVENTS))]
+    numbers = (1, 2) if args.small else (1, 2, 4)
+    if args.small: found = [*lines('small', ['global', '2:4, gathered'], numbers)]
+    else: found = [*lines('resnet50', list(EVENTS))]
     if args.large: found += lines('large', ['global', 'local'])
-    head = ['| weights | event | exchanges | MB received, 2 processes | 4 processes | CPU ms a process, 1 (whole) | 2 | 4 |', '|---|---|---|---|---|---|---|---|']
+    received, cpu = (' | '.join(f'{what}, {n}' for n in numbers[first:]) for what, first in (('MB received', 1), ('CPU ms', 0)))
+    head = [f'| weights | event | exchanges, 2 processes | {received} | {cpu} |', '|---' * (2 * len(numbers) + 2) + '|']
     text = (f'By `benchmarks/distributed.py`, on {results.machine()}. Each process has one thread and a part of each layer (`fully_shard`); they share the machine. '
-            'One event from dense to 90 % (50 % of 2:4 and of filters). The masks are, to the bit, those of one process with the whole model. Bytes are those that a process receives of the others; CPU time '
-            'is the best of three events, of the slowest process.\n\n' + '\n'.join(head + found))
+            'One event from dense to 90 % (50 % of 2:4 and of filters). The masks are, to the bit, those of one process with the whole model. Bytes are those that a process receives of the others; CPU time is the '
+            'best of three events, of the slowest process. The columns are for so many processes; with 1 it has the whole model.\n\n' + '\n'.join(head + found))
     results.write('Parts of a model', text, args.out)
 
 

@@ -78,4 +78,4 @@ def test_distributed_compares_masks_and_counts_bytes(tmp_path):
     script = Path(__file__).parent.parent / 'benchmarks' / 'distributed.py'
     subprocess.run([sys.executable, script, '--small', '--out', tmp_path / 'R.md'], check=True, capture_output=True)
     text = (tmp_path / 'R.md').read_text()
-    assert text.startswith('# Results\n\n## Parts of a model\n\nBy') and text.count('\n|') == 8
+    assert text.startswith('# Results\n\n## Parts of a model\n\nBy') and text.count('\n|') == 4
