@@ -1,6 +1,6 @@
 """Measure what an event costs where each process has a part of the model: CPU time, exchanges and bytes.
 
-    python benchmarks/distributed.py [--small] [--large]
+    python benchmarks/distributed.py [--small]
 
 The processes share this machine and speak over its loopback (gloo), so only CPU times and counts are told, no wall times."""
 import argparse
@@ -50,13 +50,8 @@ def small():
     for _ in range(3): yield nn.Conv2d(64, 64, 3, bias=False)
 
 
-def large():
-    "500 million weights."
-    for _ in range(10): yield nn.Conv2d(7072, 7072, 1, bias=False)
-
-
-MODELS = {'small': small, 'resnet50': resnet50, 'large': large}
-WEIGHTS = {'small': '110,592', 'resnet50': '25,502,912 (ResNet-50)', 'large': '500,131,840'}
+MODELS = {'small': small, 'resnet50': resnet50}
+WEIGHTS = {'small': '110,592', 'resnet50': '25,502,912 (ResNet-50)'}
 
 
 def built(layers, dtype, n):
@@ -146,13 +141,11 @@ def lines(size, names, numbers=(1, 2, 4)):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--small', action='store_true', help='a small model, to see that it runs')
-    parser.add_argument('--large', action='store_true', help='500 million weights too: 12 GB of memory')
     parser.add_argument('--out', type=Path, default=results.RESULTS)
     args = parser.parse_args()
     numbers = (1, 2) if args.small else (1, 2, 4)
     if args.small: found = [*lines('small', ['global', '2:4, gathered'], numbers)]
     else: found = [*lines('resnet50', list(EVENTS))]
-    if args.large: found += lines('large', ['global', 'local'])
     received, cpu = (' | '.join(f'{what}, {n}' for n in numbers[first:]) for what, first in (('MB received', 1), ('CPU ms', 0)))
     head = [f'| weights | event | exchanges, 2 processes | {received} | {cpu} |', '|---' * (2 * len(numbers) + 2) + '|']
     text = (f'By `benchmarks/distributed.py`, on {results.machine()}. Each process has one thread and a part of each layer (`fully_shard`); they share the machine. '
