@@ -117,7 +117,7 @@ def test_what_makes_something_of_zero_is_found_by_the_outputs(capsys):
         for m in (model.a, model.b): m.weight[:2], m.bias[:2] = 0, 0
     small = shrink(model, x)
     assert same(small, model, x) and len(small.a.weight) == 4 and len(small.b.weight) == 2
-    assert 'stay in a: without them the outputs would not be the same' in capsys.readouterr().out
+    assert 'stay in a: a sigmoid makes them other than zero' in capsys.readouterr().out
 
 
 def test_a_layer_that_is_all_zero_keeps_one_channel(capsys):
@@ -217,7 +217,7 @@ def test_grouped_convolutions_and_gates_do_not_end_it(capsys):
     dead(model[0], model[4])
     small = shrink(model, x)
     assert same(small, model, x) and len(small[4].weight) == 2
-    assert '2 zero filters stay in 0: they meet a grouped convolution' in capsys.readouterr().out
+    assert '2 zero filters stay in 0: each group of a convolution' in capsys.readouterr().out
     model = Made(lambda s, x: s.out(s.b((y := s.a(x)) * s.gate(y).sigmoid())),
                  a=conv(3, 8), gate=conv(8, 1), b=conv(8, 6), out=conv(6, 2))
     dead(model.a, model.b)
@@ -232,7 +232,7 @@ def test_a_weight_that_is_shared_stays_shared(capsys):
     x = torch.randn(3, 4)
     small = shrink(model, x)
     assert small[4].weight is small[2].weight and same(small, model, x)
-    assert 'they meet a weight that several layers share' in capsys.readouterr().out
+    assert "4 zero filters stay in 0, 2: they are the network's output" in capsys.readouterr().out
 
 
 def test_the_model_is_not_touched_by_what_it_remembers():
