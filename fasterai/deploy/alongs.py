@@ -30,8 +30,8 @@ def batch_norm(call):
 def _of_norm(call, n, scale):
     "Return which channels a BatchNorm leaves zero, and which it makes zero: bool (channels,) each."
     weight, bias, mean, variance = (call.get(k) for k in ('weight', 'bias', 'running_mean', 'running_var'))
-    shift = torch.zeros(n) if bias is None else bias.detach().cpu().float()
-    factor = torch.ones(n) if weight is None else weight.detach().cpu().float()
+    shift = torch.zeros(n) if bias is None else bias.detach().cpu().double()
+    factor = torch.ones(n) if weight is None else weight.detach().cpu().double()
     flat = np.zeros(n, bool)
     if scale is not None and not scale.initial: flat = ((factor == 0) & (shift == 0)).numpy()
     if scale is not None and scale.initial: factor = torch.ones(n)

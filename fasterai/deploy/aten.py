@@ -16,7 +16,8 @@ def follow(
     "Return the axes of the results of a call."
     rule = RULES.get(call.name) if call.func.namespace in ('aten', 'prims') else None
     if rule is None and torch.Tag.pointwise in call.func.tags: rule = calls.pointwise
-    found = (rule or calls.other)(call)
+    try: found = (rule or calls.other)(call)
+    except (AttributeError, LookupError, TypeError, ValueError): found = calls.other(call)  # an unusual call
     return found if isinstance(found, list) else [found]
 
 

@@ -10,14 +10,15 @@ def bisect(
     fails: Callable,  # returns why a network without some of the sets is wrong, '' where it is right
     kinds: list,  # for each set what it is like: where one fails alone, those like it are tried together
     seconds: float,  # of the processor, after which nothing more is tried
+    note: Callable = lambda settled, of: None,  # is told before each try how many of the sets are settled
 ) -> tuple:  # (numbers of the sets that can go, {number of a set: why not})
     "Find the sets that can be removed together, where those that fail are few or alike."
-    return _Bisection(sets, fails, kinds, time.process_time() + seconds).run()
+    return _Bisection(sets, fails, kinds, time.process_time() + seconds, note).run()
 
 
 class _Bisection:
-    def __init__(self, sets, fails, kinds, end):
-        self.sets, self.fails, self.kinds, self.end = sets, fails, kinds, end
+    def __init__(self, sets, fails, kinds, end, note):
+        self.sets, self.fails, self.kinds, self.end, self.note = sets, fails, kinds, end, note
         self.good, self.bad = [], {}
 
     def run(self):
@@ -38,7 +39,9 @@ class _Bisection:
             self._try(numbers[:half])
             self._try(numbers[half:])
 
-    def _reason(self, numbers): return self.fails([self.sets[n] for n in numbers])
+    def _reason(self, numbers):
+        self.note(len(self.good) + len(self.bad), len(self.sets))
+        return self.fails([self.sets[n] for n in numbers])
 
     def _refuse(self, number, reason):
         "Refuse a set, and with it those of its kind, unless they can go together."

@@ -81,10 +81,8 @@ def apply(
 
 def _cut_groups(weight, groups, ins, outs):
     "Return the weight of a grouped convolution with the inputs and outputs of each group that stay."
-    parts = []
-    for part, i, o in zip(weight.chunk(groups), ins.reshape(groups, -1), outs.reshape(groups, -1)):
-        if i.any(): parts.append(part[torch.from_numpy(o)][:, torch.from_numpy(i)])
-    return torch.cat(parts)
+    ins, outs = (torch.from_numpy(x).to(weight.device).view(groups, -1) for x in (ins, outs))
+    return torch.cat([part[o][:, i] for part, i, o in zip(weight.chunk(groups), ins, outs) if i.any()])
 
 
 # By the types of modules, the numbers that follow from the shapes of their weights

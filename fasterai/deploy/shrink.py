@@ -1,5 +1,7 @@
 "Make a network smaller: remove the filters that put out exactly zero, with all that depends on them."
 import re
+import sys
+import time
 from copy import deepcopy
 
 import numpy as np
@@ -27,12 +29,15 @@ def shrink(
     The model is run once, and each operation says which positions go together and what it makes of zeros:
     a factor that is zero makes a product zero, so a gate goes with what it gates, and queries and keys with
     the values of a head of attention. The copy computes the same outputs, which is tried: what would change
-    them stays, with its reason."""
+    them stays, with its reason. `ValueError` where the model does not run, or cannot be followed."""
     check_copyable(model)
     inputs, base = example_inputs(example, model), deepcopy(model)
     check = _Check(base, inputs)
-    found = trace(base, inputs)
-    small, solved = _remove(base, found, check)
+    try: found = trace(base, inputs)
+    except Exception as error:
+        raise ValueError(f'model: {type(model).__name__} cannot be followed: '
+                         f'{type(error).__name__}: {error}') from error
+    small, solved = _remove(base, found, check, _Progress() if verbose else _silent)
     if verbose:
         removed, staying = _account(base, found, solved)
         print(summary(parameters(model), parameters(small), removed, staying))
@@ -46,7 +51,7 @@ def parameters(
     return sum(p.numel() for p in model.parameters())
 
 
-def _remove(base, found, check):
+def _remove(base, found, check, note):
     "Return the network without what can go, and what that is."
     solved = solve(found.labels)
     sets, kinds = _sets(found, solved, base)
@@ -66,7 +71,7 @@ def _remove(base, found, check):
         return reasons[0]
 
     if not sets: return deepcopy(base), solved
-    good, bad = bisect(sets, fails, kinds, SECONDS)
+    good, bad = bisect(sets, fails, kinds, SECONDS, note)
     solved = solve(found.labels, [(sets[n], reason) for n, reason in bad.items()])
     return best.get('small') or deepcopy(base), solved
 
@@ -95,6 +100,19 @@ def _sets(found, solved, base):
     for label, names in touched.items(): kinds.setdefault(int(root[label]), []).extend(names)
     sets = [np.flatnonzero((root == r) & solved.gone) for r in kinds]
     return sets, [tuple(sorted({re.sub(r'\d+', '#', name) for name in names})) for names in kinds.values()]
+
+
+def _silent(settled, of): pass
+
+
+class _Progress:
+    "Show on a terminal how many removals are settled, where it takes longer than two seconds."
+
+    def __init__(self): self.start = time.monotonic()
+
+    def __call__(self, settled, of):
+        if time.monotonic() < self.start + 2 or not sys.stdout.isatty(): return
+        print(f'shrink: {settled} of {of} parts are settled', end='\r', flush=True)
 
 
 class _Check:
