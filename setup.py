@@ -28,6 +28,7 @@ setup(
     extras_require={'deploy': about['deploy_requirements'].split(),
                     'science': about['science_requirements'].split(),
                     'examples': about['examples_requirements'].split(),
+                  'zoo': (about['deploy_requirements'] + ' ' + about['zoo_requirements']).split(),
                     'dev': (about['deploy_requirements'] + ' ' + about['dev_requirements']).split()},
     classifiers=['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )
