@@ -286,6 +286,24 @@ def test_layers_of_training_alone_stay_fit():
     assert agree(list(small.both), list(model.both))
 
 
+def test_layers_of_training_alone_are_told_where_they_cannot_be_run(capsys):
+    def run(s, x):
+        if s.training: raise RuntimeError('no labels')
+        return s.h(s.a(x).relu())
+    model = network(run, ['a'], a=linear(), h=linear(16, 2), aux=linear(16, 2))
+    assert parameters(shrink(model, vectors())) == 124
+    assert 'may not fit what they read: aux.weight, aux.bias' in capsys.readouterr().out
+
+
+def test_one_picture_is_enough_for_layers_of_training_alone():
+    def run(s, x):
+        y = s.a(x).relu()
+        return s.h(mean(y)) if not s.training else (s.h(mean(y)), s.aux(s.n(mean(y))))
+    model = network(run, ['a'], a=conv(3, 16), h=linear(16, 2), n=nn.BatchNorm1d(16), aux=linear(16, 2))
+    small = shrink(model, torch.randn(1, 3, 6, 6))
+    assert small.aux.weight.shape == (2, 8) and small.n.num_features == 8
+
+
 def test_a_head_that_is_zero_before_training_hides_nothing(capsys):
     model = network(lambda s, x: s.h(mean(s.b(s.a(x).cos()).relu())), ['a'], a=conv(3, 16), b=conv(16, 8), h=linear(8, 5))
     nn.init.zeros_(model.h.weight)

@@ -13,7 +13,7 @@ from fasterai.deploy.compare import agree, check_copyable, example_inputs, fresh
 from fasterai.deploy.cutting import WAYS, apply, cut_of
 from fasterai.deploy.labels import joined, solve
 from fasterai.deploy.tracing import tensors_in, trace
-from fasterai.deploy.why import FAILS, NOT_ALONE, NOT_RUN, NOT_TRIED, summary
+from fasterai.deploy.why import FAILS, NOT_ALONE, NOT_RUN, NOT_TRIED, TRAINING_UNKNOWN, listed, summary
 from fasterai.snapshot import evaluation_mode, undisturbed
 
 SECONDS = 20  # of the processor, that are spent on finding which removals fail
@@ -37,10 +37,13 @@ def shrink(
     except Exception as error:
         raise ValueError(f'model: {type(model).__name__} cannot be followed: '
                          f'{type(error).__name__}: {error}') from error
+    check.training = found.training
     small, solved = _remove(base, found, check, _Progress() if verbose else _silent)
     if verbose:
         removed, staying = _account(base, found, solved)
         print(summary(parameters(model), parameters(small), removed, staying))
+        idle = [n for n in found.owned if n not in found.ran]
+        if removed and idle and found.training is None: print(f'  {TRAINING_UNKNOWN}: {listed(idle)}')
     return small
 
 
@@ -124,7 +127,7 @@ class _Check:
         for batch in fresh(inputs):
             try: self.expected.append((batch, outputs(base, batch)))
             except ValueError: pass
-        self.trains = not _failure(base, inputs, training=True)
+        self.training = None  # a batch on which it runs in training mode
         named = base.named_parameters()
         self.initial = [name for name, p in named if not p.any() and not name.endswith('bias')]
 
@@ -134,8 +137,8 @@ class _Check:
             failure = _failure(small, batch)
             if failure: return f'{FAILS}: {failure}'
             if not agree(outputs(small, batch), expected): return NOT_ALONE
-        if self.trains:
-            failure = _failure(small, self.inputs, training=True)
+        if self.training is not None:
+            failure = _failure(small, self.training, training=True)
             if failure: return f'{FAILS} in training mode: {failure}'
         return self._perturbed(cut, sets)
 

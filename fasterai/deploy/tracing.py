@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fasterai.arguments import Inputs
 from fasterai.deploy.aten import Call, follow
 from fasterai.deploy.axes import MOST, Axes, narrow_down, nothing, plain
+from fasterai.deploy.compare import fresh
 from fasterai.deploy.labels import Labels
 from fasterai.deploy.why import IS_OUTPUT, NO_OUTPUTS, NOT_RUN
 from fasterai.snapshot import undisturbed
@@ -27,6 +28,7 @@ class Trace:
     owned: dict  # name of a parameter or buffer: for each of its axes the first label
     makers: set = field(default_factory=set)  # (name, axis): the axes of weights that are a layer's outputs
     resizes: list = field(default_factory=list)  # (module, number in its code, rows that it counts)
+    training: Inputs | None = None  # a batch on which it ran in training mode
     ran: set = field(default_factory=set)  # names of the parameters that took part
 
 
@@ -45,14 +47,22 @@ def trace(
         _run(model, inputs, found, tensors, axes)
         reads, stuck, lost = list(labels.read_at_all), list(labels.stuck), list(labels.lost)
         model.train()
-        try: _run(model, inputs, found, tensors, axes)
-        except Exception: pass  # a BatchNorm of one item: what runs in training alone is not known
+        found.training = _first_that_runs(inputs, lambda batch: _run(model, batch, found, tensors, axes))
         labels.read_at_all, labels.lost = reads, lost
         labels.stuck = stuck + [entry for entry in labels.stuck[len(stuck):] if entry[1] == IS_OUTPUT]
     for name, x in axes.items():
         if name in found.ran: continue
         for rows in x.rows: labels.block(rows, NOT_RUN)
     return found
+
+
+def _first_that_runs(inputs, run):
+    "Run the inputs, or two of their items, as BatchNorm needs; return which ran, None if neither."
+    for batch in (inputs, *fresh(inputs, (2,))):
+        try: run(batch)
+        except Exception: continue
+        return batch
+    return None
 
 
 def _run(model, inputs, found, tensors, axes):

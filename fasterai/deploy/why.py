@@ -16,6 +16,8 @@ SETS_SCALE = 'their number sets the scale of attention'
 IS_NUMBERED = 'the code takes them by their number'
 UNEVEN = 'each group of a convolution, or part of a split, must lose as many'
 NOT_ALL = 'they are rows of a whole, such as a head of attention or a part of a split, that is not zero'
+TRAINING_UNKNOWN = ('the model does not run in training mode on the example, so layers that run in it alone '
+                    'may not fit what they read')
 UNREAD = 'nothing that is known reads them'
 NO_OUTPUTS = 'the network returns no tensors that could be compared'
 
@@ -51,12 +53,16 @@ def summary(
     for name, reasons in staying.items():
         for reason in reasons: counts.setdefault(reason, Counter())[name] += 1
     for reason, names in counts.items():
-        lines.append(f'  {sum(names.values()):,} zero filters stay in {_listed(list(names))}: {reason}')
+        lines.append(f'  {sum(names.values()):,} zero filters stay in {listed(list(names))}: {reason}')
     if not removed and not staying:
         lines.append("  no filter is zero: prune with granularity='filter' first")
     return '\n'.join(lines)
 
 
-def _listed(names, most=3):
+def listed(
+    names: list,
+    most: int = 3,  # of them that are named
+) -> str:
+    "Return names as a text, where there are many the first and how many more."
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(names[:most]) + more
