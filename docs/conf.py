@@ -51,6 +51,7 @@ docs/layers
 docs/reference
 benchmarks/RESULTS
 benchmarks/SCIENCE
+benchmarks/ZOO
 CHANGELOG
 CONTRIBUTING
 ```
