@@ -166,7 +166,7 @@ class Attached:
     def _prune(self):
         if self.is_over: return False
         self.driver.timetable.progress = (self.step + 1) / self.steps
-        with torch.enable_grad(): return self.driver.prune()
+        return self.driver.prune()
 
     def _after_step(self, optimizer, *_):
         self.sparsifier.repairs.trained()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from fasterai.peers import digest
-from fasterai.schedule import acdc
+from fasterai.schedule import rigl
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 
@@ -130,7 +130,7 @@ def driven(rank, make=adam):
     "Prune by a schedule that lets weights come back by their gradients."
     model = replicas(rank)
     sparsifier, optimizer = Sparsifier(model, regrow='gradient'), make(model.parameters())
-    sparsifier.attach(optimizer, sparsity=60, schedule=acdc(0, .9, every=.2), steps=10)
+    sparsifier.attach(optimizer, sparsity=60, schedule=rigl(every=.2), steps=10)
     for _ in range(10):
         backward(model, rank)
         optimizer.step()

@@ -226,7 +226,7 @@ def test_two_optimizers_with_a_part_each_make_one_step(in_a_list):
     one = torch.optim.Adam(other.parameters(), 1e-2)
     rules = dict(criteria='taylor', regrow='gradient')
     sparsifiers = Sparsifier(model, **rules), Sparsifier(other, **rules)
-    when = dict(sparsity=90, schedule=acdc(0, .9, every=.2), steps=10)
+    when = dict(sparsity=90, schedule=rigl(every=.2), steps=10)
     sparsifiers[0].attach(both.optimizers if in_a_list else both, **when)
     sparsifiers[1].attach(one, **when)
     assert train(model, both, 10) == train(other, one, 10)
