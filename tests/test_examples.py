@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 NEEDS = {'plain_loop': [], 'accelerate_loop': ['accelerate'], 'lightning_trainer': ['lightning'], 'hf_trainer': ['transformers', 'accelerate'],
          'timm_step': ['timm'], 'compiled': [], 'lora': ['peft']}
-ON_TWO_PROCESSES = {'ddp', 'fastai_ddp'}  # test_ranks.py runs them
+ON_TWO_PROCESSES = {'ddp', 'fastai_ddp', 'fsdp'}  # test_ranks.py runs them
 
 
 def test_every_example_is_run(): assert {*NEEDS} | ON_TWO_PROCESSES == {file.stem for file in EXAMPLES.glob('*.py')}
