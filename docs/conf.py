@@ -46,6 +46,7 @@ nbs/*
 :hidden:
 :caption: Guide and reference
 
+docs/cookbook
 docs/guide
 docs/layers
 docs/reference
