@@ -49,6 +49,7 @@ nbs/*
 docs/cookbook
 docs/guide
 docs/layers
+docs/faq
 docs/reference
 benchmarks/RESULTS
 benchmarks/SCIENCE
