@@ -50,6 +50,7 @@ docs/cookbook
 docs/guide
 docs/layers
 docs/faq
+docs/coming-from
 docs/reference
 benchmarks/RESULTS
 benchmarks/SCIENCE

@@ -2,6 +2,8 @@ import ast
 import builtins
 import configparser
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import fasterai
@@ -67,3 +69,9 @@ def test_settings_are_what_setup_reads():
     assert {r.split('>')[0] for r in config['DEFAULT']['requirements'].split()} == {'fastai', 'torch', 'numpy', 'fastcore'}
     assert 'pkg_resources' not in (ROOT / 'setup.py').read_text()
     assert config['DEFAULT']['license'] == 'Apache-2.0' and 'Apache License' in (ROOT / 'LICENSE').read_text()[:100]
+
+
+def test_pruning_and_the_lines_of_the_readme_need_no_extra():
+    extras = 'safetensors', 'onnx', 'onnxruntime', 'onnxscript'
+    script = f'import sys; sys.modules.update(dict.fromkeys({extras})); from fasterai.all import *; import fasterai.demo, fasterai.deploy'
+    subprocess.run([sys.executable, '-c', script], check=True)
