@@ -269,10 +269,15 @@ def _add_blocks(layer, state, grad):
 
 def _bytes_of_rows(layer):
     inputs = as_matrix(layer.weight, *form_of(layer.grouping.axes)).shape[2]
-    return layer.weight.element_size() * layer.weight.numel() * inputs
+    return _item(layer.weight) * layer.weight.numel() * inputs
 
 
-def _bytes_of_blocks(layer): return layer.weight.element_size() * layer.weight.numel() * BLOCK
+def _bytes_of_blocks(layer): return _item(layer.weight) * layer.weight.numel() * BLOCK
+
+
+def _item(weight):
+    "Return the bytes of a sum over a weight: half precision is widened."
+    return torch.promote_types(weight.dtype, torch.float32).itemsize
 
 
 def _add_pairs(rows, state):

@@ -72,7 +72,6 @@ class Whole:
             self.held[self.name] = _with_grad(self.layer.weight, self.shards.whole)
         return self.held[self.name]
 
-
     def gathered(self,
         state,  # of evidence about what is here
     ):

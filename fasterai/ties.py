@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fasterai.connected import lowest_connected
 from fasterai.dataflow import Flow
 
 
@@ -66,18 +67,9 @@ def _only(pair, allowed):
 
 def _components(n, pairs):
     "Number what is connected by pairs: ints (n,), the lowest number of each connected set."
-    found = np.arange(n)
-    one, other = (np.concatenate([np.asarray(pair[i], int).reshape(-1) for pair in pairs] or [[]]).astype(int)
-                  for i in (0, 1))
-    while True:
-        low = np.minimum(found[one], found[other])
-        lower = found.copy()
-        np.minimum.at(lower, found[one], low)
-        np.minimum.at(lower, found[other], low)
-        while not np.array_equal(lower, lower[lower]): lower = lower[lower]
-        lower = lower[found]
-        if np.array_equal(lower, found): return found
-        found = lower
+    if not pairs: return np.arange(n)
+    one, other = (np.concatenate([np.asarray(pair[i], int).reshape(-1) for pair in pairs]) for i in (0, 1))
+    return lowest_connected(n, one, other)
 
 
 def _apart_from_others(components, owner, selected):

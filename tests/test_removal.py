@@ -1,22 +1,16 @@
 "Each kind of operation, with what can go exactly: the same outputs, and how many parameters are left."
+import numpy as np
 import pytest
 import torch
+from conftest import Made
 from torch import nn
 from torch.nn import functional as F
 
 from fasterai.arguments import Inputs
 from fasterai.deploy.compare import agree, fresh, outputs
-from fasterai.deploy.shrink import parameters, shrink
-
-
-class Made(nn.Module):
-    "A network of named layers and a function of them."
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items(): setattr(self, name, layer)
-
-    def forward(self, *args): return self.run(self, *args)
+from fasterai.deploy.cutting import Cut, apply
+from fasterai.deploy.shrink import _Check, parameters, shrink
+from fasterai.deploy.why import NOT_ALONE
 
 
 @torch.no_grad()
@@ -346,3 +340,17 @@ def test_channels_of_a_batchnorm_without_scale_and_shift_go():
 def test_nothing_to_remove(capsys):
     shrink(nn.Sequential(nn.ReLU()), vectors())
     assert 'nothing to remove: the model has no parameters' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('head, reason', [(0., NOT_ALONE), (1., NOT_ALONE), (None, '')])
+def test_a_head_that_is_zero_before_training_hides_no_difference(head, reason):
+    "A unit that lives is cut, and one that is dead: behind a head of zeros both change no output."
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        net[2].weight.fill_(head or 0.)
+        net[2].bias.zero_()
+        if head is None: net[0].weight[2], net[0].bias[2] = 0, 0
+    two = np.array([0, 1])
+    cut = Cut({'0.weight': {0: two}, '0.bias': {0: two}, '2.weight': {1: two}}, [], {})
+    x = torch.rand(5, 4)
+    assert _Check(net, Inputs((x,))).reason(apply(net, cut), cut, None) == reason

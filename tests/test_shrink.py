@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import Made
 from fastai.vision.learner import create_body, create_head
 from fastai.vision.models.unet import DynamicUnet
 from torch import nn
@@ -185,15 +186,6 @@ def dead(*layers, n=2):
         for m in layers:
             m.weight[:n] = 0
             if m.bias is not None: m.bias[:n] = 0
-
-
-class Made(nn.Module):
-    "A network of named layers and a function of them."
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items(): setattr(self, name, layer)
-    def forward(self, x): return self.run(self, x)
 
 
 def conv(i, o, **more): return nn.Conv2d(i, o, 3, padding=1, **more)

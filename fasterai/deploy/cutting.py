@@ -53,16 +53,15 @@ def _numbers(model, trace, solved):
 def apply(
     model: nn.Module,  # it is not changed
     cut: Cut,
-    sets: Callable | None = None,  # which attributes, by their names, are set where they are numbers of a module's code
+    way: Callable | None = None,  # tells by its name whether an attribute is set that is a number in a module's code; None: none is
 ) -> nn.Module:  # a copy without what is cut
     "Cut a copy of a model."
     small = deepcopy(model)
     tensors = dict([*small.named_parameters(), *small.named_buffers()])
     with torch.no_grad():
         groups = {}  # id of a weight: how many groups it has left
-        for name, *_ in cut.grouped: cut.kept.setdefault(name, {})
         by_name = {name: rest for name, *rest in cut.grouped}
-        for name, axes in cut.kept.items():
+        for name, axes in (dict.fromkeys(by_name, {}) | cut.kept).items():
             tensor, new = tensors[name], tensors[name].detach()
             if name in by_name:
                 n, ins, outs, by_inputs = by_name[name]
@@ -73,9 +72,9 @@ def apply(
             tensor.data = new.clone(memory_format=torch.preserve_format)
             tensor.grad = None
     for module in small.modules(): _set_counts(module, groups)
-    if sets is None: return small
+    if way is None: return small
     modules = dict(small.named_modules())
-    for name, numbers in cut.numbers.items(): _set_numbers(modules[name], numbers, sets)
+    for name, numbers in cut.numbers.items(): _set_numbers(modules[name], numbers, way)
     return small
 
 
@@ -139,9 +138,9 @@ def _of_heads(name): return 'head' in name and not any(word in name for word in 
 WAYS = (None, _any_name, _of_heads)  # to set the numbers in the code, in the order in which they are tried
 
 
-def _set_numbers(module, numbers, sets):
+def _set_numbers(module, numbers, way):
     "Set the attributes of a module that are one of the numbers in its code, also in lists and tuples."
-    for name, value in [(n, v) for n, v in vars(module).items() if sets(n)]:
+    for name, value in [(n, v) for n, v in vars(module).items() if way(n)]:
         new = _renumbered(value, numbers)
         if name.startswith('_') or new is value or new == value: continue
         setattr(module, name, new)

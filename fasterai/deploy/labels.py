@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fasterai.connected import lowest_connected
 from fasterai.deploy.why import IS_INPUT, LAST_ONE, MEETS_NONZERO, NOT_ALL, UNEVEN, UNREAD
 
 FIXED = 0
@@ -108,7 +109,7 @@ class _Search:
         single = [(a[:, 0], b[:, 0]) for a, b in labels.bound if a.shape[1] == b.shape[1] == 1]
         first = np.concatenate([np.zeros(0, int), *(a for a, _ in single)])
         second = np.concatenate([np.zeros(0, int), *(b for _, b in single)])
-        self.root = joined(labels.size, first, second)
+        self.root = lowest_connected(labels.size, first, second)
         self.gone = np.ones(labels.size, bool)
         self.why = np.zeros(labels.size, int)
         self.reasons = [UNREAD]
@@ -134,7 +135,7 @@ class _Search:
             at = np.broadcast_to(rows.max(1, keepdims=True), rows.shape)
             first.append(rows[rows != FIXED])
             second.append(at[rows != FIXED])
-        return joined(self.labels.size, np.concatenate(first), np.concatenate(second))
+        return lowest_connected(self.labels.size, np.concatenate(first), np.concatenate(second))
 
     def run(self):
         while self._follow() or self._level() or self._leave_one(): pass
@@ -204,19 +205,6 @@ class _Search:
             roots = self.root[first:first + length]
             if self.gone[roots].all() and self._stay(roots[:1], LAST_ONE): return True
         return False
-
-
-def joined(n, a, b):
-    "Return, for numbers of which pairs are one, the smallest of those that are one."
-    root = np.arange(n)
-    while True:
-        low = np.minimum(root[a], root[b])
-        new = root.copy()
-        np.minimum.at(new, root[a], low)
-        np.minimum.at(new, root[b], low)
-        while not np.array_equal(new, new[new]): new = new[new]
-        if np.array_equal(new, root): return root
-        root = new
 
 
 def _stacked(pairs):

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from fasterai.connected import lowest_connected
 from fasterai.deploy.bisect import bisect
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, fresh, outputs
 from fasterai.deploy.cutting import WAYS, apply, cut_of
-from fasterai.deploy.labels import joined, solve
-from fasterai.deploy.tracing import tensors_in, trace
+from fasterai.deploy.labels import solve
+from fasterai.deploy.tracing import trace
 from fasterai.deploy.why import FAILS, NOT_ALONE, NOT_RUN, NOT_TRIED, TRAINING_UNKNOWN, listed, summary
-from fasterai.snapshot import evaluation_mode, undisturbed
+from fasterai.snapshot import undisturbed
 
 SECONDS = 20  # of the processor, that are spent on finding which removals fail
 
@@ -61,7 +62,7 @@ def _remove(base, found, check, note):
     best = {}
 
     def fails(some):
-        keep = [(s, NOT_TRIED) for i, s in enumerate(sets) if not any(s is t for t in some)]
+        keep = [(s, NOT_TRIED) for s in sets if not any(s is t for t in some)]
         tried = solve(found.labels, keep)
         cut = cut_of(base, found, tried)
         reasons = []
@@ -98,7 +99,7 @@ def _sets(found, solved, base):
     if not touched: return [], []
     first, second = np.concatenate(a), np.concatenate(b)
     both = solved.gone[first] & solved.gone[second]
-    root = joined(found.labels.size, first[both], second[both])
+    root = lowest_connected(found.labels.size, first[both], second[both])
     kinds = {}
     for label, names in touched.items(): kinds.setdefault(int(root[label]), []).extend(names)
     sets = [np.flatnonzero((root == r) & solved.gone) for r in kinds]
@@ -122,7 +123,7 @@ class _Check:
     "Compare networks with the one that they are made from."
 
     def __init__(self, base, inputs):
-        self.base, self.inputs = base, inputs
+        self.base = base
         self.expected = [(inputs, outputs(base, inputs))]
         for batch in fresh(inputs):
             try: self.expected.append((batch, outputs(base, batch)))
@@ -131,39 +132,40 @@ class _Check:
         named = base.named_parameters()
         self.initial = [name for name, p in named if not p.any() and not name.endswith('bias')]
 
-    def reason(self, small, cut, sets):
+    def reason(self, small, cut, way):
         "Return why a network is wrong, '' where it is right."
         for batch, expected in self.expected:
-            failure = _failure(small, batch)
-            if failure: return f'{FAILS}: {failure}'
-            if not agree(outputs(small, batch), expected): return NOT_ALONE
+            try: found = outputs(small, batch)
+            except ValueError as failure: return f'{FAILS}: {_said(failure.__cause__)}'
+            if not agree(found, expected): return NOT_ALONE
         if self.training is not None:
-            failure = _failure(small, self.training, training=True)
-            if failure: return f'{FAILS} in training mode: {failure}'
-        return self._perturbed(cut, sets)
+            try: _train(small, self.training)
+            except Exception as error: return f'{FAILS} in training mode: {_said(error)}'
+        return self._perturbed(cut, way)
 
-    def _perturbed(self, cut, sets):
+    def _perturbed(self, cut, way):
         "Compare with what hides differences, as a head that is zero before training, made random in both."
         names = [name for name in self.initial if 0 not in cut.kept.get(name, {})]
         if not names: return ''
         changed, generator = deepcopy(self.base), torch.Generator().manual_seed(0)
         for name, p in changed.named_parameters():
             if name in names: p.data = torch.randn(p.shape, generator=generator).to(p)
-        expected = outputs(changed, self.inputs)
-        small = apply(changed, cut, sets)
-        return '' if agree(outputs(small, self.inputs), expected) else NOT_ALONE
+        small = apply(changed, cut, way)
+        same = all(agree(outputs(small, batch), outputs(changed, batch)) for batch, _ in self.expected)
+        return '' if same else NOT_ALONE
 
 
-def _failure(model, inputs, training=False):
-    "Return the error with which a model fails, '' where it does not."
-    try:
-        with undisturbed(model) if training else evaluation_mode(model), torch.no_grad():
-            if training: model.train()
-            tensors_in(inputs.call(model))
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), '')
-        return f'{type(error).__name__}: {first[:120]}'
-    return ''
+def _train(model, inputs):
+    "Run a model in training mode, and leave it as it was."
+    with undisturbed(model), torch.no_grad():
+        model.train()
+        inputs.call(model)
+
+
+def _said(error):
+    "Return an error as its type and its first line."
+    first = next(iter(str(error).splitlines()), '')
+    return f'{type(error).__name__}: {first[:120]}'
 
 
 def _account(base, found, solved):
