@@ -293,7 +293,8 @@ def _divergences(model, weight, masks, solve, wanted):
 class Table:
     """Hold what each sparsity of each layer costs and which damage it does, alone.
 
-    Between the levels that were measured both are interpolated."""
+    Between the levels that were measured both are interpolated. More zeros never cost more: where a
+    measurement says so, the cost with fewer of them counts."""
 
     def __init__(self,
         damage: dict,  # layer's name: damage at 0 % and at `LEVELS`
@@ -302,7 +303,7 @@ class Table:
     ):
         levels = [0, *LEVELS]
         self.damage = {name: np.interp(GRID, levels, row) for name, row in damage.items()}
-        self.cost = {name: np.interp(GRID, levels, cost[name]) for name in damage}
+        self.cost = {name: np.interp(GRID, levels, np.minimum.accumulate(cost[name])) for name in damage}
         self.rest = dense - sum(row[0] for row in self.cost.values())  # of all that is not pruned
 
     def choose(self,

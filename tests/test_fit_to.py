@@ -196,6 +196,17 @@ def test_a_table_interpolates_and_chooses():
     assert all(g == 0 or g >= 1 for g in GRID) and (np.diff(GRID) > 0).all()
 
 
+def test_a_cost_that_was_measured_too_high_counts_as_the_one_with_fewer_zeros():
+    levels, disturbed = [0, *LEVELS], 6
+    rows = {'a': np.linspace(0, 1, len(levels))}
+    cost = [100. - level for level in levels]
+    cost[disturbed] = 100.
+    table = Table(rows, {'a': cost}, 100.)
+    assert table.of({'a': levels[disturbed]})[0] == pytest.approx(cost[disturbed - 1], rel=.02)
+    assert (np.diff(table.cost['a']) <= 0).all()
+    assert table.of(table.choose(30.))[0] == pytest.approx(30, rel=.01)
+
+
 def test_its_sparsities_are_those_that_a_fit_takes(clock, make_learner):
     from fasterai.callback import SparsifyCallback
     model = convnet()
