@@ -17,7 +17,8 @@ from results import RESULTS, machine, table, write
 from torch import nn
 from torchvision.models import resnet18
 
-from fasterai.fit_to import Clock, fit_to
+from fasterai.costs import Clock
+from fasterai.fit_to import fit_to
 from fasterai.sparsifier import Sparsifier
 
 warnings.filterwarnings('ignore')

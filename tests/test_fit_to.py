@@ -9,9 +9,11 @@ from conftest import convnet
 from torch import nn
 from torch.nn import functional as F
 
-import fasterai.fit_to as module
+from fasterai.costs import Clock
+from fasterai.damage import Trials
 from fasterai.deploy import save_sparse
-from fasterai.fit_to import GRID, LEVELS, Table, fit_to
+from fasterai.fit_to import _next_budget, fit_to
+from fasterai.tradeoff import GRID, LEVELS, Table
 
 BATCHES = [(torch.randn(16, 1, 8, 8), torch.randint(0, 10, (16,))) for _ in range(4)]
 X = BATCHES[0][0][:1]
@@ -24,15 +26,15 @@ def clock(monkeypatch):
     def latencies(model, example, masks, seconds):
         return {path: [several[0].numel() * 1e-6, *(int(keep.sum()) * 1e-6 for keep in several)] for path, several in masks.items()}
 
-    class Clock:
+    class Pretended:
         factor = 1.
 
         def __init__(self, dense, example, seconds): self.ms = self(dense)
 
         def __call__(self, model): return 1 + self.factor * 1e-3 * kept(model)
-    monkeypatch.setattr(module, 'layer_latencies', latencies)
-    monkeypatch.setattr(module, 'Clock', Clock)
-    return Clock
+    monkeypatch.setattr('fasterai.costs.layer_latencies', latencies)
+    monkeypatch.setattr('fasterai.fit_to.Clock', Pretended)
+    return Pretended
 
 
 def kept(model): return sum(int((model.get_submodule(name).weight != 0).sum()) for name in LAYERS)
@@ -76,8 +78,7 @@ def test_damage_is_that_of_one_layer_alone_and_repair_lowers_it(clock):
         weight.data.view(-1)[lowest] = 0
         with torch.no_grad(): out, wanted = alone(BATCHES[3][0]), deepcopy(model).eval()(BATCHES[3][0])
         expected = float((out - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
-        network = module._Network(model, BATCHES, None, 'magnitude', None, None, False)
-        _, damage = network.damages()
+        _, damage = Trials(model, BATCHES, None, 'magnitude', None, None, hold=False).damages()
         assert damage[name][1 + LEVELS.index(50)] == pytest.approx(max(damage[name][LEVELS.index(50)], expected), rel=1e-3)
     assert sum(row[-1] for row in repaired.rows) < sum(row[-1] for row in plain.rows)
 
@@ -137,7 +138,7 @@ def test_what_is_wrong_is_refused(given, error, says):
     ([(10, 10), (4, 3), (7, 2)], 8.5),  # what was measured falls where it was predicted to rise
     ([(5, 5), (5, 5.5)], 5.5),  # all below
 ])
-def test_the_next_budget_is_on_a_line(known, budget): assert module._next_budget(6, known) == pytest.approx(budget)
+def test_the_next_budget_is_on_a_line(known, budget): assert _next_budget(6, known) == pytest.approx(budget)
 
 
 def test_a_clock_takes_quotients_of_rounds(monkeypatch):
@@ -148,9 +149,9 @@ def test_a_clock_takes_quotients_of_rounds(monkeypatch):
     def times(calls, seconds, device):
         now = slow.pop(0)
         return [Latency(now * ms / 1e3, 0, 0, (now * ms / 1e3,) * 3) for ms in (6., 2.)[:len(calls)]]
-    monkeypatch.setattr(module, 'side_by_side', times)
-    monkeypatch.setattr(module, 'speed_up', lambda model, *_, **__: model)
-    clock = module.Clock(convnet(), X, 0)
+    monkeypatch.setattr('fasterai.costs.side_by_side', times)
+    monkeypatch.setattr('fasterai.costs.speed_up', lambda model, *_, **__: model)
+    clock = Clock(convnet(), X, 0)
     assert clock.ms == 6 and clock(convnet()) == 2
 
 
@@ -164,9 +165,9 @@ def test_ctrl_c_leaves_the_model_as_it_was(clock, monkeypatch):
     before, modes = copied(model), [m.training for m in model.modules()]
 
     def stop(*_): raise KeyboardInterrupt
-    for name in ('Clock', 'layer_latencies', 'divergence_from', 'layer_refit'):
+    for name in ('fit_to.Clock', 'costs.layer_latencies', 'damage.divergence_from', 'damage.layer_refit'):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, stop)
+            patch.setattr(f'fasterai.{name}', stop)
             with pytest.raises(KeyboardInterrupt): fit_to(model, X, BATCHES, ms=1.2, repair='refit')
         assert as_it_was(model, before) and [m.training for m in model.modules()] == modes
 

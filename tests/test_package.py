@@ -22,11 +22,11 @@ def test_the_star_import_shadows_nothing():
 # Who may import whom: a file imports from its own row and from those above it.
 ROWS = [
     'synonyms arguments connected data batches tables snapshot shards peers operations channels optimizers plot progress least_squares knapsack',  # leaves
-    'ranking selection dataflow ties inputs calibration curvature synflow',
+    'ranking selection dataflow ties inputs tradeoff calibration curvature synflow',
     'granularity kinds evidence criteria names layers pattern allocation context schedule recipes regrowth rules distil',  # choices
     'zeros scoring rounding rounds exchange event parts',
     'norms selected masks held',  # state
-    'repair repairing report driver attached sparsifier sensitivity timetable summary fit_to',
+    'repair repairing report driver attached sparsifier sensitivity timetable summary costs damage fit_to',
     'epochs keep distilling callback tickets demo all',  # with fastai
 ]
 
