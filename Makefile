@@ -6,7 +6,7 @@ DESCRIPTION := settings.ini setup.py pyproject.toml
 ON_TWO := examples/ddp.py examples/fastai_ddp.py
 EXAMPLES := $(filter-out $(ON_TWO), $(wildcard examples/*.py))
 
-.PHONY: demo test lint docs bench science examples clean
+.PHONY: demo test lint docs bench science examples wheel clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
@@ -55,5 +55,10 @@ examples: .venv/installed-examples
 	$(RUN) -m pip install --quiet --editable '.[deploy,science]'
 	touch $@ .venv/installed
 
+# a wheel with the kernels compiled for this kind of machine
+wheel: .venv/installed
+	$(RUN) -m fasterai.native.prebuilt
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv demo site jupyter_execute build dist *.egg-info
+	rm -rf fasterai/native/libraries .venv demo site jupyter_execute build dist *.egg-info

@@ -21,7 +21,7 @@ from fasterai.deploy.kernels.layers import ACTIVATED, PLANS, TILINGS
 from fasterai.deploy.kernels.loading import SOURCE
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan, Weights, cuts
 from fasterai.deploy.kernels.tiling import Geometry, panel_rows, tiles
-from fasterai.native import build
+from fasterai.native import build, prebuilt
 
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason=str(kernels.why_not()))
 cases = settings(max_examples=60, deadline=None, derandomize=True)
@@ -379,6 +379,33 @@ def test_without_a_compiler_the_reason_is_one_line(cache, monkeypatch, compiler,
     monkeypatch.setenv('CC', compiler)
     with pytest.raises(build.Unavailable, match=match) as error: build.built(SOURCE)
     assert '\n' not in str(error.value)
+
+
+@needs_compiler
+def test_without_a_compiler_what_came_with_the_wheel_is_taken(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(prebuilt, 'FOLDER', tmp_path / 'libraries')
+    monkeypatch.setattr(prebuilt, 'FLAGS', build.FLAGS)
+    if not prebuilt.compile_all(): pytest.skip('no class of processors is known for this kind of machine')
+    monkeypatch.setenv('CC', 'nonsense')
+    library, why = loading.loaded(SOURCE, loading.FUNCTIONS, 'native')
+    assert library.lanes() == kernels.library().lanes() and why is None
+    assert loading.loaded(SOURCE, loading.FUNCTIONS, 'plain')[1].startswith('no C compiler')
+    (tmp_path / 'sparse.c').write_bytes(SOURCE.read_bytes() + b'\n')
+    assert prebuilt.prebuilt(tmp_path / 'sparse.c') is None  # compiled from another source
+    monkeypatch.setattr(prebuilt, 'processor_flags', set)
+    assert prebuilt.prebuilt(SOURCE) is None
+
+
+def test_a_processor_gets_the_best_that_it_can_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(prebuilt, 'FOLDER', tmp_path)
+    monkeypatch.setattr(prebuilt.platform, 'machine', lambda: 'x86_64')
+    classes = prebuilt.CLASSES['x86_64']
+    for name in classes: prebuilt._path(SOURCE, name).touch()
+    best, next_best = classes
+    for has, variant, expected in ((classes[best] | classes[next_best], 'native', best), (classes[next_best], 'native', next_best),
+                                   (classes[best] | classes[next_best], 'avx2', next_best), (classes[next_best] - {'fma'}, 'native', None)):
+        monkeypatch.setattr(prebuilt, 'processor_flags', lambda has=has: has)
+        assert prebuilt.prebuilt(SOURCE, variant) == (expected and prebuilt._path(SOURCE, expected))
 
 
 @needs_compiler

@@ -67,15 +67,28 @@ def _first_line(text): return text.strip().splitlines()[0][:200] if text.strip()
 
 def _processor():
     "Describe this processor by what it can do: a home folder may be shared by different machines."
-    try: lines = Path('/proc/cpuinfo').read_text(errors='replace').splitlines()
-    except OSError: return ' '.join((platform.system(), platform.machine(), platform.processor()))
-    told = {}
-    for line in lines:  # of the first processor
-        name, _, value = line.partition(':')
-        told.setdefault(name.strip(), value.strip())
+    told = _cpuinfo()
+    if not told: return ' '.join((platform.system(), platform.machine(), platform.processor()))
     # `CPU part` and `Features` are Arm's
     names = ('model name', 'cpu family', 'model', 'flags', 'CPU implementer', 'CPU part', 'Features')
     return ' '.join([platform.machine(), *(told.get(name, '') for name in names)])
+
+
+def processor_flags() -> set:  # of str; empty where it is not known
+    "Return what Linux says that this processor can do."
+    told = _cpuinfo()
+    return {*told.get('flags', '').split(), *told.get('Features', '').split()}
+
+
+def _cpuinfo():
+    "Return what /proc/cpuinfo says of the first processor; empty where there is none."
+    try: lines = Path('/proc/cpuinfo').read_text(errors='replace').splitlines()
+    except OSError: return {}
+    told = {}
+    for line in lines:
+        name, _, value = line.partition(':')
+        told.setdefault(name.strip(), value.strip())
+    return told
 
 
 def cache_folder() -> Path:
@@ -124,11 +137,21 @@ def _is_whole(library):
 def _compile(source, compiler, flags, library):
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         new = Path(folder) / 'new.so'
-        for native in NATIVE:
-            done = _call([*compiler, *native, *flags, str(source), '-o', str(new)])
-            if not done.returncode: break
-        else: raise Unavailable(f'{compiler[0]} failed: {_first_line(done.stderr)}')
+        compile_with(compiler, [(*native, *flags) for native in NATIVE], source, new)
         digest = Path(folder) / 'digest'
         digest.write_text(hashlib.sha256(new.read_bytes()).hexdigest())
         os.replace(new, library)
         os.replace(digest, _digest_of(library))  # last: a library without it is built again
+
+
+def compile_with(
+    compiler: list,  # command, as words
+    flags: list,  # of tuples of words; the first that the compiler takes counts
+    source: Path,  # a file of C
+    library: Path,  # is written
+):
+    "Compile a source into a shared library; `Unavailable` says what the compiler says."
+    for these in flags:
+        done = _call([*compiler, *these, str(source), '-o', str(library)])
+        if not done.returncode: return
+    raise Unavailable(f'{compiler[0]} failed: {_first_line(done.stderr)}')

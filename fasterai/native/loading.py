@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fasterai.native.build import VARIANTS, Unavailable, built
+from fasterai.native.prebuilt import prebuilt
 
 VARIABLE = 'FASTERAI_KERNELS'  # of the environment: a key of `VARIANTS`, or 'off'
 
@@ -26,8 +27,11 @@ def loaded(
     if variant == 'off': return None, f'{VARIABLE} is off'
     if variant not in VARIANTS:
         return None, f'{VARIABLE}: got {variant!r}, expected {", ".join(map(repr, VARIANTS))} or \'off\''
-    try: return _declared(ctypes.CDLL(str(built(source, variant))), functions), None
-    except Unavailable as error: return None, str(error)
+    try: path = built(source, variant)
+    except Unavailable as error:
+        path = prebuilt(source, variant)
+        if path is None: return None, str(error)
+    try: return _declared(ctypes.CDLL(str(path)), functions), None
     except OSError as error: return None, f'the kernels cannot be loaded: {error}'
 
 
