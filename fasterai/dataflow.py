@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fasterai.channels import behind, zero_entries
 from fasterai.operations import LAYERS, SETTINGS, Call, Node, follow, in_place
 from fasterai.shards import kind_of
-from fasterai.snapshot import evaluation_mode, undisturbed
+from fasterai.snapshot import attributes_kept, evaluation_mode, undisturbed
 
 
 class Flow:
@@ -229,7 +229,8 @@ def _memory(tensor): return tensor.untyped_storage().data_ptr()
 def trace(model: nn.Module) -> Flow:
     "Find the data flow in the model's code with torch.fx; raise what fx raises where it cannot trace."
     tracer = _Tracer(param_shapes_constant=True)  # code may ask for the shape of a weight
-    graph, norms = tracer.trace(model), _norms(model)
+    with attributes_kept(model): graph = tracer.trace(model)
+    norms = _norms(model)
     nodes, tape, outputs, sure = {}, [], [], True
     def node_of(x): return nodes.get(x) if isinstance(x, fx.Node) else None
     for step in graph.nodes:

@@ -82,5 +82,8 @@ def copied(
     "Copy a model. What it keeps of a pass with gradients cannot be copied, so a pass without comes first."
     try: return deepcopy(model)
     except RuntimeError: batch = read_data(data, model)[0]
-    with undisturbed(model), torch.no_grad(): batch.call(model)
-    return deepcopy(model)
+    with undisturbed(model), torch.no_grad():
+        batch.call(model)
+        twin = deepcopy(model)
+    for new, old in zip(twin.modules(), model.modules()): new.training = old.training
+    return twin

@@ -141,18 +141,58 @@ def undisturbed(
     *models: nn.Module,
     but: frozenset = frozenset(),  # ids of buffers whose values may change
 ):
-    """Run models in eval mode for a `with` block; put modes, buffers and random numbers back afterwards.
+    """Run models in eval mode for a `with` block; put modes, buffers, attributes and random numbers back.
 
     Modules get back the very buffers that they had, too: a forward pass may put others in their place."""
     inside = [buffer for model in models for buffer in model.buffers() if id(buffer) not in but]
     buffers = {buffer: buffer.clone() for buffer in inside}
     places = [place for model in models for place in _buffers_of(model)]
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
-    with evaluation_mode(*models), random_numbers_kept(*devices):
+    with evaluation_mode(*models), attributes_kept(*models), random_numbers_kept(*devices):
         try: yield
         finally:
             _give_back(places)
             _put_back(buffers)
+
+
+@contextmanager
+def attributes_kept(
+    *models: nn.Module,
+):
+    """Put the attributes of modules back after a `with` block, and what is in their dicts, lists and sets.
+
+    A forward pass may keep results there for the next: those of a trace, or of weights that change later."""
+    before = [(vars(module), _own_attributes(module)) for model in models for module in model.modules()]
+    contents = {}
+    for _, attributes in before: _copy_contents(attributes.values(), contents)
+    try: yield
+    finally:
+        for now, attributes in before:
+            for name in now.keys() - attributes.keys() - OF_TORCH: del now[name]
+            now.update(attributes)
+        for container, content in contents.values(): _refill(container, content)
+
+
+OF_TORCH = vars(nn.Module()).keys()  # attributes that each module has
+
+
+def _own_attributes(module):
+    return {name: value for name, value in vars(module).items() if name not in OF_TORCH}
+
+
+def _copy_contents(values, found):
+    "Copy the dicts, lists and sets among values, and those inside: {id: (container, copy)}."
+    for value in values:
+        if type(value) not in (dict, list, set) or id(value) in found: continue
+        found[id(value)] = value, value.copy()
+        _copy_contents(value.values() if isinstance(value, dict) else value, found)
+
+
+def _refill(container, content):
+    "Let a container have the content that it had."
+    container.clear()
+    add = container.extend if isinstance(container, list) else container.update
+    add(content)
 
 
 def _buffers_of(model): return [(module, dict(module._buffers)) for module in model.modules()]

@@ -103,6 +103,21 @@ def test_a_block_with_an_argument_that_may_be_none_is_left_alone():
         assert fuse_blocks(block) == [] and 'forward' not in vars(block)
 
 
+class Keeping(Block):
+    def forward(self, x):
+        if 'scale' not in self.kept: self.kept['scale'] = x.abs().mean()
+        return torch.relu(self.a(x)) * self.kept['scale']
+
+
+@needs_kernels
+def test_what_a_block_keeps_for_the_next_call_is_real():
+    block, x = Keeping(None).eval(), torch.randn(2, 4, 7, 5)
+    block.kept = {}
+    expected = deepcopy(block)(x)
+    assert fuse_blocks(block) == [''] and block.kept == {}
+    for one in (block, pickle.loads(pickle.dumps(block))): assert torch.allclose(one(x), expected, atol=1e-5)
+
+
 @needs_kernels
 def test_nothing_is_left_of_sums_and_activations():
     block, x = Block(residual).eval(), torch.randn(2, 4, 7, 5)

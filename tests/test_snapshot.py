@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from fasterai.snapshot import Snapshot
+from fasterai.snapshot import Snapshot, attributes_kept, undisturbed
+from fasterai.sparsifier import Sparsifier
+
+IMAGE = torch.randn(1, 2, 3, 3)
 
 
 def tensors(model): return [*model.parameters(), *model.buffers()]
@@ -70,3 +73,51 @@ def test_what_was_made_in_inference_mode_comes_back(model):
     with torch.inference_mode(): model.stuck.add_(1)
     snapshot.restore()
     assert torch.equal(model.stuck, torch.ones(3))
+
+
+class Caching(nn.Module):
+    "Keep what the forward pass has computed of its weights in eval mode, in a dict, a list and attributes, as levit does."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bias = nn.Conv2d(2, 2, 1), nn.Parameter(torch.ones(1))
+        self.cache, self.deep, self.calls = {}, [{'a': []}, {1}], 0
+
+    def forward(self, x):
+        if self.training: return self.conv(x) + 2 * self.bias
+        if 'bias' not in self.cache: self.cache['bias'] = 2 * self.bias
+        self.calls += 1
+        self.deep[0]['a'].append(self.calls)
+        self.deep[1].add(self.calls)
+        self.last = self.cache['bias']
+        return self.conv(x) + self.last
+
+    def kept(self): return self.cache, self.deep, self.calls, 'last' in vars(self)
+
+
+@pytest.mark.parametrize('keep', [undisturbed, attributes_kept])
+def test_what_a_forward_pass_keeps_for_the_next_is_put_back(keep):
+    model = Caching().eval()
+    cache, deep = model.cache, model.deep
+    with keep(model):
+        model(IMAGE)
+        assert model.cache and model.calls
+    assert model.kept() == ({}, [{'a': []}, {1}], 0, False) and model.cache is cache and model.deep is deep
+    model(IMAGE)
+    with keep(model): model.cache.clear()
+    assert torch.equal(model.cache['bias'], 2 * model.bias) and model.calls == 1
+
+
+@pytest.mark.parametrize('arguments', [{}, {'coupled': True}, {'example': IMAGE}, {'data': [IMAGE], 'criteria': 'wanda'}])
+def test_a_sparsifier_leaves_nothing_in_what_a_model_keeps(arguments):
+    model = Caching()
+    Sparsifier(nn.Sequential(model, nn.Conv2d(2, 1, 1)), 'filter', **arguments).sparsify_model(50)
+    assert model.kept() == ({}, [{'a': []}, {1}], 0, False)
+    model.bias.data.fill_(7)
+    assert torch.equal(model.eval()(IMAGE), model.conv(IMAGE) + 14)
+
+
+def test_a_container_that_holds_itself_comes_back(model):
+    model.ring = ring = []
+    ring.append(ring)
+    with attributes_kept(model): ring.append(1)
+    assert ring == [ring] and ring[0] is ring

@@ -7,6 +7,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fasterai.deploy.kernels.layers import FUSED, SparseConv, SparseLinearKernel
+from fasterai.snapshot import attributes_kept
 
 SPARSE = SparseConv, SparseLinearKernel
 SUMS = operator.add, operator.iadd, torch.add, 'add', 'add_'  # functions, and names of methods
@@ -76,7 +77,8 @@ class _Tracer(fx.Tracer):
 
 def _rewritten(block):
     "Return the graph of a block in which sparse layers add and activate, or None if there is nothing to do."
-    graph, has_changed = _Tracer().trace(block), False
+    with attributes_kept(block): graph = _Tracer().trace(block)
+    has_changed = False
     for node in list(graph.nodes):
         if _kind(block, node) is nn.Identity: _replace(graph, node, node.args[0])
     for node in list(graph.nodes):
