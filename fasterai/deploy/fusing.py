@@ -1,4 +1,6 @@
-"Let sparse layers do what is done with their outputs: a sum and a ReLU, in the same pass over memory."
+"""Let sparse layers do what is done with their outputs, and run those that follow each other by one call.
+
+torch.fx reads the code of a block, and of the blocks inside."""
 import operator
 from inspect import signature
 
@@ -6,10 +8,13 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fasterai.deploy.kernels.layers import FUSED, SparseConv, SparseLinearKernel
+from fasterai.deploy.kernels.chain import Chain, Link
+from fasterai.deploy.kernels.layers import FUSED, MaxPool, SparseConv, SparseLinearKernel
 from fasterai.snapshot import attributes_kept
 
 SPARSE = SparseConv, SparseLinearKernel
+LINKS = *SPARSE, MaxPool  # what a chain can run
+DO_NOTHING = nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d  # in eval mode
 SUMS = operator.add, operator.iadd, torch.add, 'add', 'add_'  # functions, and names of methods
 IN_PLACE = operator.iadd, 'add_'
 ACTIVATIONS = {F.relu: 'relu', torch.relu: 'relu', torch.relu_: 'relu', 'relu': 'relu', 'relu_': 'relu',
@@ -17,15 +22,22 @@ ACTIVATIONS = {F.relu: 'relu', torch.relu: 'relu', torch.relu_: 'relu', 'relu': 
 
 
 class Forward:
-    """Call a block as its own code does, but for sums and ReLUs that sparse layers take over.
+    """Call a block as its own code does, but for what sparse layers take over, and for chains of them.
 
-    It stands in the place of the method `forward` of one block. It pickles and copies with it."""
+    It stands in the place of the method `forward` of one block. It pickles and copies with it. Modules inside
+    are not called by themselves; where one has hooks, the block's own code runs."""
 
     def __init__(self, block): self.block, self._function = block, None
 
     def __call__(self, *args, **kwargs):
-        if self._function is None: self._function = _compiled(_rewritten(self.block))
+        if self._function is None: self._make()
+        if any(self._hooks): return type(self.block).forward(self.block, *args, **kwargs)
         return self._function(self.block, *args, **kwargs)
+
+    def _make(self):
+        inside = [module for module in self.block.modules() if module is not self.block]
+        self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._function = _compiled(_rewritten(self.block))
 
     def __getstate__(self): return {'block': self.block, '_function': None}
 
@@ -34,11 +46,17 @@ def fuse_blocks(
     model: nn.Module,  # with sparse layers; its blocks are changed
     names: list | None = None,  # of the blocks; None: all
 ) -> list:  # the names of the blocks that have another forward now
-    "Let the sparse layers of each block add and activate, where torch.fx can read the block's code."
-    blocks = {name: block for name, block in model.named_modules() if names is None or name in names}
-    found = {name: block for name, block in blocks.items() if _is_block(block) and _can_be_fused(block)}
-    for block in found.values(): block.forward = Forward(block)
-    return list(found)
+    """Let sparse layers add, activate and follow each other, where torch.fx can read a block's code.
+
+    A block takes those inside along; where its code cannot be read, they are tried by themselves."""
+    found, inside = [], set()
+    for name, block in model.named_modules():
+        if names is not None and name not in names or block in inside: continue
+        if not _is_block(block) or not _can_be_fused(block): continue
+        block.forward = Forward(block)
+        found.append(name)
+        inside.update(block.modules())
+    return found
 
 
 def fused_names(model: nn.Module) -> list:
@@ -52,9 +70,15 @@ def unfuse(model: nn.Module):
 
 
 def _is_block(module):
-    "Tell whether a module has code of its own, and calls layers."
-    is_own = not type(module).__module__.startswith('torch.nn') and 'forward' not in vars(module)
-    return is_own and any(isinstance(m, SPARSE) for m in module.modules()) and _needs_all(module.forward)
+    "Tell whether a module has code that calls sparse layers."
+    if _is_leaf(module) or 'forward' in vars(module): return False
+    return any(isinstance(m, SPARSE) for m in module.modules()) and _needs_all(module.forward)
+
+
+def _is_leaf(module):
+    "Tell whether a module is called as it is: one of torch's that is no row of others, or a sparse layer."
+    is_of_torch = type(module).__module__.startswith('torch.nn')
+    return isinstance(module, LINKS) or is_of_torch and type(module) is not nn.Sequential
 
 
 def _needs_all(forward):
@@ -70,20 +94,31 @@ def _can_be_fused(block):
 
 
 class _Tracer(fx.Tracer):
-    "Read the code of one block, and not that of the modules that it calls."
+    "Read the code of a block and of the blocks that it calls."
 
-    def is_leaf_module(self, module, name): return True
+    def is_leaf_module(self, module, name): return _is_leaf(module)
 
 
 def _rewritten(block):
-    "Return the graph of a block in which sparse layers add and activate, or None if there is nothing to do."
+    "Return the graph of a block in which sparse layers do more, or None if there is nothing for them to do."
     with attributes_kept(block): graph = _Tracer().trace(block)
     has_changed = False
     for node in list(graph.nodes):
-        if _kind(block, node) is nn.Identity: _replace(graph, node, node.args[0])
+        if node.op == 'get_attr' and not _is_tensor_of(block, node.target): return None
+        if _kind(block, node) in DO_NOTHING: _replace(graph, node, node.args[0])
     for node in list(graph.nodes):
         if _kind(block, node) in SPARSE: has_changed |= _absorb(graph, block, node)
+    for row in _rows(graph, block):
+        has_changed = True
+        _link(graph, block, row)
     return graph if has_changed else None
+
+
+def _is_tensor_of(block, path):
+    "Tell whether a path names a tensor of the block, and not one that its code made while it was read."
+    names = {name for name, _ in (*block.named_parameters(remove_duplicate=False),
+                                  *block.named_buffers(remove_duplicate=False))}
+    return path in names
 
 
 def _kind(block, node):
@@ -101,6 +136,37 @@ def _absorb(graph, block, node):
     activation = _activation(block, reader)
     if activation: node = _moved(graph, node, reader, node.kwargs | {'activation': activation})
     return node is not start
+
+
+def _rows(graph, block):
+    "Return the calls of layers that follow each other with no other call between, lists of two or more."
+    rows = [[]]
+    for node in graph.nodes:
+        if _kind(block, node) in LINKS: rows[-1].append(node)
+        elif rows[-1]: rows.append([])
+    return [row for row in rows if len(row) > 1]
+
+
+def _link(graph, block, row):
+    "Let a chain take the place of a row of calls."
+    reads = dict.fromkeys(read for node in row for read in node.all_input_nodes)
+    inputs = [node for node in reads if node not in row]
+    outputs = [node for node in row if node.users.keys() - {*row}]
+    number = {node: i for i, node in enumerate([*inputs, *row])}
+    links = [Link(block.get_submodule(node.target), number[node.args[0]],
+                  number.get(node.kwargs.get('add')), node.kwargs.get('activation')) for node in row]
+    chain = Chain(links, len(inputs), [number[node] for node in outputs])
+    with graph.inserting_after(row[-1]): found = graph.call_function(chain.call, tuple(inputs))
+    for node, result in zip(outputs, _parts(graph, found, len(outputs))):
+        node.replace_all_uses_with(result, lambda user: user not in row)
+    for node in reversed(row): graph.erase_node(node)
+
+
+def _parts(graph, found, count):
+    "Return the nodes of what a chain returns."
+    if count == 1: return [found]
+    with graph.inserting_after(found):  # the one that is inserted last comes first
+        return [graph.call_function(operator.getitem, (found, i)) for i in range(count)]
 
 
 def _only_reader(node):

@@ -83,6 +83,7 @@ class _Call:
 
     def __init__(self, run, out_shape, watched):
         self.run, self.out_shape = run, out_shape
+        self.plan = getattr(run, '__self__', None)  # of the kernels
         # an inference tensor counts no versions
         self.watched = _UNCHANGED if watched.is_inference() else watched
         self.version = self.watched._version

@@ -53,6 +53,10 @@ class _Plan:
         for name, array in arrays.items(): setattr(arguments, name, address(array))
         self.pointer = ctypes.addressof(arguments)
 
+    def pieces(self, threads):
+        "Return what `_cut` returns for so many threads."
+        return self._pieces.get(threads) or self._split(threads)
+
     def _cut(self, threads, pieces):
         "Return where the pieces of the outputs begin, as the C code has it, and how many there are."
         # the C code has a pointer, so what another thread has put there must not be replaced
@@ -97,11 +101,10 @@ class ConvolutionPlan(_Plan):
 
     def run(self, x, y, add=None):  # contiguous tensors
         threads, team = kernels.threads()
-        pieces = self._pieces.get(threads) or self._split(threads)
         at, size = kernels.scratch(self.scratch * threads)
         add = None if add is None else add.data_ptr()
         kernels.checked(self.code.convolve(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
-                                           add, *pieces, at, size, threads, team))
+                                           add, *self.pieces(threads), at, size, threads, team))
 
     def _split(self, threads):
         # every piece packs its inputs anew, so there is one if there are enough tiles
@@ -147,6 +150,7 @@ def _chunks(geometry, tile):
 
 class MatrixPlan(_Plan):
     "Hold the weights of a Linear for few inputs at a time, and call it."
+    scratch = 0
 
     def __init__(self, code, inputs, vectors, weights, activation=None):
         self.code, self.vectors = code, vectors
@@ -160,9 +164,8 @@ class MatrixPlan(_Plan):
 
     def run(self, x, y, add=None):  # contiguous tensors, (n, inputs) and (n, outputs)
         threads, team = kernels.threads()
-        pieces = self._pieces.get(threads) or self._split(threads)
         kernels.checked(self.code.multiply(self.pointer, x.data_ptr(), x.numel(), y.data_ptr(), y.numel(),
-                                           self.vectors, *pieces, threads, team))
+                                           self.vectors, *self.pieces(threads), threads, team))
 
     def _split(self, threads):
         return self._cut(threads, 1 if threads == 1 else min(ITEMS * threads, self.arguments.outputs))
@@ -175,6 +178,8 @@ class PoolPlan:
         self.code, self.arguments = code, arguments
         self.pointer = ctypes.addressof(arguments)
         self.scratch = code.pool_scratch(self.pointer)
+
+    def pieces(self, threads): return None, 1
 
     def run(self, x, y, add=None):  # contiguous tensors
         threads, team = kernels.threads()

@@ -847,6 +847,39 @@ int64_t max_pool(const Pool *p, const float *x, int64_t x_length, float *y, int6
 }
 
 
+// --- chains --------------------------------------------------------------------------------------
+
+enum Kind { CONVOLUTION, MATRIX, POOL };
+
+typedef struct {
+    int64_t kind;
+    const void *plan;
+    int64_t x, x_length, y, y_length, add;  // x, y, add: numbers of memories; add: -1 for none
+    int64_t vectors;  // of a matrix
+    const int64_t *cuts;
+    int64_t pieces;
+} Step;
+
+// Run plans one after the other, in memories that one writes and a later one reads.
+int64_t run_chain(const Step *step, int64_t steps, float *const *memory, char *scratch, int64_t scratch_bytes,
+                  int64_t threads, const Team *team) {
+    for (const Step *s = step; s < step + steps; s++) {
+        const float *x = memory[s->x], *add = s->add < 0 ? 0 : memory[s->add];
+        float *y = memory[s->y];
+        int64_t refused = BAD_SIZE;
+        if (s->kind == CONVOLUTION)
+            refused = convolve(s->plan, x, s->x_length, y, s->y_length, add, s->cuts, s->pieces,
+                               scratch, scratch_bytes, threads, team);
+        else if (s->kind == MATRIX)
+            refused = multiply(s->plan, x, s->x_length, y, s->y_length, s->vectors, s->cuts, s->pieces, threads, team);
+        else if (s->kind == POOL)
+            refused = max_pool(s->plan, x, s->x_length, y, s->y_length, scratch, scratch_bytes, threads, team);
+        if (refused) return refused;
+    }
+    return FINE;
+}
+
+
 // --- peak ----------------------------------------------------------------------------------------
 
 #define CHAINS 12  // enough that no multiplication waits for another
