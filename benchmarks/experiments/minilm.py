@@ -19,10 +19,10 @@ from fasterai.sparsifier import Sparsifier
 
 CALIBRATE, MEASURE = 800, 350  # sentences
 NONE, REFIT = 'no repair', 'refit'
-CASES = {  # sparsity: (criterion, repair); sparsegpt and alps refit by themselves
-    '50 %': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('ria', REFIT),
-             ('sparsegpt', 'its own refit'), ('alps', 'its own refit')],
-    '70 %': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
+CASES = {  # percent or pattern: (criterion, repair); sparsegpt and alps refit by themselves
+    '50': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('ria', REFIT),
+           ('sparsegpt', 'its own refit'), ('alps', 'its own refit')],
+    '70': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
     '2:4': [('magnitude', NONE), ('magnitude', REFIT), ('wanda', NONE), ('wanda', REFIT), ('alps', 'its own refit')],
 }
 
@@ -31,36 +31,32 @@ CONTEXTS = dict.fromkeys(('wanda', 'ria'), within('O'))  # as in the papers; els
 CRITERIA = {criterion for cases in CASES.values() for criterion, _ in cases}
 
 
-def run(data):
-    "Yield how near the pruned networks are to the dense one."
+def run(data, sparsity):
+    "Yield how near networks that are pruned to one of `CASES` are to the dense one."
     dense = load()
     sentences = _sentences(data / 'shakespeare/input.txt')
     calibrate = batches(sorted(sentences[:CALIBRATE], key=len))
     measure = batches(sentences[CALIBRATE:])
     wanted = encode(dense, measure)
     found, slowest, peak = {}, 0., 0
-    for sparsity, criterion, repair in [(sparsity, *case) for sparsity, cases in CASES.items() for case in cases]:
+    name = sparsity if ':' in sparsity else f'{sparsity} %'
+    for criterion, repair in CASES[sparsity]:
         with timed() as clock, above() as memory:
             net = _pruned(dense, criterion, repair, sparsity, calibrate)
         slowest = max(slowest, clock.seconds)
         if repair == REFIT: peak = max(peak, memory.peak)
         vectors = encode(net, measure)
         cosine = float((vectors * wanted).sum(1).mean())
-        found[sparsity, criterion, repair] = correlation = rank_correlation(vectors, wanted)
-        yield Row('MiniLM', f'{sparsity}, {criterion}, {repair}', f'rank correlation {correlation:.4f}, cosine {cosine:.4f}',
+        found[criterion, repair] = correlation = rank_correlation(vectors, wanted)
+        yield Row('MiniLM', f'{name}, {criterion}, {repair}', f'rank correlation {correlation:.4f}, cosine {cosine:.4f}',
                   seconds=clock.seconds)
-    yield from _goals(found)
-    yield Goal('MiniLM: pruning and repair in less than five minutes', f'{slowest:.0f} s at most', slowest < 300)
+    plain, repaired = (found['magnitude', repair] for repair in (NONE, REFIT))
+    yield Goal(f'MiniLM, {name}: refit comes nearer to the dense network than magnitude alone',
+               f'{repaired:.4f} against {plain:.4f}', repaired > plain)
+    yield Goal(f'MiniLM, {name}: pruning and repair in less than five minutes', f'{slowest:.0f} s at most', slowest < 300)
     together = held_together(dense, nn.Linear)
-    setting = f'peak of a refit above networks and batches; all Gram matrices: {together / 1e6:.0f} MB'
+    setting = f'{name}: peak of a refit above networks and batches; all Gram matrices: {together / 1e6:.0f} MB'
     yield Row('MiniLM', setting, f'{peak / 1e6:.0f} MB')
-
-
-def _goals(found):
-    for sparsity in CASES:
-        plain, repaired = (found[sparsity, 'magnitude', repair] for repair in (NONE, REFIT))
-        yield Goal(f'MiniLM, {sparsity}: refit comes nearer to the dense network than magnitude alone',
-                   f'{repaired:.4f} against {plain:.4f}', repaired > plain)
 
 
 def _sentences(path):
@@ -76,7 +72,7 @@ def _pruned(dense, criterion, repair, sparsity, calibrate):
     net = deepcopy(dense)
     is_pattern = ':' in sparsity
     context = sparsity if is_pattern else CONTEXTS.get(criterion, 'local')
-    percent = 50 if is_pattern else float(sparsity.split()[0])
+    percent = 50 if is_pattern else float(sparsity)
     known = {} if criterion == 'magnitude' else dict(data=calibrate)
     Sparsifier(net, 'weight', context, criterion, layers=nn.Linear, **known).sparsify_model(percent)
     if repair == REFIT: refit(net, dense, calibrate)
