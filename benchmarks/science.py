@@ -1,6 +1,7 @@
 """Ours beside the published, on real data; `make science` writes the tables to benchmarks/SCIENCE.md.
 
-Name parts to run these alone: `science.py xor monks`. A part replaces its own section."""
+Name parts to run these alone: `science.py xor monks`. A part replaces its own section. Those of `LONGER` train
+for long, and run only if they are named."""
 import argparse
 import importlib
 import os
@@ -33,17 +34,18 @@ PARTS = {  # module in `experiments`, and which of its cases if it has several: 
     'memory': ('Memory of a repair', None),
     'paper': ('A model of 7 billion parameters, on paper', None),
 }
+LONGER = 'accurate', 'accurate_cifar', 'tickets'
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='*', metavar='part', help=f'{", ".join(PARTS)}; none: all')
+    parser.add_argument('parts', nargs='*', metavar='part', help=f'{", ".join(PARTS)}; none: all but {", ".join(LONGER)}')
     parser.add_argument('--data', type=Path, default=Path('../shared/data'), help='the folder with the data')
     parser.add_argument('--out', type=Path, default=SCIENCE, help='the file with the tables')
     given = parser.parse_args()
     for part in given.parts:
         if part not in PARTS: parser.error(f'part: got {part!r}, expected one of {", ".join(PARTS)}')
-    parts = given.parts or list(PARTS)
+    parts = given.parts or [part for part in PARTS if part not in LONGER]
     missing = [needed for _, needed in map(PARTS.get, parts) if needed and not (given.data / needed).is_dir()]
     if missing: parser.error(_how_to_get(given.data, missing))
     if len(parts) == 1: _run(parts[0], given.data, given.out)
@@ -51,7 +53,7 @@ def main():
 
 
 def _how_to_get(folder, missing):
-    return (f'data: {folder.resolve()} has no {", ".join(missing)}; put them there, or name another folder by '
+    return (f'data: {folder.resolve()} has no {", ".join(dict.fromkeys(missing))}; put them there, or name another folder by '
             '--data (make science DATA=…); benchmarks/experiments/__init__.py says what each holds')
 
 

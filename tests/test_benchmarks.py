@@ -44,6 +44,8 @@ def test_several_parts_run_side_by_side_and_each_has_its_section(tmp_path):
 def test_science_says_where_data_go(tmp_path):
     found = science('monks', 'lenet', '--data', tmp_path)
     assert found.returncode and f'{tmp_path} has no monks, mnist' in found.stderr and 'DATA=' in found.stderr
+    found = science('--data', tmp_path)
+    assert f'{tmp_path} has no monks, cifar10, shakespeare, mnist;' in found.stderr
     found = science('mnist')
     assert found.returncode and "got 'mnist', expected one of xor, monks" in found.stderr
 
