@@ -1,13 +1,19 @@
 "Hold a Sparsifier to the steps of an optimizer, by the optimizer's own hooks."
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 
-from fasterai.arguments import whole
+from fasterai.arguments import read_example, whole
+from fasterai.distil import read_distil
 from fasterai.driver import Driver, check_choices
+from fasterai.names import bare
 from fasterai.optimizers import parameters_of, real_optimizers
+from fasterai.recipes import with_recipe
 from fasterai.repairing import repairs_of
 from fasterai.schedule import in_epochs, read_schedule
+from fasterai.summary import distilled_line
+from fasterai.teacher import Teacher
 
 
 class Attached:
@@ -24,11 +30,13 @@ class Attached:
         self.optimizers = [*reversed(real_optimizers(optimizer))]  # of one inside another the inner one comes first
         self.driver, self.step, self.steps = None, 0, 0  # None: nothing is pruned; steps that are done, and all of them
         self.leaders, self._leader, self._hooks = [], None, []  # optimizers whose steps are counted, and the one that has begun a step
+        self.teacher, self._inputs = Teacher(None), None  # the dense network, and the inputs of the last `loss`
 
     def __repr__(self):
         names = ', '.join(dict.fromkeys(type(one).__name__ for one in self.optimizers))
         if self.driver is None: return f'Attached({names})'
-        return f'Attached({names}, step {self.step:,} of {self.steps:,}: {self.driver.reached()})'
+        text = '; '.join(filter(None, [self.driver.reached(), distilled_line(self.teacher)]))
+        return f'Attached({names}, step {self.step:,} of {self.steps:,}: {text})'
 
     def __enter__(self): return self
 
@@ -38,7 +46,23 @@ class Attached:
         "Let go of the optimizer. Its next step may move the zeros."
         for hook in self._hooks: hook.remove()
         self._hooks = []
+        self.teacher.let_go()
         self.sparsifier.let_go(self)
+
+    def loss(self,
+        loss_func: Callable,  # of output and targets; returns a scalar
+        output,  # of the model, as it returns it
+        *targets,  # of the batch
+        inputs,  # of the batch, as the model takes them: a tuple for several, a dict for keywords
+    ) -> torch.Tensor:  # a scalar
+        """Return the loss of a batch, with the distance from the dense network in it where `distil=` says so.
+
+        Before the first event, after the last step and without `distil=` it is that of the targets alone.
+        Call it between the model and `backward`, within the same autocast."""
+        loss = loss_func(output, *targets)
+        self._inputs = read_example(inputs, bare(self.sparsifier.model))
+        added = self.teacher.adds(loss, output, self._inputs, targets, loss_func)
+        return loss if added is None else loss + added
 
     # Beginning
 
@@ -65,6 +89,8 @@ class Attached:
         steps: int,  # of the whole training
         steps_per_epoch: int | None,
         rewind_to,  # a time, or None
+        distil,  # as a user gives it
+        recipe,  # as a user gives it
     ):
         """Prune by a schedule from the next step on.
 
@@ -74,7 +100,8 @@ class Attached:
             if other.driver is None: continue
             raise ValueError(f'sparsity: got {sparsity!r}, but a schedule is at step {other.step:,} of '
                              f'{other.steps:,}, expected detach() first')
-        schedule = read_schedule(schedule)
+        given = with_recipe(recipe, {'schedule': schedule, 'distil': distil})
+        schedule, teacher = read_schedule(given['schedule']), Teacher(read_distil(given['distil']))
         repair = [one for one in sparsifier.repairs.functions if one not in repairs_of(rules, None)] or None
         check_choices(rules, sparsity, schedule, repair, rewind_to)
         if steps is None:
@@ -85,6 +112,7 @@ class Attached:
         driver = Driver(sparsifier, sparsity, schedule, repair, sparsifier.repairs.data, rewind_to)
         driver.timetable.place(n_epochs, epoch)
         self.driver, self.steps, self.leaders = driver, steps, self._find_leaders()
+        self.teacher = teacher
         if rewind_to is not None: self._check_one_optimizer(rewind_to)
         driver.remember(0, self.optimizer)
 
@@ -165,7 +193,12 @@ class Attached:
 
     def _prune(self):
         if self.is_over: return False
-        self.driver.timetable.progress = (self.step + 1) / self.steps
+        timetable, choice = self.driver.timetable, self.teacher.choice
+        if choice is not None and self._inputs is None:
+            raise ValueError(f'distil: got {choice}, but loss() of what attach() returns was not called, '
+                             'expected loss(loss_func, output, target, inputs=inputs) before each backward')
+        timetable.progress = (self.step + 1) / self.steps
+        if timetable.is_due: self.teacher.remember(bare(self.sparsifier.model), self._inputs)
         return self.driver.prune()
 
     def _after_step(self, optimizer, *_):
@@ -178,6 +211,7 @@ class Attached:
         self.step += 1
         self.driver.rewind(self.optimizer)
         self.driver.remember(self.step, self.optimizer)
+        if self.is_over: self.teacher.let_go()
 
     def _stepped(self): return set().union(*map(parameters_of, self.optimizers))
 
@@ -190,7 +224,8 @@ class Attached:
 
     def state_dict(self) -> dict:
         "Return how far the training is."
-        return {'step': self.step, 'steps': self.steps} | self.driver.state_dict()
+        of_teacher = {'teacher': self.teacher.state_dict()}
+        return {'step': self.step, 'steps': self.steps} | self.driver.state_dict() | of_teacher
 
     def goes_on(self,
         state: dict,  # of `state_dict`
@@ -198,7 +233,7 @@ class Attached:
         """Tell whether a state is of this training. One that is over may be followed by another.
 
         `ValueError` where it is of one of other length that is under way."""
-        lacks = {'step', 'steps', 'done', 'pruned', 'waiting', 'rewound', 'snapshot'} - {*state}
+        lacks = {'step', 'steps', 'done', 'pruned', 'waiting', 'rewound', 'snapshot', 'teacher'} - {*state}
         if lacks: raise ValueError(f'state: got no {", ".join(sorted(lacks))} of the training, expected all')
         if state['steps'] == self.steps: return True
         if state['step'] >= state['steps']: return False
@@ -208,9 +243,11 @@ class Attached:
     def load_state_dict(self,
         state: dict,  # of `state_dict`, of this training
     ):
-        "Go on from there."
+        "Go on from there; `ValueError`, and nothing changed, where a network of the state does not fit."
+        begun = bool(state['pruned']) and state['step'] < self.steps
+        network = self.teacher.read_state(state['teacher'], bare(self.sparsifier.model), begun)
         self.driver.load_state_dict(state, self.optimizer)
-        self.step = state['step']
+        self.step, self.teacher.network = state['step'], network
 
 
 def _length(schedule, rewind_to, steps, steps_per_epoch):

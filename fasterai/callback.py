@@ -152,7 +152,7 @@ class SparsifyCallback(Keeper):
         driver.snapshot = None
         if not frozen: self._say(rewound_line(driver.timetable, driver.rewound))
         self._say(repaired_line(driver.repaired_by, driver.repaired))
-        self._say(distilled_line(self.distilling.n_batches, self.distilling.n_lower))
+        self._say(distilled_line(self.distilling.teacher))
         self._say(low_rate_line(self.rate, driver.timetable))
         self._say(driver.reached(frozen))
 
@@ -186,8 +186,7 @@ class SparsifyCallback(Keeper):
         timetable.progress = (self._steps_done + 1) / (self.n_epoch * self.n_iter)
         if self._frozen_by_learner(): return
         timetable.place(self.n_epoch, self.n_iter)  # there may be another number of batches than was known before
-        if timetable.due(timetable.progress) != timetable.done:
-            self.distilling.remember(self._model(), self._batch())
+        if timetable.is_due: self.distilling.remember(self._model(), self._batch())
         if self.driver.prune(): self._mask_optimizer_state()
         if self.rate is None and timetable.at_end: self.rate = self._rate()
 
@@ -283,10 +282,11 @@ class SparsifyCallback(Keeper):
 
     def __repr__(self):
         asked = {name: value for name, value in self.budget.items() if value is not None}
+        distil = self.distilling.teacher.choice
         given = (asked or {'sparsity': self.sparsity}) | self.rules.given | {'schedule': self.schedule}
         if self.repair: given['repair'] = self.repair
         if self.rewind_to is not None: given['rewind_to'] = self.rewind_to
-        if self.distilling.choice is not None: given['distil'] = self.distilling.choice
+        if distil is not None: given['distil'] = distil
         return f'{type(self).__name__}({as_arguments(given)})'
 
     def plot_sparsity(self,

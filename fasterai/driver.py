@@ -47,8 +47,8 @@ class Driver:
     def prune(self) -> bool:
         "Make an event, if one is due at this progress of the timetable; tell whether one was made."
         timetable, sparsifier = self.timetable, self.sparsifier
+        if not timetable.is_due and not self._more_to_prune(): return False
         due = timetable.due(timetable.progress)
-        if due == timetable.done and not self._more_to_prune(): return False
         regrow, swap = timetable.falls_to(due), timetable.swap_of(due)
         repairs = self._repairs_at(due)
         with hidden(), sparsifier.repairs.instead(repairs, self.data, bare(sparsifier.model)):

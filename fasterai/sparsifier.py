@@ -330,6 +330,8 @@ class Sparsifier:
         steps: int | None = None,  # with `sparsity`, of the whole training: how often the optimizer steps; accumulated batches are one step, a step that GradScaler skips is none
         steps_per_epoch: int | None = None,  # for a schedule with `epochs(n)`
         rewind_to: float | Time | None = None,  # after the last event all weights that are left, and the optimizer's state, go back to this time, as in `SparsifyCallback`
+        distil=None,  # share of the loss, 0 to 1, that comes from the network as it was before the first event, or `distillation(...)`; the loop makes its loss by `Attached.loss`
+        recipe: str | None = None,  # other defaults for `schedule` and `distil`, as in `SparsifyCallback`
     ) -> Attached:  # a context manager, which lets go of the optimizer at its end
         """Keep masked weights zero at every step of an optimizer, until `detach`, and prune by a schedule.
 
@@ -339,10 +341,12 @@ class Sparsifier:
         none of the selected weights, or, with `sparsity`, not all of them."""
         attached, others = Attached(self, optimizer), self._attached
         given = {'schedule': schedule, 'steps': steps, 'steps_per_epoch': steps_per_epoch,
-                 'rewind_to': rewind_to}
+                 'rewind_to': rewind_to, 'distil': distil, 'recipe': recipe}
 
         def check():
             attached.check(others)
+            if distil: self._refuse_shards('distil', distil)
+            if recipe: self._refuse_shards('recipe', repr(recipe))
             if sparsity is not None: attached.drive(others, sparsity, **given)
             else: _check_only_kept(given)
         self._agree(check)

@@ -97,12 +97,12 @@ def rewound_line(
 
 
 def distilled_line(
-    n_batches: int,  # since the first event
-    n_lower: int,  # those of them in which the dense network was listened to
+    teacher,  # `Teacher`
 ) -> str:  # '' where nothing was distilled
     "Say how often the dense network was listened to."
-    if not n_batches: return ''
-    return f'distilled in {n_lower:,} of {n_batches:,} batches, in which the dense network had the lower loss'
+    if not teacher.n_batches: return ''
+    return (f'distilled in {teacher.n_lower:,} of {teacher.n_batches:,} batches, '
+            'in which the dense network had the lower loss')
 
 
 def low_rate_line(

@@ -93,6 +93,11 @@ class Timetable:
         share, swap, nth = as_due(self.placed(progress))
         return Wanted(float(share), initial_at(self.placed, progress), float(swap), nth)
 
+    @property
+    def is_due(self) -> bool:
+        "Tell whether something else shall be made at this progress than the last event has made."
+        return self.due(self.progress) != self.done
+
     def swap_of(self,
         due: Wanted,
     ) -> float:  # 0 to 1

@@ -30,7 +30,7 @@ class Watch(Callback):
     def __init__(self, owner): self.owner, self.seen, self.steps = owner, [], []
 
     def before_backward(self):
-        teacher = self.owner.distilling.teacher
+        teacher = self.owner.distilling.teacher.network
         self.seen.append(dict(loss=self.loss.item(), used=self.learn.loss_grad.item(), output=getattr(self.pred, 'data', None), x=self.xb[0], y=self.yb[0],
                               teacher=None if teacher is None else {n: w.clone() for n, w in teacher.state_dict().items()}))
 
@@ -78,7 +78,7 @@ def test_the_loss_has_a_share_of_the_distance_where_the_teacher_is_better(make_l
     assert used[7:] == pytest.approx([by_hand(batch, share, temperature) for batch in watch.seen[7:]], rel=1e-4)
     assert [batch['loss'] for batch in watch.seen] == pytest.approx([F.cross_entropy(batch['output'], batch['y']).item() for batch in watch.seen])
     n_other = sum(batch['loss'] != batch['used'] for batch in watch.seen)
-    assert 0 < n_other == callback.distilling.n_lower < callback.distilling.n_batches == 5
+    assert 0 < n_other == callback.distilling.teacher.n_lower < callback.distilling.teacher.n_batches == 5
 
 
 def test_the_teacher_is_the_network_before_the_first_event_and_stays(make_learner):
@@ -112,7 +112,7 @@ def test_a_fit_goes_on_with_it(make_learner, opt):
 def test_mixup_and_wrapped_models(make_learner):
     learn = make_learner(batches=6)
     callback, _ = fit(learn, cbs=[MixUp()])
-    assert callback.distilling.n_batches == 5
+    assert callback.distilling.teacher.n_batches == 5
 
 
 def test_random_numbers_and_the_pruned_network_are_not_touched(make_learner):
@@ -129,7 +129,7 @@ def test_random_numbers_and_the_pruned_network_are_not_touched(make_learner):
 class Worst(Callback):
     "Spoil a teacher."
     def before_batch(self):
-        teacher = self.learn.distilling.teacher if hasattr(self.learn, 'distilling') else None
+        teacher = self.learn.distilling.teacher.network if hasattr(self.learn, 'distilling') else None
         if teacher is not None: teacher[-1].bias.data[:] = torch.nan
 
 
@@ -139,19 +139,19 @@ class Worst(Callback):
 def test_the_teacher_is_let_go_at_the_end(make_learner, error):
     learn = make_learner()
     callback, _ = fit(learn, cbs=[Boom(5, error)] if error else [])
-    assert callback.distilling.teacher is None and callback.distilling not in learn.cbs
+    assert callback.distilling.teacher.network is None and callback.distilling not in learn.cbs
 
 
 def test_ctrl_c_keeps_the_teacher_for_a_fit_that_goes_on(make_learner):
     learn, callback = make_learner(), SparsifyCallback(80, schedule=HALF, distil=distillation(share=.5))
     with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=[callback, Boom(9, KeyboardInterrupt())])
-    teacher = callback.distilling.teacher
+    teacher = callback.distilling.teacher.network
     learn.fit(3, start_epoch=2, cbs=[callback, watch := Watch(callback)])
     assert len(watch.seen) == 4 and all(torch.equal(batch['teacher']['0.weight'], teacher[0].weight) for batch in watch.seen)
-    assert callback.distilling.teacher is None
+    assert callback.distilling.teacher.network is None
     with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=[callback, Boom(9, KeyboardInterrupt())])
     learn.fit(1, cbs=watch)  # nothing is distilled here, and the teacher goes
-    assert watch.seen[-1]['loss'] == watch.seen[-1]['used'] and callback.distilling.teacher is None
+    assert watch.seen[-1]['loss'] == watch.seen[-1]['used'] and callback.distilling.teacher.network is None
     assert callback.distilling not in learn.cbs
 
 
@@ -177,9 +177,9 @@ def test_fine_tune_has_its_teacher_in_the_second_part(make_learner):
 def test_copies_and_files_do_not_have_it(make_learner):
     learn, callback = make_learner(), SparsifyCallback(80, schedule=HALF, distil=.5)
     with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[callback, Boom(6, KeyboardInterrupt())])
-    assert callback.distilling.teacher is not None
-    assert pickle.loads(pickle.dumps(callback.distilling.choice)) == distillation(.5)
-    assert 'teacher' not in callback.distilling.__getstate__()
+    assert callback.distilling.teacher.network is not None
+    assert pickle.loads(pickle.dumps(callback.distilling.teacher.choice)) == distillation(.5)
+    for copied in (deepcopy(callback.distilling.teacher), pickle.loads(pickle.dumps(callback.distilling.teacher))): assert copied.network is None
 
 
 # What the distance is
@@ -211,7 +211,7 @@ def test_other_losses_have_the_mean_of_the_squares(tmp_path):
     learn = new_learner(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), metrics=[], batches=6)
     learn.loss_func = lambda output, y: MSELossFlat()(output, y.float())
     callback, watch = fit(learn, 2, distil=distillation(share=1.))
-    assert callback.distilling.n_lower > 0
+    assert callback.distilling.teacher.n_lower > 0
     for batch in watch.seen[7:]:
         squares = (batch['output'] - F.linear(batch['x'].flatten(1), batch['teacher']['1.weight'], batch['teacher']['1.bias'])).square().mean().item()
         assert batch['used'] in (pytest.approx(batch['loss'], abs=1e-5), pytest.approx(squares, abs=1e-5))
@@ -239,7 +239,7 @@ def test_several_outputs_and_a_function_of_ones_own(tmp_path):
         learn = new_learner(tmp_path, Two(), metrics=[], batches=6)
         learn.loss_func = both
         callback, watch = fit(learn, distil=distil)
-        assert callback.distilling.n_lower == 5 and all(b['used'] != b['loss'] for b in watch.seen[7:])
+        assert callback.distilling.teacher.n_lower == 5 and all(b['used'] != b['loss'] for b in watch.seen[7:])
 
 
 def test_outputs_that_do_not_match_are_refused(tmp_path):
@@ -268,16 +268,26 @@ class Detach(Callback):
     def after_step(self): self.model.hidden = self.model.hidden.detach()
 
 
+class Memory(Callback):
+    "Tell at each step of the second epoch whether a teacher remembers nothing."
+    def __init__(self, owner): self.owner, self.is_empty = owner, []
+
+    def before_batch(self):
+        if self.training and self.epoch == 1: self.is_empty.append(not self.owner.distilling.teacher.network.hidden.any())
+
+
 def test_recurrent_networks(tmp_path):
     learn = new_learner(tmp_path, Recurrent(), metrics=[], batches=6, cbs=[ModelResetter(), RNNCallback(), Detach()])
-    callback, _ = fit(learn)
-    assert callback.distilling.n_batches == 5
+    callback = SparsifyCallback(80, schedule=one_shot(.1), distil=SHARE)
+    learn.fit(2, cbs=[callback, memory := Memory(callback)])
+    assert callback.distilling.teacher.n_batches == 10
+    assert memory.is_empty == ([True, *5 * [False]])  # at the steps of the second epoch: fastai's model forgets, too
 
 
 # What can be given
 
 def test_what_can_be_given():
-    assert SparsifyCallback(80, distil=0).distilling.choice is None is SparsifyCallback(80).distilling.choice
+    assert SparsifyCallback(80, distil=0).distilling.teacher.choice is None is SparsifyCallback(80).distilling.teacher.choice
     assert repr(SparsifyCallback(80, distil=.9)).endswith(', distil=distillation())')
     assert repr(distillation(.5, 4)) == 'distillation(share=0.5, temperature=4)'
     for given, error, says in ((2, ValueError, 'distil: got share=2, expected a share of the loss'), (-.1, ValueError, 'share=-0.1'),
@@ -291,7 +301,7 @@ def test_lines(make_learner, capsys):
     learn = make_learner(batches=6)
     learn.logger = print
     callback, _ = fit(learn)
-    assert f'sparsity: distilled in {callback.distilling.n_lower} of 5 batches' in capsys.readouterr().out
+    assert f'sparsity: distilled in {callback.distilling.teacher.n_lower} of 5 batches' in capsys.readouterr().out
     assert zeros(learn.model)['0.weight']
     fit(learn, distil=None)
     assert 'distilled' not in capsys.readouterr().out

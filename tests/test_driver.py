@@ -67,8 +67,10 @@ class Batches(Callback):
     dict(criteria='magnitude', schedule=acdc(.1, .7, every=.2)),
     dict(criteria='magnitude', schedule=one_shot(.5), rewind_to=steps(2)),
     dict(criteria='magnitude', schedule=one_shot(.5), rewind_to=0),
-    dict(criteria='magnitude', schedule=one_shot(.5), granularity='filter', context='local')],
-    ids=['gradual', 'taylor', 'movement', 'rigl', 'acdc', 'rewinding', 'to the beginning', 'filter'])
+    dict(criteria='magnitude', schedule=one_shot(.5), granularity='filter', context='local'),
+    dict(criteria='magnitude', schedule=one_shot(.3), distil=.9),
+    dict(criteria='magnitude', recipe='accurate')],
+    ids=['gradual', 'taylor', 'movement', 'rigl', 'acdc', 'rewinding', 'to the beginning', 'filter', 'distilled', 'recipe'])
 def test_a_loop_does_what_a_fit_does(make_learner, prune):
     "To the bit: the masks, the weights, and the optimizer's state."
     learn = make_learner(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
@@ -80,17 +82,19 @@ def test_a_loop_does_what_a_fit_does(make_learner, prune):
     model = convnet()
     model.load_state_dict(start)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(.9, .999), weight_decay=.01)
-    when = {name: prune.pop(name) for name in ('schedule', 'rewind_to') if name in prune}
+    when = {name: prune.pop(name) for name in ('schedule', 'rewind_to', 'distil', 'recipe') if name in prune}
     sparsifier = Sparsifier(model, example=batches.seen[0][0], **prune)
-    sparsifier.attach(optimizer, sparsity=80, steps=12, steps_per_epoch=4, **when)
+    attached = sparsifier.attach(optimizer, sparsity=80, steps=12, steps_per_epoch=4, **when)
     torch.manual_seed(0)
     for x, y in batches.seen:
-        F.cross_entropy(model(x), y).backward()
+        attached.loss(F.cross_entropy, model(x), y, inputs=x).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert sparsifier.sparsity == callback.sparsifier.sparsity > 0
     for name, mask in callback.sparsifier.masks.items(): assert torch.equal(mask, sparsifier.masks[name]), name
     for name, value in learn.model.state_dict().items(): assert torch.equal(value, model.state_dict()[name]), name
+    heard = callback.distilling.teacher.n_lower
+    assert attached.teacher.n_lower == heard and attached.teacher.network is None and (heard > 0) == bool({'distil', 'recipe'} & {*when})
 
 
 # ---- What a step is

@@ -26,7 +26,7 @@ ROWS = [
     'granularity kinds evidence criteria names layers pattern allocation context schedule recipes regrowth rules distil',  # choices
     'zeros scoring rounding rounds exchange event parts',
     'norms selected masks held',  # state
-    'repair repairing report driver attached sparsifier sensitivity timetable summary costs damage fit_to',
+    'repair repairing teacher report driver attached sparsifier sensitivity timetable summary costs damage fit_to',
     'epochs keep distilling callback tickets demo all',  # with fastai
 ]
 
