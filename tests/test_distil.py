@@ -235,11 +235,12 @@ def both(output, y):
 
 
 def test_several_outputs_and_a_function_of_ones_own(tmp_path):
-    for distil in (distillation(), distillation(loss=lambda output, taught: (output[0] - taught[0]).abs().mean())):
+    for distil in (distillation(), distillation(share=1., loss=lambda output, taught: 7 + 0 * (output[0] - taught[0]).sum())):
         learn = new_learner(tmp_path, Two(), metrics=[], batches=6)
         learn.loss_func = both
         callback, watch = fit(learn, distil=distil)
         assert callback.distilling.teacher.n_lower == 5 and all(b['used'] != b['loss'] for b in watch.seen[7:])
+        assert distil.loss is None or [b['used'] for b in watch.seen[7:]] == pytest.approx(5 * [7], rel=1e-5)
 
 
 def test_outputs_that_do_not_match_are_refused(tmp_path):
