@@ -4,12 +4,12 @@ from fastai.callback.schedule import SchedCos  # noqa: F401 (gives a Learner fit
 from fasterai.callback import SparsifyCallback
 from fasterai.distil import distillation
 from fasterai.recipes import RECIPES
-from fasterai.schedule import gradual, linear, one_shot, rigl
+from fasterai.schedule import gradual, linear, one_cycle, one_shot, rigl
 
 
 def test_a_recipe_chooses_what_was_left_open():
     callback = SparsifyCallback(95, recipe='accurate')
-    assert callback.schedule == gradual(.1, .5) and callback.distilling.teacher.choice == distillation(.9)
+    assert callback.schedule == one_cycle(0, .5) and callback.distilling.teacher.choice == distillation(.9)
     callback = SparsifyCallback(95, recipe='accurate', schedule=linear(0, 1), distil=0)
     assert callback.schedule == linear(0, 1) and callback.distilling.teacher.choice is None
     assert SparsifyCallback(95).schedule == gradual(.1, .75)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasterai.distil import distillation
-from fasterai.schedule import gradual, linear, one_shot
+from fasterai.schedule import linear, one_cycle, one_shot
 from fasterai.sparsifier import Sparsifier
 
 X, Y = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
@@ -171,7 +171,7 @@ def test_a_loop_that_does_not_ask_for_the_loss_is_told_at_its_first_step():
 
 def test_a_recipe_chooses_what_was_left_open():
     attached = begin(recipe='accurate', schedule='gradual', distil=None)[-1]
-    assert attached.driver.timetable.schedule == gradual(.1, .5) and attached.teacher.choice == distillation(.9)
+    assert attached.driver.timetable.schedule == one_cycle(0, .5) and attached.teacher.choice == distillation(.9)
     attached = begin(recipe='accurate', schedule=linear(0, 1), distil=.3)[-1]
     assert attached.driver.timetable.schedule == linear(0, 1) and attached.teacher.choice == distillation(.3)
 
