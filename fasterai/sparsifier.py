@@ -345,10 +345,9 @@ class Sparsifier:
 
         def check():
             attached.check(others)
-            if distil: self._refuse_shards('distil', distil)
-            if recipe: self._refuse_shards('recipe', repr(recipe))
             if sparsity is not None: attached.drive(others, sparsity, **given)
             else: _check_only_kept(given)
+            if attached.teacher.choice is not None: self._refuse_shards('distil', attached.teacher.choice)
         self._agree(check)
         if attached.driver is not None: self._go_on(attached, self._progress)
         attached.begin()

@@ -275,7 +275,9 @@ def refused_shards(rank):
             'work': lambda: Sparsifier(split, context='work'), 'criterion': lambda: Sparsifier(split, criteria='synflow'),
             'repair': lambda: Sparsifier(split, repair='batchnorm', data=[batch(0)[0]]), 'rounds': lambda: of_parts.sparsify_model(50, rounds=3),
             'another model': lambda: of_parts.move_to(split), 'a copy': lambda: deepcopy(of_parts), 'rewind': lambda: of_parts.rewind(Snapshot(split)),
-            'sensitivity': lambda: sensitivity(split, metric=lambda model: 0)}
+            'sensitivity': lambda: sensitivity(split, metric=lambda model: 0),
+            'distil': lambda: of_parts.attach(torch.optim.SGD(split.parameters(), .1), 50, steps=9, distil=.5),
+            'recipe': lambda: of_parts.attach(torch.optim.SGD(split.parameters(), .1), 50, steps=9, recipe='accurate')}
     for name, act in acts.items():
         try: found[name] = act()
         except Exception as error: found[name] = type(error).__name__, str(error)
