@@ -109,7 +109,7 @@ def test_a_fit_goes_on_with_it(make_learner, opt):
     assert callback.sparsifier.report().zeros == round(.8 * 566)
 
 
-def test_mixup_and_wrapped_models(make_learner):
+def test_mixup(make_learner):
     learn = make_learner(batches=6)
     callback, _ = fit(learn, cbs=[MixUp()])
     assert callback.distilling.teacher.n_batches == 5
