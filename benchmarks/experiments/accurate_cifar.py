@@ -15,7 +15,7 @@ from experiments.resnet20 import accuracy, load, pictures
 from experiments.rows import averaged
 from fasterai.callback import SparsifyCallback
 
-SEEDS, EPOCHS, BATCH = 3, 2, 64
+SEEDS, EPOCHS, BATCH = 2, 2, 64
 SPARSITIES = 95, 98
 WAYS = {'gradual': (.1, {}), 'recipe': (.05, {'recipe': 'accurate'})}  # learning rate, and what the callback is given
 
