@@ -4,7 +4,7 @@ from fasterai.schedule import one_cycle
 
 DEFAULTS = {'schedule': 'gradual', 'distil': None}  # of the arguments that a recipe may choose
 
-# `accurate` is ahead of gradual pruning where a trained network is pruned far (`benchmarks/SCIENCE.md`). It
+# `accurate` is ahead of gradual pruning where a trained ResNet-20 is pruned far (`benchmarks/SCIENCE.md`). It
 # begins at once, so that the dense network teaches as it came, and slowly; for a half of the training the
 # sparsity is reached.
 RECIPES = {

@@ -1,5 +1,5 @@
-"""LeNet-300-100 on MNIST, pruned while it trains: gradual pruning and the recipe in the same number of steps; and, in trainings
-of several lengths, RigL (Evci et al. 2020), SET (Mocanu et al. 2018) and AC/DC (Peste et al. 2021) beside gradual pruning.
+"""LeNet-300-100 on MNIST, pruned while it trains, in the same number of steps each: gradual pruning, the recipe, and, with one
+seed, RigL (Evci et al. 2020), SET (Mocanu et al. 2018) and AC/DC (Peste et al. 2021).
 
 Learning rates, from the dense network one for each way, and what the recipe has, were chosen on the last 10,000 training
 digits. Published is the error of sparse momentum (Dettmers & Zettlemoyer 2019), which trains longer."""
@@ -16,10 +16,10 @@ from experiments.rows import Goal, averaged
 from fasterai.schedule import gradual, steps
 from fasterai.sparsifier import Sparsifier
 
-SEEDS, EPOCHS, LATER, BATCH = 3, 5, 3, 100
+SEEDS, EPOCHS, LATER, BATCH = 2, 5, 3, 100
 RATE, DECAY = .2, 5e-4
 RATES_LATER = {'gradual': .3, 'recipe': .2}
-LENGTHS, LONG = (5, 10, 20), 20  # epochs of those that are compared, with one seed; and in which an error of 2.0 % shall be reached
+LENGTHS = 5,  # epochs, of the others with one seed
 PUBLISHED = {95: '1.47', 98: '1.80'}
 WAYS = {'gradual': {}, 'recipe': {'recipe': 'accurate'}}
 EACH_10 = 'gradual each 10 steps'
@@ -54,11 +54,10 @@ def run(data):
     for cell, where in ((95, 'at 95 %'), (98, 'at 98 %'), ('trained', 'at 98 %, from the dense network')):
         yield from goals('LeNet-300-100 ' + where, found['dense'], found['gradual', cell], found['recipe', cell])
     for epochs, (name, how) in product(LENGTHS, OTHERS.items()):
-        seeds = SEEDS if (epochs, name) == (LONG, EACH_10) else 1
-        found[name, epochs] = errors(map(network, range(seeds)), epochs, RATE, 98, *how)
+        found[name, epochs] = errors([network(0)], epochs, RATE, 98, *how)
         yield row(f'98 %, {name}, {epochs} epochs', found[name, epochs])
-    reached = mean(found[EACH_10, LONG])
-    yield Goal(f'LeNet-300-100 at 98 %, {EACH_10}, {LONG} epochs: an error of at most 2.0 %', f'{reached:.2f}', reached <= 2.)
+    reached = mean(found['gradual', 98])
+    yield Goal(f'LeNet-300-100 at 98 %, gradual, {EPOCHS} epochs: an error of at most 2.0 %', f'{reached:.2f}', reached <= 2.)
 
 
 def goals(where, dense, gradual, recipe):
