@@ -71,17 +71,16 @@ class Fitted:
         """Draw the predicted damage against what the network costs, and return the axes.
 
         A curve each: the least harmful choice, the same sparsity in all layers, one global threshold."""
-        from fasterai.plot import COLOURS, MARKERS
-        if ax is None:
-            import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
+        from fasterai.plot import COLOURS, MARKERS, label_ends, new_axes
+        if ax is None: ax = new_axes()
         for (name, points), colour, marker in zip(self.curves.items(), COLOURS, MARKERS):
             ax.plot(*zip(*points), color=colour, marker=marker, ms=4, label=name)
-        ax.plot(*self.chosen, '*', color='black', ms=13, label='chosen')
+        ax.plot(*self.chosen, '*', color='black', ms=13, label='_chosen')
+        ax.annotate('chosen', self.chosen, (8, 4), textcoords='offset points')
         unit = 'latency (ms)' if self.unit == 'ms' else 'file (bytes)'
         ax.set(xlabel=f'{unit}, predicted', ylabel='damage, predicted', yscale='log')
         ax.grid(alpha=.3)
-        ax.legend(fontsize='small')
+        label_ends(ax)
         return ax
 
 

@@ -4,7 +4,7 @@ from itertools import cycle
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
@@ -17,6 +17,8 @@ DEAD, CROSS = '#D0D3D8', '#60656B'
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9'
 MARKERS = 'o', 's', 'D', '^', 'v', 'P'  # by matplotlib's names
 GAP = .6  # between kernels, in cells
+WIDTH = 5  # of a picture, in inches: letters of 10 points can be read where it is as wide as a phone
+LINE = 1.3  # from one line of text to the next, in heights of its letters
 
 
 def plot_kernels(
@@ -40,7 +42,7 @@ def plot_kernels(
     if keep.shape != weight.shape:
         raise ValueError(f'keep: got shape {tuple(keep.shape)}, '
                          f'expected that of the weight, {tuple(weight.shape)}')
-    if ax is None: ax = _new_axes(5, 5, layout=None)
+    if ax is None: ax = new_axes(5, layout=None)
     weight = _kernels(weight)[:filters, :channels]
     keep = _kernels(keep)[:filters, :channels]
     kernel_rows, kernel_columns, height, width = weight.shape
@@ -73,7 +75,7 @@ def plot_weights(
                          f'expected that of before, {tuple(before.shape)}')
     whole('bins', bins)
     before, after = _numbers('before', before), _numbers('after', after)
-    if ax is None: ax = _new_axes(6, 3.2)
+    if ax is None: ax = new_axes()
     limit = float(max(before.abs().max(), after.abs().max())) or 1.
     edges = torch.linspace(-limit, limit, bins + 1).numpy()
     left = after[after != 0]
@@ -88,19 +90,35 @@ def plot_weights(
 
 
 def plot_tradeoff(
-    curves: dict,  # {name: list of (sparsity in percent, metric)}
+    curves: dict,  # {name: list of (sparsity in percent, metric)}; several of one sparsity, as of several seeds, are averaged
     ax=None,  # matplotlib axes to draw on; new ones if None
     metric: str = 'accuracy',  # the metric's name, for the axis
 ):
-    "Draw a metric against sparsity, a curve for each name, and return the axes."
+    """Draw a metric against sparsity, a curve for each name, and return the axes.
+
+    Where a sparsity, to 0.1 %, has several metrics, the curve is their mean, in a band from the lowest to the
+    highest."""
     curves = _read_curves(curves)
-    if ax is None: ax = _new_axes(6, 3.6)
+    if ax is None: ax = new_axes()
     for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle(MARKERS)):
-        ax.plot(*zip(*points), color=colour, marker=marker, label=name)
+        sparsities, metrics = zip(*_grouped(points))
+        if len(points) > len(metrics):
+            lowest, highest = [min(m) for m in metrics], [max(m) for m in metrics]
+            ax.fill_between(sparsities, lowest, highest, color=colour, alpha=.15, lw=0)
+        ax.plot(sparsities, [np.mean(m) for m in metrics], color=colour, marker=marker, ms=4, label=name)
     ax.set(xlabel='weights that are zero (%)', ylabel=metric)
     ax.grid(alpha=.3)
-    ax.legend()
+    label_ends(ax)
     return ax
+
+
+def _grouped(points):
+    "Return [(sparsity, its metrics)] of sorted points, those within 0.1 % of each other together."
+    groups = []
+    for sparsity, metric in points:
+        if groups and sparsity - groups[-1][0] <= .1: groups[-1][1].append(metric)
+        else: groups.append((sparsity, [metric]))
+    return groups
 
 
 def plot_history(
@@ -108,23 +126,75 @@ def plot_history(
     ax=None,  # matplotlib axes to draw on; new ones if None
 ):
     "Draw the sparsity of each layer by epoch, and return the axes."
-    if ax is None: ax = _new_axes(7, 4)
     epochs = [row['epoch'] for row in history]
     layers = [name for name in dict.fromkeys(name for row in history for name in row) if name != 'epoch']
-    colours = colormaps['viridis'](np.linspace(0, .95, len(layers)))  # from the first layer to the last
-    for layer, colour in zip(layers, colours):
+    if ax is None: ax = new_axes(height_of(len(layers)))
+    for layer, colour in zip(layers, layer_colours(len(layers))):
         values = [row.get(layer, np.nan) for row in history]
         ax.plot(epochs, values, marker='.', color=colour, label=layer or '(the model)')
     ax.set(xlabel='epoch', ylabel='sparsity (%)', ylim=(-5, 105))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=1 + len(layers) // 24)
+    label_ends(ax)
     return ax
 
 
-def _new_axes(width, height, layout='constrained'):
+def layer_colours(
+    n: int,  # how many layers
+) -> list:  # of colours
+    "Return a colour for each layer, from the first to the last, all of which can be seen on white."
+    return list(colormaps['viridis'](np.linspace(0, .8, n)))
+
+
+def new_axes(
+    height: float = 3.4,  # in inches
+    layout: str | None = 'constrained',  # as in matplotlib
+):
+    "Return new matplotlib axes, in a figure that is as wide as all others."
     import matplotlib.pyplot as plt  # only where a picture is drawn: it is slow to import
-    _, ax = plt.subplots(figsize=(width, height), layout=layout)
+    _, ax = plt.subplots(figsize=(WIDTH, height), layout=layout)
     return ax
+
+
+def height_of(
+    labels: int,  # how many stand one below the other
+) -> float:  # inches
+    "Return the height of a figure in which so many labels have room."
+    return max(3.4, LINE * rcParams['font.size'] / 72 * labels / .75)  # the axes have three quarters of it
+
+
+def label_ends(
+    ax,  # matplotlib axes, whose limits are not changed afterwards
+):
+    "Write the label of each line to its right end, in its colour, where a legend would have to be looked up."
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.autoscale_view()
+    lines = [line for line in ax.lines if not line.get_label().startswith('_')]
+    ends = {line: _end(ax, line) for line in lines}
+    inches = ax.get_position().height * ax.figure.get_figheight()
+    lines = sorted(lines, key=ends.get)
+    heights = _apart([ends[line] for line in lines], LINE * rcParams['font.size'] / 72 / inches)
+    for line, height in zip(lines, heights):
+        ax.text(1.02, height, line.get_label(), color=line.get_color(), va='center', transform=ax.transAxes)
+
+
+def _end(ax, line):
+    "Return the height of a line's last point, as a share of the height of the axes."
+    points = np.column_stack([np.asarray(values, float) for values in line.get_data()])
+    points = points[np.isfinite(points).all(1)]
+    if not len(points): return 0.
+    place = ax.transAxes.inverted().transform(line.get_transform().transform(points[-1]))
+    return float(np.clip(place[1], 0, 1))
+
+
+def _apart(heights, gap):
+    "Return rising heights with a gap between neighbours, none above 1, moved as little as that needs."
+    found = []
+    for height in heights: found.append(max(height, found[-1] + gap) if found else height)
+    highest = 1.
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], highest)
+        highest = found[i] - gap
+    return found
 
 
 def _read_tensor(argument, value):

@@ -516,9 +516,8 @@ def plot_schedule(
     schedule = read_schedule(schedule)
     progress = [i / 500 for i in range(501)]
     percents = [100 * as_due(schedule(p)).share for p in progress]
-    if ax is None:
-        import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(5, 3))
+    from fasterai.plot import new_axes  # only where a picture is drawn: it is slow to import
+    if ax is None: ax = new_axes()
     ax.plot(progress, percents, **{'label': name_of(schedule)} | line)
     ax.set(xlabel='progress of training', ylabel='share of the target sparsity (%)', ylim=(-5, 105))
     return ax

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fasterai.arguments import callable_with, finite_number, flag, name_of, nearest, percent
 from fasterai.batches import TrainingBatches, loss_of
 from fasterai.criteria import read_criterion
+from fasterai.plot import height_of, label_ends, layer_colours, new_axes
 from fasterai.progress import progress
 from fasterai.repair import recalibrate
 from fasterai.repairing import repairs_of
@@ -140,26 +141,21 @@ class Sensitivity:
         ax=None,  # matplotlib axes to draw on; new ones if None
     ):
         "Draw the metric against the sparsity of one layer alone, a curve for each layer; return the axes."
-        import matplotlib
-        if ax is None: ax = _new_axes(7, 4)
+        if ax is None: ax = new_axes(height_of(1 + len(self.values)))
         ax.axhline(self.dense, color='#606060', ls='--', lw=1, label='dense')
-        last = max(len(self.values) - 1, 1)
-        places = [.95 * i / last for i in range(len(self.values))]  # the end of the colour map is too light
-        colours = matplotlib.colormaps['viridis'](places)
-        for (name, row), colour in zip(self.values.items(), colours):
+        for (name, row), colour in zip(self.values.items(), layer_colours(len(self.values))):
             levels = sorted(row)
             metrics = [self.dense, *(row[level] for level in levels)]
             ax.plot([0, *levels], metrics, marker='.', color=colour, label=name or '(the model)')
         ax.set(xlabel=self._axis(), ylabel=self.metric)
-        columns = 1 + len(self.values) // 24
-        ax.legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5), ncols=columns)
+        label_ends(ax)
         return ax
 
     def heatmap(self,
         ax=None,  # matplotlib axes to draw on; new ones if None
     ):
         "Draw the metric of each layer at each level, dark where the damage is greatest; return the axes."
-        if ax is None: ax = _new_axes(2 + .7 * len(self.levels), 1 + .35 * len(self.values))
+        if ax is None: ax = new_axes(1 + .35 * len(self.values))
         cells = [[row.get(level, float('nan')) for level in self.levels] for row in self.values.values()]
         image = ax.imshow(cells, aspect='auto', cmap='cividis' if self.higher_is_better else 'cividis_r')
         ax.set_xticks(range(len(self.levels)), [f'{level:g}' for level in self.levels])
@@ -167,12 +163,6 @@ class Sensitivity:
         ax.set(xlabel=self._axis())
         ax.figure.colorbar(image, ax=ax, label=self.metric)
         return ax
-
-
-def _new_axes(width, height):
-    import matplotlib.pyplot as plt
-    _, ax = plt.subplots(figsize=(width, height), layout='constrained')
-    return ax
 
 
 def _levels(curves, damage):

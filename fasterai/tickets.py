@@ -15,7 +15,7 @@ from fasterai.keep import Keeper, KeepSparse
 from fasterai.kinds import EVIDENCE
 from fasterai.masks import unpacked
 from fasterai.names import bare
-from fasterai.plot import plot_tradeoff
+from fasterai.plot import new_axes, plot_tradeoff
 from fasterai.progress import progress
 from fasterai.rules import Rules, takes_rules
 from fasterai.schedule import Time, check_time, steps_until
@@ -116,10 +116,9 @@ class Ticket:
             if i: curves.setdefault(what, []).append((self.sparsities[i], value))
         if not curves:
             raise ValueError('plot: there is nothing to draw before the first pruned round is done')
-        ax = plot_tradeoff(curves, ax, self.metric)
+        if ax is None: ax = new_axes()
         ax.axhline(self.values[TICKET, 0], color='#606060', ls='--', lw=1, label='dense')
-        ax.legend()
-        return ax
+        return plot_tradeoff(curves, ax, self.metric)
 
 
 @takes_rules

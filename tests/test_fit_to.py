@@ -178,7 +178,7 @@ def test_it_prints_and_plots(clock):
     assert text.startswith('asked 1.3 ms, reached 1.') and text.count('\n') == 2 + len(LAYERS) and '%' in found._repr_html_()
     assert list(found.to_frame()['layer']) == list(LAYERS)
     ax = found.plot()
-    assert [line.get_label() for line in ax.get_lines()] == ['least harmful', 'uniform', 'global', 'chosen']
+    assert [line.get_label() for line in ax.get_lines()] == ['least harmful', 'uniform', 'global', '_chosen']
     for (cost, damage), (least_cost, least) in zip(found.curves['uniform'], found.curves['least harmful']):
         assert least <= damage + 1e-12 and least_cost <= cost + 1e-9
 

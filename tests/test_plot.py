@@ -5,7 +5,7 @@ import torch
 from matplotlib.collections import LineCollection
 from torch import nn
 
-from fasterai.plot import plot_kernels, plot_tradeoff, plot_weights
+from fasterai.plot import plot_history, plot_kernels, plot_tradeoff, plot_weights
 
 
 def crosses(ax): return sum(len(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)) / 2
@@ -36,6 +36,32 @@ def test_weights_before_and_after():
     zeros = int((before.abs() <= 1).sum())
     assert ax.get_legend_handles_labels()[1][1].endswith(f'{zeros:,} are zero')
     assert plot_weights(before, before, ax) is ax
+
+
+def labels(ax): return {text.get_text(): text for text in ax.texts}
+
+
+def test_seeds_are_a_mean_in_a_band():
+    ax = plot_tradeoff({'three seeds': [(90, .7), (90.04, .8), (90.08, .9), (50, .95)]})
+    (line,), (band,) = ax.lines, ax.collections
+    assert [round(y, 3) for y in line.get_ydata()] == [.95, .8]
+    assert sorted({round(y, 3) for y in band.get_paths()[0].vertices[:, 1]}) == [.7, .9, .95]
+
+
+def test_labels_stand_at_the_ends_of_their_lines_and_not_on_each_other():
+    ax = plot_tradeoff({'low': [(0, 50), (9, 50)], 'high': [(0, 60), (9, 60)], 'as high': [(0, 59), (9, 59.9)]})
+    height = {name: text.get_position()[1] for name, text in labels(ax).items()}
+    assert ax.get_legend() is None and height['low'] < .1 and height['high'] > .9
+    assert height['high'] - height['as high'] > .05
+    for line in ax.lines: assert labels(ax)[line.get_label()].get_color() == line.get_color()
+
+
+def test_many_layers_make_a_picture_higher():
+    ax = plot_history([{'epoch': 0} | {f'layer {i}': 50. for i in range(60)}])
+    heights = sorted(text.get_position()[1] for text in ax.texts)
+    assert len(heights) == 60 and heights[0] > -.1 and heights[-1] <= 1
+    assert min(b - a for a, b in zip(heights, heights[1:])) > .01
+    assert max(map(max, ([*line.get_color()[:2]] for line in ax.lines))) < .9  # no yellow, which is not seen on white
 
 
 def test_a_curve_for_each():
