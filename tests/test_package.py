@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 import fasterai
 import fasterai.all
 from fasterai.schedule import SCHEDULES
@@ -69,6 +71,27 @@ def test_settings_are_what_setup_reads():
     assert {r.split('>')[0] for r in config['DEFAULT']['requirements'].split()} == {'fastai', 'torch', 'numpy', 'fastcore'}
     assert 'pkg_resources' not in (ROOT / 'setup.py').read_text()
     assert config['DEFAULT']['license'] == 'Apache-2.0' and 'Apache License' in (ROOT / 'LICENSE').read_text()[:100]
+
+
+def test_it_can_be_cited():
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'settings.ini')
+    about = config['DEFAULT']
+    cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert cited['cff-version'] == '1.2.0' and cited['message'] and cited['type'] == 'software'
+    assert cited['authors'] == [{'name': about['author']}]
+    assert (cited['title'], cited['license'], cited['version']) == (about['lib_name'], about['license'], fasterai.__version__)
+
+
+def test_badges_and_forms_say_what_is_true():
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'settings.ini')
+    about = config['DEFAULT']
+    for badge, says in (('python', about['min_python']), ('licence', about['license'].replace('-', ' '))):
+        assert says in (ROOT / f'images/{badge}.svg').read_text()
+        assert f'images/{badge}.svg' in (ROOT / 'README.md').read_text()
+    for form in (ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'):
+        assert {'name', 'description', 'body'} <= set(yaml.safe_load(form.read_text())), form.name
 
 
 def test_pruning_and_the_lines_of_the_readme_need_no_extra():
