@@ -2,7 +2,6 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from html import escape
 from typing import NamedTuple
 
 from torch import nn
@@ -12,7 +11,7 @@ from fasterai.costs import Clock, file_size, layer_bytes, layer_milliseconds
 from fasterai.damage import Trials
 from fasterai.deploy.compare import check_copyable
 from fasterai.progress import progress
-from fasterai.tables import as_html, as_text
+from fasterai.tables import Shown
 from fasterai.tradeoff import LEVELS, Table
 
 TRIES = 6  # networks that are built and measured
@@ -23,7 +22,7 @@ FIRST_DIVERGENCE = .1  # sum over the layers, that the search for a loss begins 
 
 
 @dataclass(frozen=True, repr=False)
-class Fitted:
+class Fitted(Shown):
     "Hold what `fit_to` has found; it prints as a table, and shows as HTML in a notebook."
     model: nn.Module  # a pruned, repaired copy
     sparsities: dict  # {layer's name: percent}, as `SparsifyCallback` takes it
@@ -55,10 +54,6 @@ class Fitted:
         of = 'the dense loss is' if self.unit == 'loss' else 'dense'
         zeros = f'{self.sparsity:.2f} % of the weights are zero'
         return f'asked {asked}, reached {reached} ({of} {dense}); {zeros}'
-
-    def __repr__(self): return f'{self.title}\n{as_text(self._cells())}'
-
-    def _repr_html_(self): return f'<div>{escape(self.title)}</div>{as_html(self._cells())}'
 
     def to_frame(self):
         "Return a pandas DataFrame with one row for each layer."

@@ -1,13 +1,12 @@
 "Report which weights are zero, layer by layer, counted in the weights themselves."
 from dataclasses import asdict, dataclass
-from html import escape
 
 import torch
 
 from fasterai.names import Named
 from fasterai.peers import ALONE, Alone
 from fasterai.shards import here, kind_of
-from fasterai.tables import as_html, as_text
+from fasterai.tables import Shown
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Row:
         return _percent(self.zeros, self.weights)
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     "Hold the counts of every selected layer and the totals; prints as a table, shows as HTML in a notebook."
     rows: tuple  # of `Row`, one for each selected layer
     parameters: int  # how many numbers all parameters of the model have, selected or not
@@ -37,6 +36,8 @@ class Report:
     skipped: dict  # {name: reason}, for layers that were left out
     matrices: int = 0  # how many numbers the parameters of two and more axes have
     unknown: int = 0  # how many of those are in layers of unknown types, and not selected
+
+    left = 3
 
     @property
     def weights(self) -> int:
@@ -98,16 +99,10 @@ class Report:
         for name, weights, zeros in self._totals():
             yield name, '', '', f'{weights:,}', f'{zeros:,}', f'{_percent(zeros, weights):.2f} %', ''
 
-    def __str__(self):
-        notes = [f'left alone: {names}: {reason}' for names, reason in self._notes()]
-        table = as_text(self._cells(), left=3, foot=len(self._totals()))
-        return '\n'.join([table, *notes, *self._warnings()])
+    def _foot(self): return len(self._totals())
 
-    def _repr_html_(self):
-        notes = [f'<div>left alone: <code>{escape(names)}</code>: {escape(reason)}</div>'
-                 for names, reason in self._notes()]
-        notes += [f'<div>{escape(warning)}</div>' for warning in self._warnings()]
-        return as_html(self._cells(), left=3) + ''.join(notes)
+    def _lines(self):
+        return [*(f'left alone: {names}: {reason}' for names, reason in self._notes()), *self._warnings()]
 
     def to_frame(self):
         "Return a pandas DataFrame with one row for each selected layer."

@@ -4,7 +4,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from html import escape
 
 import torch
 from torch import nn
@@ -21,15 +20,15 @@ from fasterai.shards import refuse_shards
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
 from fasterai.summary import names_of_repairs
-from fasterai.tables import as_html, as_text
+from fasterai.tables import Shown
 
 LEVELS = (10, 25, 50, 75, 90, 95)  # percent of a layer's weights
 SMALLEST = 1  # percent, the least sparsity above zero that can be asked for
 HALVINGS = 60  # of the interval in which the common damage lies: more change nothing in float64
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Shown):
     """Hold what a sensitivity analysis has measured; it prints as a table, and shows as HTML in a notebook.
 
     Damage is how much worse the metric is than that of the dense network, in the metric's unit."""
@@ -125,17 +124,15 @@ class Sensitivity:
             measured = [f'{row[level]:.4g}' if level in row else '' for level in self.levels]
             yield name or '(the model)', f'{self.weights[name]:,}', *measured
 
-    def _title(self):
+    @property
+    def title(self) -> str:
+        "Say in one line what was measured."
         words = [*self._words(), 'with one layer alone at']
         return f'{self.metric}, dense: {self.dense:.4g}; {", ".join(words)}'
 
     def _axis(self): return ', '.join(['sparsity of one layer alone (%)', *self._words()])
 
     def _words(self): return [f'repaired with {" and ".join(self.repaired)}'] if self.repaired else []
-
-    def __str__(self): return f'{self._title()}\n{as_text(self._cells())}'
-
-    def _repr_html_(self): return f'<div>{escape(self._title())}</div>{as_html(self._cells())}'
 
     def plot(self,
         ax=None,  # matplotlib axes to draw on; new ones if None

@@ -39,3 +39,27 @@ def as_html(
     head, *body = rows
     lines = ''.join(line(row, 'td') for row in body)
     return f'<table><thead>{line(head, "th")}</thead><tbody>{lines}</tbody></table>'
+
+
+class Shown:
+    """Show a result as a table: as text where it is printed or stands at a prompt, as HTML in a notebook.
+
+    A result has `_cells()`, the rows with the head first, and may have a `title` above it and `_lines()`
+    below."""
+    title = ''
+    left = 1  # how many columns are aligned to the left
+
+    def _cells(self): raise NotImplementedError
+
+    def _lines(self): return []
+
+    def _foot(self): return 0  # how many rows at the end stand below a rule of their own
+
+    def __repr__(self):
+        table = as_text(self._cells(), self.left, self._foot())
+        return '\n'.join([*([self.title] if self.title else []), table, *self._lines()])
+
+    def _repr_html_(self):
+        above = f'<div>{escape(self.title)}</div>' if self.title else ''
+        below = ''.join(f'<div>{escape(line)}</div>' for line in self._lines())
+        return above + as_html(self._cells(), self.left) + below

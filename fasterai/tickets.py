@@ -2,7 +2,6 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from math import ceil, log
 
 import torch
@@ -23,7 +22,7 @@ from fasterai.sensitivity import metric_of, without_output
 from fasterai.shards import refuse_shards
 from fasterai.snapshot import Snapshot
 from fasterai.sparsifier import Sparsifier
-from fasterai.tables import as_html, as_text
+from fasterai.tables import Shown
 
 KEEPS = .8  # of the weights that are left, in each round of Frankle & Carbin 2019
 TICKET, ANEW, SHUFFLED = 'ticket', 'new initial weights', 'random mask'  # what is trained
@@ -31,7 +30,7 @@ OF_WEIGHTS = {'weight', 'noise', 'initial'}  # evidence for which no data are ne
 
 
 @dataclass(repr=False)
-class Ticket:
+class Ticket(Shown):
     """Hold a ticket: the masks, and the weights from which it trains. It prints as a table.
 
     `find_ticket` returns it, complete or as far as it came."""
@@ -95,10 +94,6 @@ class Ticket:
         if not self.jobs: return text
         n = len(self.jobs)
         return f'{text}; {n} trainings are left, find_ticket(…, so_far=…) goes on with them'
-
-    def __repr__(self): return f'{self.title}\n{as_text(self._cells())}'
-
-    def _repr_html_(self): return f'<div>{escape(self.title)}</div>{as_html(self._cells())}'
 
     def to_frame(self):
         "Return a pandas DataFrame with one row for each round."

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from fasterai.deploy.kernels import SparseConv, SparseLinearKernel
 from fasterai.deploy.speed_up import SparseLinear
 from fasterai.deploy.timing import faster, side_by_side
 from fasterai.snapshot import evaluation_mode
-from fasterai.tables import as_html, as_text
+from fasterai.tables import Shown
 
 SPARSE = SparseLinear, SparseConv, SparseLinearKernel  # layers that store the weights that are not zero
 COUNTS = 'parameters', 'non-zero parameters', 'multiply-adds', 'multiply-adds with a weight that is not zero'
@@ -34,8 +33,8 @@ NO_SPEED = ('The zeros bring no speed here: a dense layer multiplies by zero as 
 NO_ZEROS = 'There are no zeros, and nothing was removed.'
 
 
-@dataclass(frozen=True)
-class Payoff:
+@dataclass(frozen=True, repr=False)
+class Payoff(Shown):
     "Hold what `payoff` measured of two networks; prints as a table, shows as HTML in a notebook."
     rows: tuple  # tuples (what, unit, dense, sparse)
     spread: dict  # {what: ((low, high) of dense, (low, high) of sparse)}, the middle half of the times, in seconds
@@ -50,11 +49,7 @@ class Payoff:
             ratio = f'{sparse / dense:.3f}' if dense else ''
             yield what, *cells, ratio
 
-    def __str__(self):
-        return '\n'.join([as_text(self._cells()), *self.notes])
-
-    def _repr_html_(self):
-        return as_html(self._cells()) + ''.join(f'<div>{escape(n)}</div>' for n in self.notes)
+    def _lines(self): return self.notes
 
     def to_frame(self):
         "Return a pandas DataFrame, one row for each thing that was measured."
