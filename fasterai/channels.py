@@ -119,14 +119,13 @@ def behind(
     inputs: list,  # of `Behind`, None if unknown
     first: dict,  # id of a layer's weight: the number of its first filter
     meet: Callable,  # is called with each `Meeting`
-    apart: bool = True,  # the channels of a head are pruned one by one; else all of them together
 ) -> Behind | None:
     "Find which filters are behind the entries of a node, and say which of them meet in it; None if unknown."
     if node.places is None: return None
     if node.op == 'layer': return _behind_layer(node, inputs, first, meet)
     if node.op == 'bias': return Behind(np.full(node.places, ZERO), True)
     if node.op not in KINDS: return None
-    if node.op in ('matrix_product', 'attention'): meet = _Heads(meet, apart)
+    if node.op in ('matrix_product', 'attention'): meet = _Heads(meet)
     return KINDS[node.op].behind(node, inputs, meet)
 
 
@@ -223,8 +222,10 @@ def _behind_reduction(node, inputs, meet):
 
 
 class _Heads:
-    "Let filters of attention meet: those of a head, and the heads of queries, keys and values."
-    def __init__(self, meet, apart): self.meet, self.apart = meet, apart
+    """Let filters of attention meet: those of a head, and the heads of queries, keys and values.
+
+    Where there is one head, its filters do not: it cannot go."""
+    def __init__(self, meet): self.meet = meet
     def __call__(self, meeting): self.meet(meeting)
 
     def of(self,
@@ -236,7 +237,7 @@ class _Heads:
         filters = np.moveaxis(x.filters, axes, range(len(axes)))
         filters = filters.reshape(-1, *filters.shape[len(axes):])
         if not (filters == filters[0]).all():
-            if self.apart or (filters < 0).any(): return None
+            if _narrowed(filters[0]).size == 1 or (filters < 0).any(): return None
             for one, other in zip(filters, filters[1:]):
                 self.meet(Meeting(one.reshape(-1), other.reshape(-1), True))
         return Behind(np.expand_dims(filters[0], axes), x.keeps)
@@ -244,7 +245,7 @@ class _Heads:
 
 def _behind_product(node, inputs, meet):
     rows, columns = meet.of(inputs[0], (-1,)), meet.of(inputs[1], (-2,))
-    if None in (rows, columns) or meet.apart or _narrowed(rows.filters).shape[-2] > 1:
+    if None in (rows, columns) or _narrowed(rows.filters).shape[-2] > 1:
         return _behind_multiplication(node, [rows, columns], meet)
     _behind_multiplication(node, [rows, meet.of(columns, (-1,))], meet)
     return Behind(np.broadcast_to(columns.filters, node.places), columns.keeps)

@@ -88,9 +88,7 @@ class Flow:
         others = tuple(at for at in range(len(node.places)) if at != axis)
         found[id(shift.bias)] = found[id(shift.bias)] & (False if value is None else value.all(axis=others))
 
-    def meetings(self,
-        heads: bool = False,  # the filters of a head of attention are pruned together
-    ) -> tuple:  # {id of a weight: (the number of its first filter, how many)}, and a list of `channels.Meeting`
+    def meetings(self) -> tuple:  # {id of a weight: (the number of its first filter, how many)}, and a list of `channels.Meeting`
         "Number the filters of all layers, and find which of them meet in one entry of a tensor."
         filters, first, at = {}, {}, 0
         for node in self.tape:
@@ -100,7 +98,7 @@ class Flow:
         known, found = {}, []
         for node in self.tape:
             before = [known.get(i) for i in node.inputs]
-            known[node] = behind(node, before, first, found.append, not heads)
+            known[node] = behind(node, before, first, found.append)
         return filters, found
 
 

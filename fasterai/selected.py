@@ -282,7 +282,7 @@ class Selected:
                              'pass example=one batch of inputs')
         names = {id(layer.weight): name for name, layer in self.candidates.items()}
         own = {id(layer.weight): layer.group_of_filters for layer in self.candidates.values()}
-        found, with_others, collapsed = ties(self.flow.flow, own, not self.rules.granularity_info.one_filter)
+        found, with_others, collapsed = ties(self.flow.flow, own)
         added = 'is added to what is not selected, so with coupled=True it stays'
         all_one = 'has filters that all meet each other, so with coupled=True it stays'
         self._leave_out({name: added for i, name in names.items() if i in with_others} |

@@ -26,10 +26,9 @@ class Tie(NamedTuple):
 def ties(
     flow: Flow,
     groups: dict,  # id of the weight of a selected layer: ints (filters,), which of them the granularity prunes as one
-    heads: bool = False,  # the filters of a head of attention are pruned together
 ) -> tuple:  # list of `Tie`; set of ids of weights that meet what is not selected; and of those whose filters all meet
     "Find which filters of the selected layers are pruned together."
-    filters, meetings = flow.meetings(heads)
+    filters, meetings = flow.meetings()
     total = sum(count for _, count in filters.values())
     owner = np.zeros(total, int)  # the number of the layer of each filter
     weights = list(filters)

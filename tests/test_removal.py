@@ -11,6 +11,7 @@ from fasterai.deploy.compare import agree, fresh, outputs
 from fasterai.deploy.cutting import Cut, apply
 from fasterai.deploy.shrink import _Check, parameters, shrink
 from fasterai.deploy.why import NOT_ALONE
+from fasterai.sparsifier import Sparsifier
 
 
 @torch.no_grad()
@@ -208,6 +209,15 @@ def test_heads_go_whose_values_are_zero(kv_heads, left):
     assert parameters(small) == left and same(small, model, x)
     assert small.num_heads == 4 * (kv_heads - 1) // kv_heads and small.num_kv_heads == kv_heads - 1 and small.head_dim == 4
     assert model.num_heads == 4
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2])
+def test_pruned_filters_of_an_attention_are_heads_that_go(kv_heads):
+    torch.manual_seed(0)
+    model, x = Attention(kv_heads=kv_heads).eval(), torch.randn(2, 5, 16)
+    Sparsifier(model, 'filter', 'local', example=x, coupled=True).sparsify_model(50)
+    small = shrink(model, x, verbose=False)
+    assert same(small, model, x) and (small.num_heads, small.num_kv_heads) == (2, kv_heads // 2)
 
 
 def test_a_head_counts_its_queries_keys_and_values_in_one_weight():

@@ -30,7 +30,7 @@ def found(model, x, left_out=(), heads=None):
     "The groups of the filters of each tie, the layers with others, and those that collapse, by name."
     weights = {id(m.weight): (n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     own = {i: np.arange(len(m.weight)) // (heads or {}).get(n, 1) for i, (n, m) in weights.items() if n not in left_out}
-    tied, others, collapsed = ties(watch(model, (x,)), own, heads is not None)
+    tied, others, collapsed = ties(watch(model, (x,)), own)
     def names(ids): return sorted(weights[i][0] for i in ids)
     return [{weights[i][0]: ''.join(map(str, g)) for i, g in tie.of_filters.items()} for tie in tied], names(others), names(collapsed)
 
@@ -116,7 +116,13 @@ def test_heads_of_queries_keys_and_values(attend):
     def way(s, x): return s.o(attend(heads(s.q(x), 2), heads(s.k(x), 2), heads(s.v(x), 2)).transpose(1, 2).flatten(2))
     model = Net(way, q=linear(), k=linear(), v=linear(), o=linear())
     assert found(model, ROWS, heads=dict(q=2, k=2, v=2)) == ([dict.fromkeys('qkv', '0011')], [], [])
-    assert found(model, ROWS) == ([], [], [])  # single filters of attention do not meet
+    assert found(model, ROWS) == ([dict.fromkeys('qkv', '0011')], [], [])  # also where single filters are pruned
+
+
+@pytest.mark.parametrize('attend', [flash, by_hand])
+def test_the_filters_of_an_attention_of_one_head_do_not_meet(attend):
+    def way(s, x): return s.o(attend(heads(s.q(x), 1), heads(s.k(x), 1), heads(s.v(x), 1)).transpose(1, 2).flatten(2))
+    assert found(Net(way, q=linear(), k=linear(), v=linear(), o=linear()), ROWS) == ([], [], [])
 
 
 @pytest.mark.parametrize('attend', [flash, by_hand])
