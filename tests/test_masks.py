@@ -4,6 +4,7 @@ import torch
 from conftest import convnet, same, tensors_of
 from torch import nn
 
+from fasterai.selected import Selected
 from fasterai.sparsifier import Sparsifier
 
 
@@ -161,3 +162,12 @@ def test_masks_of_ones_own_that_do_not_fit_are_refused(net, masks, says):
     assert same(before, tensors_of(sparsifier))
     with pytest.raises(TypeError, match='masks: got list'): sparsifier.masks.update([])
     with pytest.raises(KeyError, match="masks: got '33', expected one of 0, 3, 8; did you mean '3'?"): sparsifier.masks['33']
+
+
+def test_what_is_masked_along_is_found_once_in_an_event(monkeypatch):
+    calls, found = [], Selected.dependents
+    monkeypatch.setattr(Selected, 'dependents', lambda *given: calls.append(given) or found(*given))
+    sparsifier = Sparsifier(convnet(), 'filter', example=torch.randn(1, 1, 8, 8))
+    for n in (1, 2):
+        sparsifier.sparsify_model(30 * n)
+        assert len(calls) == n
