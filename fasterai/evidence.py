@@ -11,8 +11,9 @@ import torch
 
 from fasterai.calibration import Calibration
 from fasterai.inputs import Watching
-from fasterai.kinds import EVIDENCE, Computed, Gathered
+from fasterai.kinds import EVIDENCE, Computed, Gathered, summed
 from fasterai.native.sweep import compiled
+from fasterai.peers import ALONE, Alone
 
 HELD = 2 ** 27  # bytes of large matrices, of several layers, that are held at once: fewer take more passes over the data
 
@@ -21,6 +22,8 @@ class Evidence:
     """Keep the evidence about the selected layers, of those kinds that a criterion asks for.
 
     Other kinds cost nothing."""
+
+    peers = ALONE  # within an event, the processes whose data count too
 
     def __init__(self,
         names: tuple,  # of the kinds, as in `EVIDENCE`
@@ -88,6 +91,7 @@ class Evidence:
     def gathered(self,
         layers: list,  # those of an event
         names: tuple | None = None,  # of the kinds; None: all
+        peers: Alone = ALONE,  # the processes: what their data tell is added up
     ):
         """Gather evidence from data, for a `with` block.
 
@@ -95,16 +99,15 @@ class Evidence:
         if self.calibration is None:
             yield
             return
-        before = dict(self.states)
+        before, self.peers = dict(self.states), peers
         with self.calibration.reading():
-            small = [name for name in names or self.names if not EVIDENCE[name].large]
-            tells = {name: self._from_data(name, layers) for name in small}
+            tells = {name: self._told(name, layers) for name in names or self.names}
             found = {(name, of): state for name, told in tells.items() for of, state in told.items()}
             self.states |= found
             self.ahead = layers
             try: yield
             finally:
-                self.ahead, self.held = [], {}
+                self.ahead, self.held, self.peers = [], {}, ALONE
                 self._take_back(found, before)
 
     def _take_back(self, found, before):
@@ -112,11 +115,27 @@ class Evidence:
             self.states.pop(key, None)
             if key in before: self.states[key] = before[key]
 
+    def _told(self, name, layers):
+        """Return what is told of layers for an event: {layer's name: state}.
+
+        These are the data, and, without them, the inputs that were seen before, if other processes have seen
+        others."""
+        kind = EVIDENCE[name]
+        if self._can_gather(kind): return {} if kind.large else self._from_data(name, layers)
+        if kind.on_input is None: return {}
+        seen = {layer.name: self.states.get((name, layer.name)) for layer in layers}
+        return summed(self.peers, {of: state for of, state in seen.items() if state is not None})
+
     def _from_data(self, name, layers):
-        "Return what data tell of layers: {layer's name: state}."
-        kind, calibration, found = EVIDENCE[name], self.calibration, {}
-        if not layers or not self._can_gather(kind): return found
+        "Return what the data of all processes tell of layers: {layer's name: state}."
+        kind, calibration = EVIDENCE[name], self.calibration
+        if not layers or not self._can_gather(kind): return {}
         if kind.of_model is not None: return kind.of_model(layers, calibration)
+        return summed(self.peers, self._from_batches(kind, layers))
+
+    def _from_batches(self, kind, layers):
+        "Return what the data tell of layers: {layer's name: state}."
+        calibration, found = self.calibration, {}
         weights = [layer.weight for layer in layers]
         owners = {id(weight): layer for layer, weight in zip(layers, weights)}
 

@@ -10,7 +10,7 @@ import torch
 from fasterai.curvature import BLOCK, inverse_diagonals
 from fasterai.inputs import as_matrix, form_of, from_matrix
 from fasterai.native.sweep import compiled
-from fasterai.peers import ALONE
+from fasterai.peers import ALONE, Alone
 from fasterai.synflow import synaptic_flow
 
 PIECE = 1 << 16  # weights of which a step is added up together, on a CPU
@@ -21,7 +21,8 @@ class Kind:
     """Describe a kind of evidence, as a row of `EVIDENCE`: how it begins, is updated, and is read.
 
     A kind that keeps a state has an update, which returns the new one, and perhaps a `start`. `on_step` is
-    called by training; the other updates by data that the Sparsifier was given, anew for each event."""
+    called by training; the other updates by data that the Sparsifier was given, anew for each event. Their
+    state is `Gathered` or `InputSum`, whose sums processes add up."""
     read: Callable  # (layer, state) -> the tensor that a criterion gets, or `Computed`, from which it is made chunk by chunk
     start: Callable | None = None  # (layer) -> state; None: the state is None to begin with
     on_step: Callable | None = None  # (layer, state) -> state, between backward and step, before gradients are masked
@@ -143,11 +144,13 @@ def _mean(name, value):
     def read(layer, state):
         if state is None: return Computed(value, {'weight': layer.weight, 'grad': _grad(layer)})
         steps, total = _here(layer, state)
-        number = steps.item() if ALONE.on_host(steps) else steps
-        return Computed(partial(_divided, number), {name: total})
+        return Computed(partial(_divided, _number(steps)), {name: total})
     return Kind(read, on_step=partial(_add_step, value), on_batch=partial(_add, value), anew=True,
                 lacking=_took_no_part, how='call after loss.backward() and before optimizer.zero_grad(), '
                     'or attach the optimizer, whose steps collect it')
+
+
+def _number(steps): return steps.item() if ALONE.on_host(steps) else steps
 
 
 @compiled('quotient')
@@ -227,6 +230,25 @@ def _by_part(read, new):
     return found
 
 
+def summed(
+    peers: Alone,  # the processes, each of which has data of its own
+    states: dict,  # layer's name: `Gathered` or `InputSum`
+) -> dict:  # layer's name: state
+    "Return the states of evidence over the data of all processes."
+    tensors = {}
+    for name, state in states.items():
+        form = state.form if isinstance(state, InputSum) else None
+        tensors[name, form] = state.total
+        if form is None: tensors[name, 'steps'] = torch.as_tensor(state.steps, device=state.total.device)
+    found = peers.summed(tensors)
+    return {name: _state_of(found, name, form) for name, form in found if form != 'steps'}
+
+
+def _state_of(found, name, form):
+    total = found[name, form]
+    return Gathered(found[name, 'steps'], total) if form is None else InputSum(form, total)
+
+
 def _input_norm(layer, state):
     "Return ‖x‖ of the input that each weight is multiplied by."
     weight, (groups, transposed) = layer.weight, state.form
@@ -287,10 +309,10 @@ def _add_pairs(rows, state):
 
 
 def _sample_mean(layer, state):
-    return Computed(partial(_divided, state.steps), {'grad_squares': state.total})
+    return Computed(partial(_divided, _number(state.steps)), {'grad_squares': state.total})
 
 
-def _mean_of_pairs(layer, state): return state.total / state.steps
+def _mean_of_pairs(layer, state): return state.total / _number(state.steps)
 
 
 # Others

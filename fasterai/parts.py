@@ -155,7 +155,7 @@ class EvidenceOfParts(Evidence):
         super().__init__(names, selected)
 
     @contextmanager
-    def gathered(self, layers, names=None):
+    def gathered(self, layers, names=None, peers=ALONE):
         "Tell each other, for a `with` block, which steps count."
         self.tell()
         yield

@@ -116,6 +116,12 @@ class Alone:
     def share_buffers(self):
         "Have all processes take over the buffers of the first."
 
+    def summed(self,
+        tensors: dict,  # key: tensor
+    ) -> dict:  # the keys of all processes: tensor
+        "Return sums over the data of all processes. What a process does not have is zero there."
+        return tensors
+
 
 def _is_on(device, piece): return isinstance(piece, torch.Tensor) and piece.device == device
 
@@ -193,9 +199,7 @@ class Several(Alone):
         found = [(what, failure, mine)]
         try:
             for group in reversed(self.groups): found = self._joined(found, group)
-        except RuntimeError as error:
-            gone = RuntimeError(f'ranks: one cannot be reached ({error}); nothing was changed')
-            raise _known(gone) from error
+        except RuntimeError as error: raise _unreached(error) from error
         kinds = [kind for kind, _, _ in found]
         _raise_failure([failure for _, failure, _ in found])
         if len({*kinds}) == 1: return [of_rank for _, _, of_rank in found]
@@ -252,6 +256,25 @@ class Replicas(Several):
         group, = self.groups
         first = distributed.get_global_rank(group, 0)
         for buffer in self.buffers: distributed.broadcast(buffer, first, group)
+
+    def summed(self, tensors):
+        sizes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        told = self.gathered('evidence', sizes)
+        of_all = {key: size for of_rank in told for key, size in of_rank.items()}
+        if any(of_rank.items() - of_all.items() for of_rank in told):
+            raise _known(RuntimeError('ranks: they have evidence of other shapes; nothing was changed'))
+        device = torch.device('cpu' if self.gpu < 0 else f'cuda:{self.gpu}')
+        try: return {key: self._sum(tensors.get(key), *size, device) for key, size in of_all.items()}
+        except RuntimeError as error: raise _unreached(error) from error
+
+    def _sum(self, tensor, shape, dtype, device):
+        "Return the sum over the ranks, the bits of the first: the order in which each adds is not promised."
+        group, = self.groups
+        if tensor is None: total = torch.zeros(shape, dtype=dtype, device=device)
+        else: total = tensor.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total, group=group)
+        distributed.broadcast(total, distributed.get_global_rank(group, 0), group)
+        return total
 
 
 class Shards(Several):
@@ -355,6 +378,10 @@ def _known(error):
     "Mark an error that all ranks raise."
     error.all_know = True
     return error
+
+
+def _unreached(error):
+    return _known(RuntimeError(f'ranks: one cannot be reached ({error}); nothing was changed'))
 
 
 def _failure(error): return isinstance(error, ValueError), f'{type(error).__name__}: {error}'

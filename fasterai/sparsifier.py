@@ -231,7 +231,7 @@ class Sparsifier:
         masks = self.masks.of
         moves = bool(regrow or swap)
         if self.peers.splits: budgets, masks = seen(self.peers, self.rules, budgets, masks, moves)
-        with self.evidence.gathered(layers, needed):
+        with self.evidence.gathered(layers, needed, self.peers):
             change = decide(self.rules, budgets, masks, self.evidence, regrow, swap)
             return self._adjusted(change, layers)
 

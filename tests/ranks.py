@@ -33,6 +33,18 @@ def batch(rank, n=16):
     return torch.randn(n, 1, 8, 8, generator=generator), torch.randint(0, 12, (n,), generator=generator)
 
 
+class Branches(nn.Module):
+    "One layer, and another one that not all inputs come to."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.seldom = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.always(x)
+        return self.seldom(y) if x.sum() > 0 else y
+
+
 def replicas(rank, **kwargs):
     "The model in DDP; the random numbers differ by rank from then on."
     model = DDP(net(), **kwargs)
@@ -93,6 +105,51 @@ def case(of):
         of[function.__name__] = function
         return function
     return add
+
+
+def of_all_data(name, **rules):
+    "Each rank has data of its own, not as many: the masks are those of one process with all of them."
+    def run(rank):
+        sparsifier = Sparsifier(replicas(rank), data=[batch(rank)] if rank else [batch(0, 4), batch(2)], **rules)
+        whole = Sparsifier(net(), data=[batch(0, 4), batch(2), batch(1)], **rules)
+        for one in (sparsifier, whole): one.sparsify_model(60)
+        assert masks_of(sparsifier) == masks_of(whole)
+        return outcome(sparsifier.model, sparsifier)
+    EQUAL[name] = run
+
+
+def by_gram(weight, gram): return (weight.flatten(1).abs() * gram.diagonal(dim1=-2, dim2=-1)).view_as(weight)
+
+
+of_all_data('inputs of each rank', criteria='wanda')
+of_all_data('Gram matrices of each rank', criteria=by_gram)
+of_all_data('gradients of each rank', criteria='gradient', loss_func=F.cross_entropy)
+of_all_data('samples of each rank', criteria='obd', loss_func=F.cross_entropy)
+
+
+@case(EQUAL)
+def inputs_seen_before(rank):
+    "What each has seen stays its own: a second event does not count it twice."
+    model, whole = replicas(rank), Sparsifier(net().eval(), criteria='wanda')
+    sparsifier = Sparsifier(model.eval(), criteria='wanda')
+    for _ in range(2):
+        with sparsifier.evidence.watching(): model(batch(rank)[0])
+        with whole.evidence.watching():
+            for other in (0, 1): whole.model(batch(other)[0])
+        for one in (sparsifier, whole): one.sparsify_layer('3', 60)
+        assert masks_of(sparsifier) == masks_of(whole)
+    return outcome(model, sparsifier)
+
+
+@case(EQUAL)
+def data_that_miss_a_layer(rank):
+    "The data of rank 1 do not come to one layer. It is judged by what the other has seen."
+    model = Branches()
+    whole = Sparsifier(deepcopy(model), criteria='wanda', data=[torch.ones(2, 6), -torch.ones(2, 6)])
+    sparsifier = Sparsifier(DDP(model), criteria='wanda', data=[-torch.ones(2, 6) if rank else torch.ones(2, 6)])
+    for one in (sparsifier, whole): one.sparsify_model(60)
+    assert masks_of(sparsifier) == masks_of(whole)
+    return outcome(sparsifier.model, sparsifier)
 
 
 @case(EQUAL)
@@ -213,7 +270,6 @@ raising('private random numbers', criteria=Private)
 raising('a criterion fails', criteria=Failing)
 raising('a criterion fails by TypeError', criteria=partial(Failing, error=TypeError))
 raising('a criterion fails in the second round', prune_in_rounds, criteria=partial(Failing, at=5))
-raising('other data', criteria=lambda rank: 'wanda', data=lambda rank: [batch(rank)[0]])
 raising('repaired by other data', data=lambda rank: [batch(rank, 64)[0]], repair=lambda rank: 'refit')
 raising('an argument', prune_at_nan)
 

@@ -23,7 +23,7 @@ def came(tmp_path_factory):
 def test_all_ranks_come_to_the_same(came):
     cases = {name: came[name] for name in ranks.EQUAL}
     assert {name: a['error'] for name, (a, _) in cases.items() if 'error' in a} == {}
-    assert len(cases) == 17 and [name for name, (a, b) in cases.items() if a != b] == []
+    assert len(cases) == 23 and [name for name, (a, b) in cases.items() if a != b] == []
     assert all(a['held'] for a, _ in cases.values())
     counted = {name: round(a['sparsity'], 2) for name, (a, _) in cases.items()}
     assert counted['random'] == counted['magnitude, global'] == 80 and counted['weights come back at random'] == 60
