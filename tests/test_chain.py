@@ -66,6 +66,34 @@ def test_a_network_calls_its_layers_only_for_new_shapes(monkeypatch):
             x = x.transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous
 
 
+@torch.no_grad()
+def test_the_first_calls_may_be_those_of_several_threads():
+    net, x = Net().eval(), torch.randn(2, 4, 9, 7)
+    expected = net(x)
+    fuse_blocks(net)
+    start, found = threading.Barrier(4), []
+
+    @torch.no_grad()
+    def work():
+        start.wait()
+        found.append(net(x))
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(found) == 4 and all(torch.allclose(y, expected, atol=1e-5) for y in found)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_memory_between_is_kept_for_the_next_call_and_results_are_not_written_over():
+    chain = Chain([Link(LAYERS[0], i) for i in range(4)], 1, [2, 4])
+    xs = [torch.randn(1, 4, 5, 3) for _ in range(3)]
+    expected = [chain._first([x]) for x in xs]
+    found, run = [chain.call(x) for x in xs], next(iter(chain._runs.values()))
+    assert run._offsets == [0] and run._between == 256  # of 240 bytes
+    for got, of in zip(found, expected): assert all(torch.equal(a, b) for a, b in zip(got, of))
+
+
 @needs_kernels
 @torch.no_grad()
 def test_copies_files_and_threads_compute_the_same():
@@ -73,15 +101,18 @@ def test_copies_files_and_threads_compute_the_same():
     expected = net(x)
     fuse_blocks(net)
     net(x)
-    wrong = []
+    wrong, done = [], []
+
+    @torch.no_grad()
     def work():
         for _ in range(20):
             for one, of in ((x, expected), (x[:1], expected[:1])):
                 if not torch.allclose(net(one), of, atol=1e-5): wrong.append(one.shape)
+        done.append(True)
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
-    assert not wrong
+    assert not wrong and len(done) == 3
     for other in (deepcopy(net), pickle.loads(pickle.dumps(net))):
         for _ in range(2): assert torch.allclose(other(x), expected, atol=1e-5)
     with torch.inference_mode(): assert torch.allclose(net(x), expected, atol=1e-5)

@@ -30,11 +30,14 @@ class Forward:
     def __init__(self, block): self.block, self._function = block, None
 
     def __call__(self, *args, **kwargs):
-        if self._function is None: self._make()
+        if self._function is None: self.prepare()
         if any(self._hooks): return type(self.block).forward(self.block, *args, **kwargs)
         return self._function(self.block, *args, **kwargs)
 
-    def _make(self):
+    def prepare(self):
+        """Read the block's code.
+
+        torch.fx changes for that time how all modules are called, so no other thread may call one."""
         inside = [module for module in self.block.modules() if module is not self.block]
         self._hooks = [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._function = _compiled(_rewritten(self.block))
@@ -54,6 +57,7 @@ def fuse_blocks(
         if names is not None and name not in names or block in inside: continue
         if not _is_block(block) or not _can_be_fused(block): continue
         block.forward = Forward(block)
+        block.forward.prepare()
         found.append(name)
         inside.update(block.modules())
     return found

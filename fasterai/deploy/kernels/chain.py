@@ -1,6 +1,7 @@
 "Run sparse layers that follow each other by one call of the kernels."
 import ctypes
 from ctypes import c_int64, c_void_p
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from fasterai.deploy.kernels import loading as kernels
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan
 
+LINE = 64  # bytes of a cache line
 SHAPES = 4  # of inputs that a chain keeps its calls for
 KINDS = {ConvolutionPlan: 0, MatrixPlan: 1, PoolPlan: 2}  # as the C code has them
 
@@ -94,6 +96,8 @@ class _Run:
         self._plans = [made.plan for made in planned]
         self._out_shapes = [values[i].shape for i in chain.outputs]
         place, self._sizes = _places(chain, [value.numel() for value in values])
+        lengths = [-(-4 * size // LINE) * LINE for size in self._sizes]
+        *self._offsets, self._between = accumulate(lengths, initial=0)  # in bytes
         self._fields = [_fields(link, plan, values, place, chain.inputs + i)
                         for i, (link, plan) in enumerate(zip(chain.links, self._plans))]
         self._scratch = max(plan.scratch for plan in self._plans)
@@ -111,12 +115,14 @@ class _Run:
     def __call__(self, inputs):
         threads, team = kernels.threads()
         steps = self._steps.get(threads) or self._steps_for(threads)
-        at, size = kernels.scratch(self._scratch * threads)
+        # what is between is kept for the next call: new memory costs as much time as a layer
+        at, size = kernels.scratch(self._between + self._scratch * threads)
+        between = [at + offset for offset in self._offsets]
         inputs = [x if x.is_contiguous() else x.contiguous() for x in inputs]
         new = inputs[0].new_empty
         outputs = [new(shape) for shape in self._out_shapes]
-        between = [new(count) for count in self._sizes]
-        memory = self._pointers(*[tensor.data_ptr() for tensor in (*inputs, *outputs, *between)])
+        memory = self._pointers(*[tensor.data_ptr() for tensor in (*inputs, *outputs)], *between)
+        at, size = at + self._between, size - self._between
         kernels.checked(self.code.run_chain(steps, len(steps), memory, at, size, threads, team))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
