@@ -248,3 +248,44 @@ def test_sums_that_broadcast_are_not_tied():
     sparsifier = Sparsifier(model, 'filter', 'local', example=x, coupled=True)
     sparsifier.sparsify_model(50)
     assert sparsifier.selected.ties == [] and same(shrink(model, x, verbose=False), model, x)
+
+
+class Twins(nn.Module):
+    "Have filters of which two are the same, so that one makes up for the other."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 3)
+        with torch.no_grad():
+            self.a.weight[2:] = self.a.weight[:2]
+            self.a.bias[2:] = self.a.bias[:2]
+
+    def forward(self, x): return self.b(self.a(x).relu())
+
+
+def without_two():
+    dense, x = Twins(), torch.randn(64, 6)
+    model = deepcopy(dense)
+    with torch.no_grad():
+        model.a.weight[2:] = 0
+        model.a.bias[2:] = 0
+    return dense, model, x
+
+
+def test_data_make_up_for_what_is_cut_out(capsys):
+    dense, model, x = without_two()
+    before = deepcopy(model.state_dict())
+    small = shrink(model, x[:2], data=x, dense=dense)
+    assert small.a.weight.shape == (2, 6)
+    torch.testing.assert_close(small.b.weight, dense.b.weight[:, :2] + dense.b.weight[:, 2:], atol=.05, rtol=0)
+    torch.testing.assert_close(small(x), dense(x), atol=.05, rtol=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert 'before the repair' in capsys.readouterr().out
+
+
+def test_a_repair_needs_both_the_data_and_the_network_before():
+    dense, model, x = without_two()
+    with pytest.raises(ValueError, match='dense: got None, expected the network before it was pruned'):
+        shrink(model, x, data=x)
+    with pytest.raises(ValueError, match='data: got None, expected batches'): shrink(model, x, dense=dense)
+    with pytest.raises(ValueError, match="dense: 'a.weight' has shape None"): shrink(model, x, data=x, dense=nn.Linear(6, 3))

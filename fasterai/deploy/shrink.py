@@ -10,11 +10,12 @@ from torch import nn
 
 from fasterai.connected import lowest_connected
 from fasterai.deploy.bisect import bisect
-from fasterai.deploy.compare import agree, check_copyable, example_inputs, fresh, outputs
+from fasterai.deploy.compare import agree, check_copyable, check_module, example_inputs, fresh, outputs
 from fasterai.deploy.cutting import WAYS, apply, cut_of
 from fasterai.deploy.labels import solve
 from fasterai.deploy.tracing import trace
 from fasterai.deploy.why import FAILS, NOT_ALONE, NOT_RUN, NOT_TRIED, TRAINING_UNKNOWN, listed, summary
+from fasterai.repair import refit
 from fasterai.snapshot import undisturbed
 
 SECONDS = 20  # of the processor, that are spent on finding which removals fail
@@ -24,15 +25,20 @@ def shrink(
     model: nn.Module,  # any dense network with zeros in it; it is not changed
     example,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords
     verbose: bool = True,  # print how many filters were removed, and why others could not be
+    data=None,  # to repair with, as `refit` takes it: a DataLoader, an iterable of batches or a tensor; labels are not used
+    dense: nn.Module | None = None,  # with `data`: the network before it was pruned, which the repair comes near to
 ) -> nn.Module:  # a smaller copy, an ordinary model
     """Remove the filters whose outputs are zero for any input, with all weights that go with them.
 
     The model is run once, and each operation says which positions go together and what it makes of zeros:
     a factor that is zero makes a product zero, so a gate goes with what it gates, and queries and keys with
     the values of a head of attention. The copy computes the same outputs, which is tried: what would change
-    them stays, with its reason. `ValueError` where the model does not run, or cannot be followed."""
+    them stays, with its reason. With `data` and `dense` the copy is repaired by `refit` before it is cut: its
+    outputs are then nearer to those of `dense` than those of the model. `ValueError` where the model does not
+    run, or cannot be followed, or where `dense` is not the network that was pruned."""
     check_copyable(model)
     inputs, base = example_inputs(example, model), deepcopy(model)
+    repaired = _repair(base, dense, data)
     check = _Check(base, inputs)
     try: found = trace(base, inputs)
     except Exception as error:
@@ -43,9 +49,31 @@ def shrink(
     if verbose:
         removed, staying = _account(base, found, solved)
         print(summary(parameters(model), parameters(small), removed, staying))
+        if repaired:
+            print(f'  error of the outputs: {repaired.before:.3g} before the repair, '
+                  f'{repaired.after:.3g} after')
         idle = [n for n in found.owned if n not in found.ran]
         if removed and idle and found.training is None: print(f'  {TRAINING_UNKNOWN}: {listed(idle)}')
     return small
+
+
+def _repair(base, dense, data):
+    "Repair a network where data are given; return how near it came, or None."
+    if data is None and dense is None: return None
+    if data is None: raise ValueError('data: got None, expected batches to repair with, as dense is given')
+    if dense is None:
+        raise ValueError('dense: got None, expected the network before it was pruned, as data are given: '
+                         'the model has zeros where its filters were')
+    check_module(dense, 'dense')
+    wanted, found = (_shapes(net) for net in (base, dense))
+    if wanted != found:
+        other = next(name for name in [*wanted, *found] if wanted.get(name) != found.get(name))
+        raise ValueError(f'dense: {other!r} has shape {found.get(other)}, expected {wanted.get(other)} '
+                         'as in the model: give the network before it was pruned')
+    return refit(base, dense, data)
+
+
+def _shapes(model): return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def parameters(
