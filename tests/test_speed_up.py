@@ -265,3 +265,13 @@ def test_rounds_decide():
     assert not faster(latency(old), latency(old))
     assert not faster(latency([t * (.9 if i < 6 else 1.1) for i, t in enumerate(old)]), latency(old))  # by chance, as six of eight
     assert faster(Latency(1., .9, 1.1), Latency(2., 1.5, 2.5)) and not faster(Latency(1., .9, 1.6), Latency(2., 1.5, 2.5))
+
+
+def test_a_trace_is_refused_as_it_would_lack_what_the_kernels_compute():
+    from fasterai.deploy.kernels import SparseLinearKernel
+    x = torch.randn(4, 64)
+    model = nn.Sequential(SparseLinearKernel(nn.Linear(64, 64)))
+    with torch.no_grad():
+        model(x)  # the plan is there
+        for tried in (torch.jit.trace, torch.export.export):
+            with pytest.raises(RuntimeError, match='cannot be traced or exported.*given to speed_up'): tried(model, (x,))

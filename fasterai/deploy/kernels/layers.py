@@ -49,10 +49,17 @@ class _Kernel(nn.Module):
     def forward(self, x): return self._plan(x)(x)
 
     def _plan(self, x, activation=None):
+        if torch.jit.is_tracing() or torch.compiler.is_exporting(): self._refuse_to_be_traced()
         if self.training or not x.is_cpu or x.dtype is not torch.float32 or x.requires_grad: self._check(x)
         plan = self._plans.get((x.shape, activation))
         if plan is None or plan.watched._version != plan.version: plan = self._planned(x, activation)
         return plan
+
+    def _refuse_to_be_traced(self):
+        "Say that a trace would not have what the kernels compute."
+        raise RuntimeError(f'{type(self).__name__} cannot be traced or exported, as torch does not see '
+                           'what its kernels compute: trace or export the model that was given to speed_up, '
+                           'or use save_fast')
 
     def _check(self, x):
         name = type(self).__name__
