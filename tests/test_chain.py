@@ -139,6 +139,7 @@ def test_what_the_kernels_do_not_compute_is_refused_as_by_the_layers():
         for _ in range(2): net(x)
         with pytest.raises(TypeError, match='SparseConv: got torch.float64 on cpu'): net(x.double())
         with pytest.raises(ValueError, match='expected 4 channels'): net(x[:, :3])
+        with pytest.raises(RuntimeError, match='SparseConv cannot be traced or exported'): torch.jit.trace(net, x)
         net.a.train()
         with pytest.raises(RuntimeError, match='SparseConv: got training mode'): net(x)
         net.a.eval()

@@ -49,7 +49,7 @@ class _Kernel(nn.Module):
     def forward(self, x): return self._plan(x)(x)
 
     def _plan(self, x, activation=None):
-        if torch.jit.is_tracing() or torch.compiler.is_exporting(): self._refuse_to_be_traced()
+        if kernels.is_traced(): self._refuse_to_be_traced()
         if self.training or not x.is_cpu or x.dtype is not torch.float32 or x.requires_grad: self._check(x)
         plan = self._plans.get((x.shape, activation))
         if plan is None or plan.watched._version != plan.version: plan = self._planned(x, activation)

@@ -109,5 +109,10 @@ def scratch(
     return found
 
 
+def is_traced() -> bool:
+    "Tell whether torch notes what is called, to call it again without this code."
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 @cache
 def warn_once(text): warnings.warn(text, stacklevel=3)
