@@ -22,8 +22,8 @@ from torch.utils.data import TensorDataset
 
 from fasterai.arguments import percent
 from fasterai.callback import SparsifyCallback
-from fasterai.deploy import payoff, save_sparse, shrink
-from fasterai.plot import CROSS, DEAD, GAP, plot_kernels
+from fasterai.deploy import payoff, save_sparse, shrink, speed_up
+from fasterai.plot import CROSS, DEAD, GAP, WIDTH, label_ends, plot_kernels
 from fasterai.report import Report
 from fasterai.sparsifier import Sparsifier
 from fasterai.tables import as_text
@@ -152,43 +152,51 @@ def table(
 def draw_training(
     dense: Run,
     sparse: Run,  # one with a course
-    left: dict,  # {name of a count: percent of the dense network that is left}
+    left: dict,  # {heading of a network: {measure: percent of the dense network that is left}}
 ) -> Figure:
-    "Draw sparsity and accuracy over training, and beside them the size of the pruned networks."
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
-    figure.get_layout_engine().set(wspace=.06)
-    curves, bars = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    "Draw weights and accuracy over training, and below them the sizes and times of pruned networks."
+    figure = Figure(figsize=(WIDTH, 5.6), layout='constrained')
+    curves, bars = figure.subplots(2, height_ratios=(1, .9))
     _draw_course(curves, dense, sparse)
     _draw_left(bars, left)
-    for ax in (curves, bars): ax.spines[['top', 'right']].set_visible(False)
     return figure
 
 
 def _draw_course(ax, dense, sparse):
-    "Draw sparsity and accuracy over training."
+    "Draw the weights that are left, and the accuracy, over training."
     times, zeros = zip((0, 0), *sparse.course)
+    left = [100 - share for share in zeros]
     epochs = range(1, len(dense.accuracies) + 1)
-    ax.fill_between(times, zeros, step='post', color=DEAD)
-    label = f'weights that are zero: {zeros[-1]:.0f} %'
-    ax.text(times[-1] * .97, zeros[-1] / 2, label, ha='right', va='center')
-    ax.plot(epochs, dense.accuracies, color=ORANGE, ls='--', marker='o', ms=4,
-            label=f'dense: {dense.accuracy:.1f} % accuracy')
+    ax.fill_between(times, left, step='post', color=DEAD, alpha=.5, lw=0)
+    ax.step(times, left, where='post', color=CROSS, label=f'weights: {left[-1]:.0f} %')
     ax.plot(epochs, sparse.accuracies, color=BLUE, marker='o', ms=4,
-            label=f'with the callback: {sparse.accuracy:.1f} % accuracy')
-    ax.set_title('While it trains', loc='left')
-    ax.set(xlabel='epoch', ylabel='%', xlim=(0, times[-1] * 1.02), ylim=(0, 103))
+            label=f'accuracy: {sparse.accuracy:.1f} %')
+    ax.plot(epochs, dense.accuracies, color=VERMILION, ls='--', label=f'dense: {dense.accuracy:.1f} %')
+    ax.set_title('Weights fall while the network trains', loc='left')
+    ax.set(xlabel='epoch', ylabel='%', xlim=(0, times[-1]), ylim=(0, 103))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(loc='lower right', framealpha=1)
+    label_ends(ax)
 
 
 def _draw_left(ax, left):
-    "Draw a bar for each count of the pruned networks, in percent of the dense one."
-    percents = list(left.values())
-    bars = ax.barh(list(left), percents, color=BLUE, height=.6)
-    ax.bar_label(bars, [f'{p:.0f} %' for p in percents], padding=3)
-    ax.axvline(100, color='#606060', ls='--', lw=1)
-    ax.invert_yaxis()
-    ax.set(xlabel='of the dense network (%)', xlim=(0, 105))
+    "Draw a bar for each measure of the pruned networks, in percent of the dense one, below its heading."
+    places, names, shares = [], [], []
+    place = 0
+    for heading, measures in left.items():
+        ax.text(0, place, heading, transform=ax.get_yaxis_transform(), va='center', weight='bold')
+        for name, share in measures.items():
+            place += 1
+            places.append(place)
+            names.append(name)
+            shares.append(share)
+        place += 1.2
+    bars = ax.barh(places, shares, color=BLUE, height=.7)
+    ax.bar_label(bars, [f'{share:.0f} %' for share in shares], padding=3)
+    ax.set_yticks(places, names)
+    ax.tick_params(left=False)
+    ax.axvline(100, color=CROSS, ls='--', lw=1)
+    ax.set(xlabel='of the dense network (%)', xlim=(0, max(100, *shares) * 1.1), ylim=(place - .6, -.6))
+    ax.spines[['top', 'right']].set_visible(False)
     ax.set_title('What is left of two networks', loc='left')
 
 
@@ -290,14 +298,16 @@ def payoffs(
     digits: TensorDataset,  # of the validation
     file: Path,  # where the network without single weights is saved
 ) -> dict:  # {title: `deploy.payoff` of a pruned network against the dense one}
-    "Remove the pruned filters, save the network without single weights packed, and measure what both save."
+    "Remove filters; save and speed up the network without single weights; measure what each saves."
     images, classes = digits.tensors
     example = images[:64]
     small = shrink(filters.model, example)
     save_sparse(weights.model, file)
     batches = list(zip(images.split(64), classes.split(64)))
+    fast = speed_up(weights.model, example, verbose=False)
     pruned = {f'{filters.name}, {filters.asked:g} %, shrunk': small,
-              f'{weights.name}, {weights.asked:g} %, saved packed': weights.model}
+              f'{weights.name}, {weights.asked:g} %, saved packed': weights.model,
+              f'{weights.name}, {weights.asked:g} %, sped up': fast}
     return {title: payoff(dense.model, model, example, dls=batches, seconds=1)
             for title, model in pruned.items()}
 
@@ -306,28 +316,29 @@ def draw_payoffs(
     found: dict,  # of `payoffs`
 ) -> Figure:
     "Draw what is left of the dense network, a picture for each pruned one."
-    figure = Figure(figsize=(9, 6.6), layout='constrained')
+    figure = Figure(figsize=(9, 9.6), layout='constrained')
     for ax, (title, one) in zip(figure.subplots(len(found)), found.items()):
         one.plot(ax=ax).set_title(title, loc='left')
     return figure
 
 
-def sizes_left(
+def shares_left(
     weights: Run,  # one whose single weights were pruned
     filters: Run,  # one whose filters were pruned
     found: dict,  # of `payoffs`
-) -> dict:  # {name of a count: percent of the dense network}
-    "Return the sizes of the pruned networks that sum up the demo."
-    shrunk, saved = (one.to_frame().set_index('what').ratio for one in found.values())
-    without_weights = f'{weights.asked:g} % of weights zero:'
-    without_filters = f'{filters.asked:g} % of filters removed:'
-    ratios = {
-        f'{without_weights}\nweights': 1 - weights.report.sparsity / 100,
-        f'{without_weights}\nfile': saved['file, packed by save_sparse'],
-        f'{without_filters}\nparameters': shrunk['parameters'],
-        f'{without_filters}\nmultiply-adds': shrunk['multiply-adds'],
+) -> dict:  # {heading of a network: {measure: percent of the dense network}}
+    "Return the sizes and times of the pruned networks that sum up the demo."
+    shrunk, saved, fast = (one.to_frame().set_index('what').ratio for one in found.values())
+    time = 'latency, batch 64'
+    return {
+        f'{weights.asked:g} % of weights zero': {
+            'weights': 100 - weights.report.sparsity,
+            'file': 100 * saved['file, packed by save_sparse'],
+            'time': 100 * fast[time]},
+        f'{filters.asked:g} % of filters removed': {
+            'parameters': 100 * shrunk['parameters'],
+            'time': 100 * shrunk[time]},
     }
-    return {name: 100 * ratio for name, ratio in ratios.items()}
 
 
 # ---- The program
@@ -378,10 +389,11 @@ def main(arguments=None):
         'schedules.png': draw_schedules(pruned),
         'layers.png': draw_layers(layers),
         'granularity.png': draw_granularities(dense.model),
-        'training.png': draw_training(dense, weights, sizes_left(weights, filters, found)),
+        'training.png': draw_training(dense, weights, shares_left(weights, filters, found)),
         'payoff.png': draw_payoffs(found),
     }
-    for name, picture in pictures.items(): picture.savefig(chosen.out / name, dpi=100)
+    sharper = {'training.png': 130}  # the narrow one
+    for name, picture in pictures.items(): picture.savefig(chosen.out / name, dpi=sharper.get(name, 100))
     names = ', '.join(str(chosen.out / name) for name in pictures)
     print('\npictures:', names, f'and {file}')
 
