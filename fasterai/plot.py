@@ -178,11 +178,12 @@ def label_ends(
 
 
 def _end(ax, line):
-    "Return the height of a line's last point, as a share of the height of the axes."
+    "Return the height of a line's right end, as a share of the height of the axes."
     points = np.column_stack([np.asarray(values, float) for values in line.get_data()])
     points = points[np.isfinite(points).all(1)]
     if not len(points): return 0.
-    place = ax.transAxes.inverted().transform(line.get_transform().transform(points[-1]))
+    rightmost = points[points[:, 0].argmax()]
+    place = ax.transAxes.inverted().transform(line.get_transform().transform(rightmost))
     return float(np.clip(place[1], 0, 1))
 
 

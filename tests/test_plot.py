@@ -5,7 +5,7 @@ import torch
 from matplotlib.collections import LineCollection
 from torch import nn
 
-from fasterai.plot import plot_history, plot_kernels, plot_tradeoff, plot_weights
+from fasterai.plot import label_ends, new_axes, plot_history, plot_kernels, plot_tradeoff, plot_weights
 
 
 def crosses(ax): return sum(len(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection)) / 2
@@ -54,6 +54,13 @@ def test_labels_stand_at_the_ends_of_their_lines_and_not_on_each_other():
     assert ax.get_legend() is None and height['low'] < .1 and height['high'] > .9
     assert height['high'] - height['as high'] > .05
     for line in ax.lines: assert labels(ax)[line.get_label()].get_color() == line.get_color()
+
+
+def test_the_label_of_a_line_drawn_from_right_to_left_stands_at_its_right_end():
+    ax = new_axes()
+    for name, values in {'falls': (0, 1), 'rises': (1, 0)}.items(): ax.plot((9, 1), values, label=name)
+    label_ends(ax)
+    assert labels(ax)['falls'].get_position()[1] < labels(ax)['rises'].get_position()[1]
 
 
 def test_many_layers_make_a_picture_higher():
