@@ -6,7 +6,7 @@ DESCRIPTION := settings.ini setup.py pyproject.toml
 ON_TWO := examples/ddp.py examples/fastai_ddp.py
 EXAMPLES := $(filter-out $(ON_TWO), $(wildcard examples/*.py))
 
-.PHONY: demo test lint docs bench science examples wheel clean
+.PHONY: demo test lint docs gallery bench science examples wheel clean
 
 demo: .venv/installed
 	$(RUN) -m fasterai.demo
@@ -21,6 +21,10 @@ docs: .venv/installed-dev
 	$(RUN) -W ignore::FutureWarning docs/tables.py
 	$(RUN) -W ignore::FutureWarning -m sphinx -q -c docs -d build/doctrees . site
 	@echo 'site/index.html'
+
+# draws images/gallery anew
+gallery: .venv/installed-dev
+	$(RUN) -W ignore::FutureWarning docs/gallery.py
 
 bench: .venv/installed
 	$(RUN) benchmarks/speed.py

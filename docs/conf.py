@@ -49,6 +49,7 @@ nbs/*
 docs/cookbook
 docs/guide
 docs/layers
+docs/gallery
 docs/faq
 docs/coming-from
 docs/reference

@@ -8,12 +8,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from matplotlib.image import imread
 
 import fasterai.all
 import fasterai.deploy
 
 ROOT = Path(__file__).parent.parent
 TABLES = runpy.run_path(str(ROOT / 'docs/tables.py'))
+GALLERY = runpy.run_path(str(ROOT / 'docs/gallery.py'))
 
 
 class Page(HTMLParser):
@@ -75,6 +77,15 @@ def test_the_tables_are_what_the_code_says(name):
     text = (ROOT / name).read_text(encoding='utf-8')
     assert TABLES['TABLES'][name]() in text, f'python docs/tables.py writes {name} anew'
     assert TABLES['with_table'](text, 'another') != text
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_the_gallery_is_drawn_by_its_own_lines(tmp_path):
+    GALLERY['draw'](tmp_path)
+    drawn, committed = ({file.name: file for file in folder.iterdir()} for folder in (tmp_path, GALLERY['PICTURES']))
+    assert drawn.keys() == committed.keys() and len(drawn) >= 10
+    assert all(file.stat().st_size < 60_000 for file in committed.values())
+    for name, file in drawn.items(): assert imread(file).shape == imread(committed[name]).shape and imread(file).std() > .05
 
 
 def measured(): return ''.join((ROOT / f'benchmarks/{name}.md').read_text(encoding='utf-8') for name in ('RESULTS', 'SCIENCE'))
