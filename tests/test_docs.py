@@ -72,6 +72,17 @@ def test_the_reference_has_every_public_name_and_its_arguments(site):
     assert 'how much of that sparsity is wanted now, 0 to 1, as a schedule returns it' in page  # a docment
 
 
+def test_a_page_that_its_section_names_shows_each_name_of_the_reference():
+    _, *sections = re.split('^## ', (ROOT / 'docs/reference.md').read_text(encoding='utf-8'), flags=re.MULTILINE)
+    unseen = []
+    for section in sections:
+        pages = re.search(r'^See also: (.*)\.$', section, re.MULTILINE)
+        shown = ''.join((ROOT / 'docs' / page).read_text(encoding='utf-8') for page in re.findall(r'\((.*?)\)', pages[1]))
+        names = re.findall(r'^\.\. auto(?:class|function):: (\w+)$', section, re.MULTILINE)
+        unseen += [name for name in names if not re.search(rf'\b{name}\b', shown)]
+    assert not unseen, 'name a page that shows it, below the heading'
+
+
 @pytest.mark.parametrize('name', TABLES['TABLES'])
 def test_the_tables_are_what_the_code_says(name):
     text = (ROOT / name).read_text(encoding='utf-8')
