@@ -225,9 +225,10 @@ def linear(call):
 
 
 def addmm(call):
-    "Follow a sum and a matrix product; by a weight it is a linear layer of inputs × outputs."
+    "Follow a sum with a matrix product; by a weight it is a linear layer of inputs × outputs."
     layer = call.layer
-    return layer and _layer(call, layer, layer.weight.shape[1], 1, 2)
+    if layer is None: return sum_with_product(call)
+    return _layer(call, layer, layer.weight.shape[1], 1, 2)
 
 
 def convolution(call):
@@ -373,8 +374,25 @@ def reduction(
 
 def matrix_product(call):
     "Follow a product of matrices; where a factor is a weight, the product is a layer."
-    if call.reads: return _unknown(call, call.reads)
-    nodes = [call.node(0, 'input'), call.node(1, 'other')]
+    if call.reads: return own_weights(call)
+    return _matrix_product(call, [call.node(0, 'input'), call.node(1, 'other')])
+
+
+def sum_with_product(call):
+    "Follow a sum of the first argument and a product of matrices."
+    if call.reads: return own_weights(call)
+    tensors = call.argument(1, 'mat1'), call.argument(2, 'mat2')
+    if plain(call.name) == 'baddbmm': tensors = call.argument(1, 'batch1'), call.argument(2, 'batch2')
+    product = _matrix_product(call, [call.node_of(x) for x in tensors])
+    return product and _sum_of(call, _node(call, call.argument(0, 'input')), product)
+
+
+def hidden_product(call):
+    "Lose the channels; where a factor is a weight, the product is a layer."
+    return own_weights(call) if call.reads else other(call)
+
+
+def _matrix_product(call, nodes):
     known = [x for x in nodes if x is not None and x.places is not None]
     if not call.after or not known or any(x.ndim < 2 for x in known): return None
     rows, columns = [_padded(x, len(call.after)) for x in nodes]
@@ -672,7 +690,9 @@ LAYERS = {
 OPERATIONS = LAYERS | {
     **_rows('embedding embeddingbag bilinear multiheadattention multiheadattentionforward', own_weights),
     **_rows('lstm gru rnn rnntanh rnnrelu lstmcell grucell rnncell rnntanhcell rnnrelucell', own_weights),
-    **_rows('matmul rmatmul mm bmm baddbmm einsum', matrix_product),
+    **_rows('matmul mm bmm', matrix_product),
+    **_rows('baddbmm', sum_with_product),
+    **_rows('einsum', hidden_product),
     **_rows('scaleddotproductattention', attention),
     **_rows('batchnorm batchnorm1d batchnorm2d batchnorm3d syncbatchnorm', batch_norm),
     **_rows('relu relu6 leakyrelu prelu rrelu elu selu celu gelu silu mish hardswish', keeps_zeros),

@@ -111,7 +111,12 @@ def by_hand(q, k, v, enable_gqa=False):
     return ((q * .5) @ k.transpose(-2, -1) + torch.zeros(5, 5)).softmax(-1) @ v
 
 
-@pytest.mark.parametrize('attend', [flash, by_hand])
+def in_one_batch(q, k, v):
+    scores = torch.baddbmm(torch.zeros(6, 5, 5), q.flatten(0, 1), k.flatten(0, 1).transpose(-2, -1), alpha=.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, (3, 2))
+
+
+@pytest.mark.parametrize('attend', [flash, by_hand, in_one_batch])
 def test_heads_of_queries_keys_and_values(attend):
     def way(s, x): return s.o(attend(heads(s.q(x), 2), heads(s.k(x), 2), heads(s.v(x), 2)).transpose(1, 2).flatten(2))
     model = Net(way, q=linear(), k=linear(), v=linear(), o=linear())
