@@ -211,14 +211,35 @@ def _behind_multiplication(node, inputs, meet):
 def _behind_reduction(node, inputs, meet):
     [x] = inputs
     if x is None: return None
-    filters = np.moveaxis(x.filters, node.axes, range(len(node.axes)))
-    filters = filters.reshape(-1, *filters.shape[len(node.axes):])
+    filters = _stacked(x.filters, node.axes)
     found = Behind(filters[0].reshape(node.places), x.keeps)
     if (filters == filters[0]).all(): return found
     are_added = node.adds and x.keeps and (filters >= 0).all()
     if not are_added or _narrowed(found.filters).size == 1: return None
     _chain(filters.reshape(len(filters), -1), meet)
     return found
+
+
+def _stacked(filters, axes):
+    "Return an array with some axes flattened into one, the first."
+    filters = np.moveaxis(filters, axes, range(len(axes)))
+    return filters.reshape(-1, *filters.shape[len(axes):])
+
+
+def _go_together(filters, meet):
+    """Let filters along the first axis meet, if they differ; return whether they can go together.
+
+    They cannot where they are all that there are, or one of them is not known."""
+    if (filters == filters[0]).all(): return True
+    if _narrowed(filters[0]).size == 1 or (filters < 0).any(): return False
+    _chain(filters.reshape(len(filters), -1), meet)
+    return True
+
+
+def _behind_softmax(node, inputs, meet):
+    [x] = inputs
+    if x is None or not _go_together(_stacked(x.filters, node.axes), meet): return None
+    return Behind(np.broadcast_to(x.filters, node.places), False)
 
 
 class _Heads:
@@ -234,12 +255,8 @@ class _Heads:
     ) -> Behind | None:
         "Return the filters behind sums over axes; None where they differ along these."
         if x is None: return None
-        filters = np.moveaxis(x.filters, axes, range(len(axes)))
-        filters = filters.reshape(-1, *filters.shape[len(axes):])
-        if not (filters == filters[0]).all():
-            if _narrowed(filters[0]).size == 1 or (filters < 0).any(): return None
-            for one, other in zip(filters, filters[1:]):
-                self.meet(Meeting(one.reshape(-1), other.reshape(-1), True))
+        filters = _stacked(x.filters, axes)
+        if not _go_together(filters, self.meet): return None
         return Behind(np.expand_dims(filters[0], axes), x.keeps)
 
 
@@ -287,6 +304,7 @@ class NodeKind:
 KINDS = {
     'keeps_zeros': NodeKind(_zero_kept, _behind_kept),
     'elementwise': NodeKind(_zero_nowhere, _behind_elementwise),
+    'softmax': NodeKind(_zero_nowhere, _behind_softmax),
     'norm': NodeKind(_zero_kept, _behind_kept),
     'moved': NodeKind(_zero_moved, _behind_moved),
     'zeros': NodeKind(_zero_moved, _behind_moved),

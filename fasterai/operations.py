@@ -30,7 +30,7 @@ class Node:
     ndim: int | None = None  # number of axes, None if unknown
     axis: int | None = None  # of the channels, for a layer, a bias and a norm
     index: np.ndarray | None = None  # ints of the shape `places`, where entries move: which of the flattened entries of all inputs, `NOTHING` or `ZERO`
-    axes: tuple = ()  # over which it is reduced
+    axes: tuple = ()  # over which a reduction or a softmax is
     adds: bool = False  # a reduction is a sum
     parts: tuple = ()  # of `Node`, one for each result where there are several
     groups: int = 1  # of a convolution
@@ -299,10 +299,10 @@ def power(call, x):
 
 @follows_channels
 def softmax(call, x):
-    "Follow a softmax over an axis along which no channels are."
+    "Follow a softmax, after which no entry is zero, and each depends on all others along the axis."
     dim = call.argument(1, 'dim')
-    if not isinstance(dim, int) or x.places[dim] != 1: return None
-    return _elementwise(call, x)
+    if not isinstance(dim, int): return None
+    return Node('softmax', (x,), call.sources, x.places, x.ndim, axes=(dim % x.ndim,))
 
 
 # Operations on two tensors
