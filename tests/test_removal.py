@@ -116,16 +116,16 @@ def as_many_in_each():
     return model
 
 
-def chopped():
-    "Parts of a number of channels that the code knows, as in Res2Net."
+def chopped(width=8, parts=1):
+    "Parts of a number of channels that the code knows, as in Res2Net, or computes, as in selective kernels."
     class Parts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.width = 8
+            self.width = width
             self.a, self.b, self.out = conv(3, 16), conv(8, 8), conv(16, 2)
 
         def forward(self, x):
-            first, second = self.a(x).relu().split(self.width, 1)
+            first, second = self.a(x).relu().split(self.width // parts, 1)
             return self.out(torch.cat([first, self.b(second).relu()], 1))
     model = Parts().eval()
     dead(model.a, rows=[0, 1, 8, 9])
@@ -156,6 +156,7 @@ KINDS = {  # a network with zeros, an example, its parameters before and after
     'a whole group': (whole_group, pictures(), 224 + 152 + 146, 168 + 114 + 110),
     'as many in each group': (as_many_in_each, pictures(), 224 + 444 + 218, 168 + 224 + 146),
     'parts of a known width': (chopped, pictures(), 448 + 584 + 290, 336 + 440 + 254),
+    'parts of a width that is halved': (lambda: chopped(16, 2), pictures(), 448 + 584 + 290, 336 + 440 + 254),
     'columns of an embedding': (columns, torch.randint(0, 20, (3, 4)), 187, 141),
     'hidden units of an LSTM': (lambda: recurrent(nn.LSTM, 4, 2), vectors(2, 5, 6), 539, 357),
     'hidden units of a GRU': (lambda: recurrent(nn.GRU, 3, 2), vectors(2, 5, 6), 411, 273),

@@ -124,6 +124,7 @@ def parts(call):
     x, dim = call.first, call.get('dim') or 0
     sizes = call.get('split_sizes') or call.get('split_size')
     length = x.shape[dim]
+    call.resize(length, x.rows[dim])
     if isinstance(sizes, int):
         if sizes and length % sizes == 0: call.labels.level(x.rows[dim], length // sizes)
         else: call.labels.block(x.rows[dim], IS_NUMBERED)
