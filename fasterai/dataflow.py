@@ -226,9 +226,12 @@ def _memory(tensor): return tensor.untyped_storage().data_ptr()
 
 def trace(model: nn.Module) -> Flow:
     "Find the data flow in the model's code with torch.fx; raise what fx raises where it cannot trace."
+    with attributes_kept(model): return _trace(model)  # fx puts tensors there that the code makes
+
+
+def _trace(model):
     tracer = _Tracer(param_shapes_constant=True)  # code may ask for the shape of a weight
-    with attributes_kept(model): graph = tracer.trace(model)
-    norms = _norms(model)
+    graph, norms = tracer.trace(model), _norms(model)
     nodes, tape, outputs, sure = {}, [], [], True
     def node_of(x): return nodes.get(x) if isinstance(x, fx.Node) else None
     for step in graph.nodes:

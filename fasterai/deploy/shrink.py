@@ -15,7 +15,6 @@ from fasterai.deploy.cutting import WAYS, apply, cut_of
 from fasterai.deploy.labels import solve
 from fasterai.deploy.tracing import trace
 from fasterai.deploy.why import FAILS, NOT_ALONE, NOT_RUN, NOT_TRIED, TRAINING_UNKNOWN, listed, summary
-from fasterai.repair import refit
 from fasterai.snapshot import undisturbed
 
 SECONDS = 20  # of the processor, that are spent on finding which removals fail
@@ -70,6 +69,7 @@ def _repair(base, dense, data):
         other = next(name for name in [*wanted, *found] if wanted.get(name) != found.get(name))
         raise ValueError(f'dense: {other!r} has shape {found.get(other)}, expected {wanted.get(other)} '
                          'as in the model: give the network before it was pruned')
+    from fasterai.repair import refit  # here: nothing else in `deploy` needs the training side
     return refit(base, dense, data)
 
 
