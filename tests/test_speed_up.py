@@ -275,3 +275,16 @@ def test_a_trace_is_refused_as_it_would_lack_what_the_kernels_compute():
         model(x)  # the plan is there
         for tried in (torch.jit.trace, torch.export.export):
             with pytest.raises(RuntimeError, match='cannot be traced or exported.*given to speed_up'): tried(model, (x,))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_layer_that_is_timed_in_a_row_computes_the_same():
+    from fasterai.deploy.kernels import SparseConv
+    from fasterai.deploy.speed_up import MOST_IN_ROW, _in_a_row, _of_one
+    layer, x = SparseConv(zeroed(nn.Conv2d(4, 4, 3, padding=1), .6)), torch.randn(1, 4, 6, 6)
+    call, n = _in_a_row(layer, x)
+    assert 1 <= n <= MOST_IN_ROW and torch.equal(call(x), layer(x))
+    dense = nn.Conv2d(4, 4, 1)
+    assert _in_a_row(dense, x) == (dense, 1)
+    assert _of_one(Latency(8., 4., 16., (8., 6.)), 4) == Latency(2., 1., 4., (2., 1.5))

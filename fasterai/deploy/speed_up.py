@@ -1,4 +1,5 @@
 "Replace layers by faster forms that compute the same, each timed on this machine."
+import time
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,9 +12,10 @@ from fasterai.arguments import Inputs, seconds_of
 from fasterai.deploy import kernels
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, outputs
 from fasterai.deploy.folding import fold_norms, followers, replace
-from fasterai.deploy.fusing import fuse_blocks, unfuse
+from fasterai.deploy.fusing import LINKS, fuse_blocks, unfuse
+from fasterai.deploy.kernels.chain import Chain, Link
 from fasterai.deploy.kernels.layers import FUSED
-from fasterai.deploy.timing import faster, side_by_side
+from fasterai.deploy.timing import Latency, faster, side_by_side
 from fasterai.snapshot import evaluation_mode
 from fasterai.tables import as_text
 
@@ -23,6 +25,7 @@ MOST_STORED = 1.25  # numbers in the blocks that are stored, of the weights that
 SPARSE = nn.Linear, nn.Conv1d, nn.Conv2d
 HALF = frozenset((torch.float16, torch.bfloat16))
 TOLERANCE = 1e-4  # sums in another order, relative to the largest output
+MOST_IN_ROW, ROW_SECONDS = 8, 2e-4  # calls of a small layer that are timed together
 
 # why a model stays dense
 NOTHING_FASTER = ('nothing here is faster than dense: on a CPU sparse kernels pay from about 60 % zeros on, '
@@ -253,14 +256,31 @@ def _with_masks(layer, masks, x, seconds, device):
         with torch.no_grad(): pruned.weight.masked_fill_(~keep, 0)
         built, _ = _build(pruned, x)
         forms.append(list(built.values()))
-    every = [layer, *(form for several in forms for form in several)]
-    dense, *times = _latencies(every, Inputs((x,)), seconds, device)
-    found, left = [dense.seconds], iter(times)
+    rows = [_in_a_row(form, x) for several in forms for form in several]
+    dense, *times = _latencies([layer, *(call for call, _ in rows)], Inputs((x,)), seconds, device)
+    found, left = [dense.seconds], iter([_of_one(latency, n) for latency, (_, n) in zip(times, rows)])
     for several in forms:
         tried = [next(left) for _ in several]
         best = min(tried, key=lambda latency: latency.seconds, default=dense)
         found.append(best.seconds if faster(best, dense) else dense.seconds)
     return found
+
+
+@torch.no_grad()
+def _in_a_row(form, x):
+    "Return a call of a form as a chain makes it, so many times that Python's part is small, and how many."
+    if not isinstance(form, LINKS): return form, 1
+    form(x)  # makes its plan
+    start = time.perf_counter()
+    form(x)
+    n = max(1, min(MOST_IN_ROW, round(ROW_SECONDS / (time.perf_counter() - start))))
+    return Chain([Link(form, 0)] * n, 1, [n]).call, n
+
+
+def _of_one(latency, n):
+    "Return the latency of one of n calls."
+    rounds = tuple(seconds / n for seconds in latency.rounds)
+    return Latency(latency.seconds / n, latency.low / n, latency.high / n, rounds)
 
 
 def _first_inputs(model, inputs, modules):
