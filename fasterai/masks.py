@@ -246,9 +246,9 @@ class Masks(Mapping):
 
     def _set(self, masks, weights):
         self.selected.refresh()
-        was, before = self.of, {}
-        after = was | masks
-        if any(mask.left < mask.size for mask in was.values()): before = self._masked_along
+        after = self.of | masks
+        has_pruned = any(mask.left < mask.size for mask in self.of.values())
+        before = self._masked_along if has_pruned else {}
         dependents = self.selected.dependents(after, self.peers)  # what may fail stands before what changes anything
         self._of, self._dependents, self._version = after, dependents, self.selected.version
         with torch.no_grad():

@@ -26,8 +26,7 @@ def built(
     variant: str = 'native',  # a key of `VARIANTS`
 ) -> Path:  # a shared library
     "Return the compiled source, compiled now if it is not there; `Unavailable` says why not."
-    compiler = shlex.split(os.environ.get('CC') or 'cc')
-    flags = (*FLAGS, *VARIANTS[variant])
+    compiler, flags = compiler_command(), (*FLAGS, *VARIANTS[variant])
     name = f'{source.stem}-{_key(source, compiler, flags)}.so'
     try:
         folder = cache_folder()
@@ -40,6 +39,11 @@ def built(
     # without a home folder there is a RuntimeError
     except (OSError, RuntimeError) as error:
         raise Unavailable(f'the cache cannot be used: {error}') from error
+
+
+def compiler_command() -> list:  # of words
+    "Return the compiler of this machine: what CC names, else cc."
+    return shlex.split(os.environ.get('CC') or 'cc')
 
 
 def _key(source, compiler, flags):

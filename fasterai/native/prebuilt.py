@@ -3,12 +3,10 @@
 `python -m fasterai.native.prebuilt` writes it into `fasterai/native/libraries`. A wheel that is built after
 that takes it along, and is one for machines of this kind."""
 import hashlib
-import os
 import platform
-import shlex
 from pathlib import Path
 
-from fasterai.native.build import FLAGS, compile_with, processor_flags
+from fasterai.native.build import FLAGS, compile_with, compiler_command, processor_flags
 
 FOLDER = Path(__file__).parent / 'libraries'
 SOURCES = Path(__file__).parent / 'sweep.c', Path(__file__).parents[1] / 'deploy/kernels/sparse.c'
@@ -45,11 +43,11 @@ def compile_all() -> list:  # of the paths
     "Compile each source for each class of processors of this machine's kind; `Unavailable` where that fails."
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob('*.so'): old.unlink()
-    compiler, written = shlex.split(os.environ.get('CC') or 'cc'), []
+    written = []
     for source in SOURCES:
         for name in CLASSES.get(platform.machine(), {}):
             path, flags = _path(source, name), (f'-march={name}', *MORE_FLAGS.get(name, ()), *FLAGS)
-            compile_with(compiler, [flags], source, path)
+            compile_with(compiler_command(), [flags], source, path)
             written.append(path)
     return written
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from fasterai.deploy.kernels import loading as kernels
-from fasterai.deploy.kernels.loading import is_traced
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan
 
 LINE = 64  # bytes of a cache line
@@ -59,7 +58,7 @@ class Chain:
         "Return what the layers make of inputs."
         run = self._runs.get(tuple([x.shape for x in inputs]))
         # the layers refuse to be traced
-        if run is None or is_traced() or not run.is_current(inputs): return self._first(inputs)
+        if run is None or kernels.is_traced() or not run.is_current(inputs): return self._first(inputs)
         return run(inputs)
 
     def _first(self, inputs):
