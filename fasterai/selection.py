@@ -3,13 +3,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from math import ceil
+from math import ceil, floor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fasterai.native.sweep import Terms, sweep
+from fasterai.native.sweep import Row, Terms, cut, sweep
 from fasterai.peers import ALONE, Alone
 from fasterai.ranking import Ranks, cost_of, cost_of_all, differing, joined, spread
 from fasterai.shards import Place
@@ -57,6 +57,11 @@ class LayerGroups:
     def n_groups(self) -> int:
         "Return the number of groups, pruned or not."
         return len(self.alive) if self.place is None else self.place.n_whole
+
+    @property
+    def is_of_single_weights(self) -> bool:
+        "Tell whether each group is one weight, which counts one, and all of them are here."
+        return self.group_size == self.unit == 1 and self.costs is None and self.place is None
 
     @cached_property
     def n_alive(self) -> int:
@@ -157,6 +162,13 @@ class Cut(NamedTuple):
 
 
 EVERYTHING = Cut(np.inf, 0, 0)
+AT_ONCE = Cut(np.nan, 0, 0)  # it is in `Lowest.decided`
+
+
+class Decided(NamedTuple):
+    "Hold what C code has decided about layers of single weights, in one call."
+    keeps: list  # bool (weights,), one a layer
+    costs: list  # how many are pruned, one a layer
 
 
 class Found(NamedTuple):
@@ -199,6 +211,7 @@ class Lowest:
         self.layers, self.found, self.ranks = layers, [], None
         self.told = []  # by layer: of each process (scores, costs) inside the bracket and the cost below it
         self.ties = []  # by layer: `Ties` at the last cut
+        self.decided = None  # `Decided`, where the last cut was made at once
         self.peers = layers[0].peers if layers else ALONE
         self.split = any(layer.place is not None for layer in layers)
 
@@ -207,6 +220,8 @@ class Lowest:
     ) -> Cut:
         "Find where to cut the order of groups."
         exact, budget = budget, ceil(budget)  # groups reach the one where they reach the other
+        self.decided = None if self.found else _decided(self.layers, floor(exact + Fraction(1, 2)))
+        if self.decided is not None: return AT_ONCE
         if self._brackets(budget): return (yield from self._inside(budget, exact))
         few = sum(layer.n_groups for layer in self.layers) <= SAMPLE
         for find in (_everything,) if few else (_bracketed, _everything):
@@ -278,6 +293,7 @@ class Lowest:
     ) -> list:  # of ints, one a layer
         "Return how many weights a cut prunes, in all processes."
         if cut == EVERYTHING: return [layer.remaining for layer in self.layers]
+        if self.decided is not None: return self.decided.costs
         lower = [sum(cost + cost_of(costs, scores < cut.score) for scores, costs, cost in told)
                  for told in self.told]
         going = self._going(cut)
@@ -296,6 +312,7 @@ class Lowest:
     ) -> list:  # keep masks (groups,), one a layer
         "Return keep masks: False for groups that were pruned before and for those below the cut."
         if cut == EVERYTHING: return [torch.zeros_like(layer.alive) for layer in self.layers]
+        if self.decided is not None: return self.decided.keeps
         placed = self.peers.sent(self._above(cut), [found.keep.device for found in self.found])
         for found, stays in zip(self.found, placed):
             self.peers.array(found.keep)[found.at] = self.peers.array(stays)
@@ -313,6 +330,20 @@ class Lowest:
                 if first is not None: stays[equal[first:]] = True
             stay.append(stays)
         return stay
+
+
+def _decided(layers, budget):
+    "Cut layers of single weights in one call of C code; None where it cannot."
+    rows, keeps = [], []
+    for layer in layers:
+        if not layer.is_of_single_weights or not layer.peers.on_host(layer.alive): return None
+        terms = terms_of(layer.scores)
+        if terms is None or terms.form == 'plain' and len(layers) > 1: return None  # scores of one layer at a time are held
+        alive = None if layer.all_alive else layer.peers.array(layer.alive)
+        keeps.append(torch.empty_like(layer.alive))
+        rows.append(Row(terms, alive, layer.n_alive, layer.peers.array(keeps[-1])))
+    costs = cut(rows, budget) if rows else None
+    return None if costs is None else Decided(keeps, costs)
 
 
 def _told(layer, found):

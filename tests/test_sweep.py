@@ -21,7 +21,7 @@ from fasterai.kinds import _divided, _saliency
 from fasterai.masks import _zero
 from fasterai.native import sweep as native
 from fasterai.native.loading import chosen
-from fasterai.native.sweep import Terms, count_zeros, mask, sweep
+from fasterai.native.sweep import Row, Terms, count_zeros, cut, mask, sweep
 from fasterai.selection import LayerGroups, _numpy_sweep
 from fasterai.sparsifier import Sparsifier
 from fasterai.zeros import LowestWhere
@@ -159,6 +159,82 @@ def test_wrong_sizes_are_refused_before_anything_is_written():
     assert (a == 1).all()
 
 
+# Cutting
+
+def row_of(rng, length, kind, form):
+    "A layer with scores of one form; where nothing is said of what is alive, all is."
+    terms = Terms(form, values(rng, length, kind))
+    if form == 'product': terms = terms._replace(b=values(rng, length, 'normal'))
+    if form == 'quotient': terms = terms._replace(divisor=float(rng.integers(1, 9)))
+    if rng.random() < .3: terms = terms._replace(weight=values(rng, length, 'sparse'))
+    alive = rng.random(length) < rng.random() if rng.random() < .5 else None
+    n_alive = length if alive is None else int(alive.sum())
+    return Row(terms, alive, n_alive, rng.random(length) < .5)
+
+
+def check_cut(seed, threads):
+    torch.set_num_threads(threads)
+    rng = np.random.default_rng(seed)
+    lengths = rng.choice([n for n in LENGTHS if n], rng.integers(1, 5))
+    rows = [row_of(rng, length, rng.choice(KINDS), rng.choice(native.FORMS)) for length in lengths]
+    scores = np.concatenate([numpy_scores(row.terms) for row in rows])
+    alive = np.concatenate([np.ones(len(row.keep), bool) if row.alive is None else row.alive for row in rows])
+    n_alive = int(alive.sum())
+    if not n_alive: return False
+    budget = int(rng.integers(1, n_alive + 1))
+    pruned = cut(rows, budget)
+    if pruned is None: return False
+    at = np.flatnonzero(alive)
+    expected = alive.copy()
+    expected[at[scores[at].argsort(kind='stable')[:budget]]] = False  # ties by layer and position
+    assert np.array_equal(np.concatenate([row.keep for row in rows]), expected)
+    assert sum(pruned) == budget
+    left = [int(row.keep.sum()) for row in rows]
+    assert pruned == [row.n_alive - n for row, n in zip(rows, left)]
+    return True
+
+
+@needs_code
+@settings(cases, max_examples=1500)
+@given(st.integers(0, 1 << 30), st.integers(1, 4))
+def test_a_cut_prunes_the_lowest(seed, threads): check_cut(seed, threads)
+
+
+@needs_code
+def test_a_cut_is_mostly_done(): assert sum(check_cut(seed, 1) for seed in range(200)) > 60
+
+
+@needs_code
+def test_a_cut_of_many_weights_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    for form in native.FORMS:
+        rows = [row_of(rng, 300_000, 'normal', form) for _ in range(3)]
+        rows = [row._replace(terms=row.terms._replace(weight=None)) for row in rows]  # of many zeros too many are near the cut
+        scores = np.concatenate([numpy_scores(row.terms) for row in rows])
+        living = np.concatenate([np.ones(len(row.keep), bool) if row.alive is None else row.alive for row in rows])
+        at = np.flatnonzero(living)
+        for share in (.01, .5, .99):
+            budget = int(share * len(at))
+            assert sum(cut(rows, budget)) == budget
+            expected = living.copy()
+            expected[at[scores[at].argsort(kind='stable')[:budget]]] = False
+            assert np.array_equal(np.concatenate([row.keep for row in rows]), expected)
+
+
+@needs_code
+def test_a_cut_refuses_what_it_cannot_do():
+    def row(**change):
+        fits = dict(terms=Terms('absolute', np.arange(100, dtype=np.float32)), alive=None, n_alive=100, keep=np.ones(100, bool))
+        return Row(**fits | change)
+    assert cut([row(), row()], 7) == [4, 3]
+    for budget in (0, -1, 201): assert cut([row(), row()], budget) is None
+    wrong = (row(terms=Terms('plain', np.full(100, np.nan, np.float32))), row(terms=Terms('plain', np.ones(99, np.float32))),
+             row(alive=np.ones(99, bool)), row(terms=Terms('product', np.ones(100, np.float32))))
+    for one in wrong: assert cut([row(), one], 7) is None
+    equal = row(terms=Terms('plain', np.ones(70_001, np.float32)), keep=np.ones(70_001, bool), n_alive=70_001)
+    assert cut([equal], 7) is None  # all of them are near the cut
+
+
 # Zeros
 
 @needs_code
@@ -246,6 +322,7 @@ def test_events_are_those_of_numpy(granularity, context, criterion, regrow, monk
     monkeypatch.setattr(selection, 'SAMPLE', 20)
     calls = []
     monkeypatch.setattr(selection, 'sweep', lambda *given: calls.append(sweep(*given)) or calls[-1])
+    monkeypatch.setattr(selection, 'cut', lambda *given: calls.append(cut(*given)) or calls[-1])
 
     def compared(layer, low, high, keep, swept=selection._compiled_sweep):
         terms = selection.terms_of(layer.scores)

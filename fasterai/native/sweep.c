@@ -14,7 +14,7 @@
 #define ROOM 4096  // weights of a chunk that may be inside the bracket
 #define LARGEST ((int64_t)1 << 44)  // bytes, which no memory has
 
-enum Refused { BAD_SIZE = -1, BAD_FORM = -2, NOT_FINITE = -3, TOO_MANY = -4 };
+enum Refused { BAD_SIZE = -1, BAD_FORM = -2, NOT_FINITE = -3, TOO_MANY = -4, MISSED = -5 };
 
 
 // --- threads -------------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ typedef struct {
     float *inside;  // these scores; of `room`
     int64_t *counts;  // of `count_room`: two for each chunk
     int64_t room, count_room;
+    int64_t found;  // written by `cut`: number of scores inside the bracket
 } Sweep;
 
 INLINE float score_of(const Sweep *s, int64_t i, int form) {
@@ -165,17 +166,192 @@ static int64_t gather(const Sweep *s, int64_t chunks, int64_t *kept) {
 // Return how many integers and floats of `at` and `inside` a sweep needs; `counts` needs half as many, or less.
 int64_t sweep_room(int64_t length) { return good_length(length) ? chunks_of(length) * ROOM : BAD_SIZE; }
 
+static int64_t refused(const Sweep *s) {
+    if (!good_length(s->length) || s->length < 1) return BAD_SIZE;
+    if (s->form < 0 || s->form >= FORMS || !s->a || (s->form == PRODUCT && !s->b) || !s->keep) return BAD_FORM;
+    int64_t chunks = chunks_of(s->length);
+    return s->room < chunks * ROOM || s->count_room < 2 * chunks ? BAD_SIZE : 0;
+}
+
 // Decide about all weights of a layer; return how many scores are inside the bracket, and in counts[0] how many
 // weights are above it. NOT_FINITE: a score is NaN or infinite; TOO_MANY: more are inside than there is room for.
 int64_t sweep(const Sweep *s, int64_t threads, const Team *team) {
-    if (!good_length(s->length) || threads < 1) return BAD_SIZE;
-    if (s->form < 0 || s->form >= FORMS || !s->a || (s->form == PRODUCT && !s->b)) return BAD_FORM;
+    if (threads < 1) return BAD_SIZE;
+    if (refused(s)) return refused(s);
     int64_t chunks = chunks_of(s->length), kept = 0;
-    if (chunks < 1 || s->room < chunks * ROOM || s->count_room < 2 * chunks) return BAD_SIZE;
     run(SWEEPS[s->form], (void *)s, chunks, threads, team);
     int64_t found = gather(s, chunks, &kept);
     s->counts[0] = kept;
     return found;
+}
+
+
+// --- cut -----------------------------------------------------------------------------------------
+// Find the lowest weights of several layers, by (score, layer, position). A sample brackets the cut (Floyd & Rivest
+// 1975), one sweep decides about all weights that are not inside, and those inside are ranked.
+
+// An integer in the order of floats, but that -0 is below 0.
+static uint32_t order_of(float score) {
+    uint32_t bits;
+    memcpy(&bits, &score, sizeof(bits));
+    return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+
+// Return the lowest score but k, by its digits: each pass over the scores finds the next one.
+static float ranked(const float *scores, int64_t n, int64_t k) {
+    enum { BITS = 11, BINS = 1 << BITS };
+    uint64_t found = 0;  // 33 bits: three digits, of which the last is doubled
+    for (int shift = 2 * BITS; shift >= 0; shift -= BITS) {
+        int64_t counts[BINS] = {0};
+        for (int64_t i = 0; i < n; i++) {
+            uint64_t order = (uint64_t)order_of(scores[i]) << 1;
+            if (order >> (shift + BITS) == found) counts[order >> shift & (BINS - 1)]++;
+        }
+        int digit = 0;
+        while (k >= counts[digit]) k -= counts[digit++];
+        found = found << BITS | (uint64_t)digit;
+    }
+    uint32_t bits = (uint32_t)(found >> 1);
+    bits = bits >> 31 ? bits & 0x7fffffff : ~bits;
+    float score;
+    memcpy(&score, &bits, sizeof(score));
+    return score;
+}
+
+typedef struct {
+    Sweep *layers;
+    const int64_t *first;  // the first chunk of each layer, of n + 1
+    int64_t n;
+    float score;  // the cut
+} Layers;
+
+// Return the layer of a chunk, and its number there.
+static Sweep *layer_of(const Layers *all, int64_t *chunk) {
+    int64_t layer = 0, above = all->n;
+    while (above - layer > 1) {
+        int64_t middle = (layer + above) / 2;
+        if (all->first[middle] <= *chunk) layer = middle;
+        else above = middle;
+    }
+    *chunk -= all->first[layer];
+    return &all->layers[layer];
+}
+
+static void sweep_layers(void *task, int64_t chunk) {
+    Sweep *s = layer_of(task, &chunk);
+    SWEEPS[s->form](s, chunk);
+}
+
+INLINE float living_score(const Sweep *s, int64_t i, int *lives) {
+    *lives = !s->alive || s->alive[i];
+    return s->weight && s->weight[i] == 0 ? -__builtin_inff() : score_of(s, i, (int)s->form);
+}
+
+// Write the scores of every step-th weight that lives; return their number, at most `room`.
+static int64_t sample(const Layers *all, int64_t step, float *scores, int64_t room) {
+    int64_t found = 0, at = 0;
+    for (int64_t layer = 0; layer < all->n; layer++) {
+        const Sweep *s = &all->layers[layer];
+        for (; at < s->length; at += step) {
+            int lives;
+            float score = living_score(s, at, &lives);
+            if (lives && found < room) scores[found++] = score;
+        }
+        at -= s->length;
+    }
+    return found;
+}
+
+// The bracket: three standard errors around where the sample says that the budget ends.
+static void bracket(Layers *all, const float *scores, int64_t n, double share) {
+    double at = share * (double)n, error = 3 * __builtin_sqrt(at * (1 - share)) + 1;
+    int64_t least = (int64_t)__builtin_floor(at - error), most = (int64_t)__builtin_ceil(at + error);
+    float low = n && least >= 0 ? ranked(scores, n, least) : -__builtin_inff();
+    float high = most < n ? ranked(scores, n, most) : __builtin_inff();
+    for (int64_t layer = 0; layer < all->n; layer++) all->layers[layer].low = low, all->layers[layer].high = high;
+}
+
+// A piece of what is inside the bracket, of one layer: as many scores as a chunk has room for.
+typedef struct {
+    const float *scores;
+    const int64_t *at;
+    int64_t size, *ties, *lower;  // of scores that are the cut, and below it
+} Piece;
+
+static Piece piece_of(const Sweep *s, int64_t number) {
+    int64_t begin = number * ROOM, size = s->found - begin;
+    if (size > ROOM) size = ROOM;
+    return (Piece){s->inside + begin, s->at + begin, size, s->counts + 2 * number, s->counts + 2 * number + 1};
+}
+
+static void count_piece(void *task, int64_t chunk) {
+    const Layers *all = task;
+    const Sweep *s = layer_of(all, &chunk);
+    Piece piece = piece_of(s, chunk);
+    int64_t ties = 0, lower = 0;
+    for (int64_t i = 0; i < piece.size; i++) {
+        ties += piece.scores[i] == all->score;
+        lower += piece.scores[i] < all->score;
+    }
+    *piece.ties = ties, *piece.lower = lower;
+}
+
+// `ties` says here how many of them are pruned.
+static void mark_piece(void *task, int64_t chunk) {
+    const Layers *all = task;
+    Sweep *s = layer_of(all, &chunk);
+    Piece piece = piece_of(s, chunk);
+    int64_t ties = *piece.ties;
+    for (int64_t i = 0; i < piece.size; i++) {
+        int stays = piece.scores[i] > all->score;
+        if (piece.scores[i] == all->score) stays = --ties < 0;
+        s->keep[piece.at[i]] = (uint8_t)stays;
+    }
+}
+
+// Prune `budget` of the weights that live; write for each layer the weights that stay to `keep`, and the number of
+// those that are pruned to `pruned`. The buffers of the layers lie one after the other, and `first` has one more
+// entry than there are layers. MISSED: the bracket has not the cut in it.
+int64_t cut(Sweep *layers, int64_t n, const int64_t *living, int64_t budget, int64_t step, float *scores, int64_t room,
+            int64_t *first, int64_t *pruned, int64_t threads, const Team *team) {
+    if (n < 1 || budget < 1 || step < 1 || room < 1 || threads < 1) return BAD_SIZE;
+    Layers all = {layers, first, n, 0};
+    int64_t total = 0, below = 0, inside = 0;
+    first[0] = 0;
+    for (int64_t layer = 0; layer < n; layer++) {
+        if (refused(&layers[layer])) return refused(&layers[layer]);
+        first[layer + 1] = first[layer] + chunks_of(layers[layer].length);
+        total += living[layer];
+    }
+    if (budget > total) return BAD_SIZE;
+    bracket(&all, scores, sample(&all, step, scores, room), (double)budget / (double)total);
+    run(sweep_layers, &all, first[n], threads, team);
+    float *ranks = layers[0].inside;  // those of all layers, one after the other
+    for (Sweep *s = layers; s < layers + n; s++) {
+        int64_t layer = s - layers, kept = 0;
+        s->found = gather(s, first[layer + 1] - first[layer], &kept);
+        if (s->found < 0) return s->found;
+        memmove(ranks + inside, s->inside, s->found * sizeof(*ranks));
+        s->inside = ranks + inside;
+        inside += s->found;
+        below += pruned[layer] = living[layer] - kept - s->found;
+    }
+    if (budget <= below || budget > below + inside) return MISSED;
+    all.score = ranked(ranks, inside, budget - below - 1);
+    run(count_piece, &all, first[n], threads, team);
+    int64_t ties = budget - below;
+    for (Sweep *s = layers; s < layers + n; s++)
+        for (int64_t piece = 0; piece < first[s - layers + 1] - first[s - layers]; piece++)
+            ties -= s->counts[2 * piece + 1];
+    for (Sweep *s = layers; s < layers + n; s++)
+        for (int64_t piece = 0; piece < first[s - layers + 1] - first[s - layers]; piece++) {
+            int64_t *here = s->counts + 2 * piece;
+            if (here[0] > ties) here[0] = ties;
+            ties -= here[0];
+            pruned[s - layers] += here[0] + here[1];
+        }
+    run(mark_piece, &all, first[n], threads, team);
+    return 0;
 }
 
 

@@ -50,17 +50,27 @@ class Inside(NamedTuple):
     above: int  # number of scores above the bracket
 
 
+class Row(NamedTuple):
+    "Hold a layer of single weights, for `cut`."
+    terms: Terms
+    alive: np.ndarray | None  # bool (n,); None: all are
+    n_alive: int
+    keep: np.ndarray  # bool (n,), written: False for what was pruned before, and what is now
+
+
 class _Sweep(ctypes.Structure):
     "Hold the arguments of a sweep as the C code has them."
     _fields_ = [('form', c_int64), ('length', c_int64),
                 *[(name, c_void_p) for name in ('a', 'b', 'weight', 'alive')],
                 *[(name, c_float) for name in ('divisor', 'low', 'high')],
                 *[(name, c_void_p) for name in ('keep', 'at', 'inside', 'counts')],
-                ('room', c_int64), ('count_room', c_int64)]
+                ('room', c_int64), ('count_room', c_int64), ('found', c_int64)]
 
 
 _threads = [c_int64, c_void_p]
 FUNCTIONS = {'sweep_room': [c_int64], 'sweep': [c_void_p, *_threads],
+             'cut': [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
+                     *_threads],
              'count_zeros': [c_void_p, c_int64, c_void_p, c_int64, *_threads],
              'mask': [c_void_p, c_int64, c_void_p, c_int64, *_threads]}
 _asked_for = set()  # variants that were
@@ -122,9 +132,41 @@ def sweep(
 def _swept(code, terms, rows, bracket, keep, buffers):
     "Sweep over a part of a layer, `SLAB` at most; return how many scores are inside, or a number below 0."
     room = len(buffers[0])
-    task = _Sweep(FORMS.index(terms.form), len(keep), *map(_address, rows), terms.divisor, *bracket,
-                  *map(_address, (keep, *buffers)), room, room)
+    task = _task(terms, rows, bracket, map(_address, (keep, *buffers)), len(keep), room)
     return code.sweep(ctypes.addressof(task), *threads())
+
+
+def _task(terms, rows, bracket, addresses, length, room):
+    return _Sweep(FORMS.index(terms.form), length, *map(_address, rows), terms.divisor, *bracket, *addresses,
+                  room, room, 0)
+
+
+def cut(
+    layers: list,  # of `Row`
+    budget: int,  # number of weights to prune, of those that are alive
+) -> list | None:  # how many are pruned in each layer; None: it was not done, and `keep` may have anything in it
+    """Prune the lowest weights of all layers together, ties by position.
+
+    It is not done where a score is NaN or infinite, or where many scores are near the cut."""
+    lengths = [len(row.keep) for row in layers]
+    code = _code(sum(lengths))
+    if code is None or not all(_fit(row.terms, row.alive, row.keep) for row in layers): return None
+    rooms = [code.sweep_room(length) for length in lengths]
+    buffers = [_empty(sum(rooms), dtype) for dtype in (torch.int64, torch.float32, torch.int64)]
+    tasks, start = (_Sweep * len(layers))(), 0
+    for n, (row, length, room) in enumerate(zip(layers, lengths, rooms)):
+        arrays = row.terms.a, row.terms.b, row.terms.weight, row.alive
+        parts = [buffer.ctypes.data + start * buffer.itemsize for buffer in buffers]
+        addresses = row.keep.ctypes.data, *parts
+        tasks[n] = _task(row.terms, arrays, (0, 0), addresses, length, room)
+        start += room
+    step = round(sum(row.n_alive for row in layers) ** (1 / 3)) | 1  # odd, to fall out of step with kernels
+    sample = _empty(sum(lengths) // step + 1, torch.float32)
+    n_alive = np.array([row.n_alive for row in layers], np.int64)
+    first, pruned = np.empty(len(layers) + 1, np.int64), np.empty(len(layers), np.int64)
+    done = code.cut(ctypes.addressof(tasks), len(layers), _address(n_alive), budget, step, _address(sample),
+                    len(sample), _address(first), _address(pruned), *threads())
+    return None if done < 0 else pruned.tolist()
 
 
 def _fit(terms, alive, keep):
