@@ -169,6 +169,7 @@ class Decided(NamedTuple):
     "Hold what C code has decided about layers of single weights, in one call."
     keeps: list  # bool (weights,), one a layer
     costs: list  # how many are pruned, one a layer
+    found: list  # of `Found`, for the next cut
 
 
 class Found(NamedTuple):
@@ -273,6 +274,10 @@ class Lowest:
     ):
         "Take layers out of the competition."
         stay = [i for i, layer in enumerate(self.layers) if not any(layer is other for other in layers)]
+        if self.decided is not None:
+            self.found = self.decided.found
+            self.told = [[_told(layer, found)] for layer, found in zip(self.layers, self.found)]
+            self.decided = None
         self.layers = [self.layers[i] for i in stay]
         self.found = [self.found[i] for i in stay if self.found]
         self.told = [self.told[i] for i in stay if self.told]
@@ -342,8 +347,10 @@ def _decided(layers, budget):
         alive = None if layer.all_alive else layer.peers.array(layer.alive)
         keeps.append(torch.empty_like(layer.alive))
         rows.append(Row(terms, alive, layer.n_alive, layer.peers.array(keeps[-1])))
-    costs = cut(rows, budget) if rows else None
-    return None if costs is None else Decided(keeps, costs)
+    pruned = cut(rows, budget) if rows else None
+    if pruned is None: return None
+    found = [Found(keep, of.at, of.scores, 1, of.below) for keep, of in zip(keeps, pruned)]
+    return Decided(keeps, [of.n for of in pruned], found)
 
 
 def _told(layer, found):

@@ -182,8 +182,9 @@ def check_cut(seed, threads):
     n_alive = int(alive.sum())
     if not n_alive: return False
     budget = int(rng.integers(1, n_alive + 1))
-    pruned = cut(rows, budget)
-    if pruned is None: return False
+    found = cut(rows, budget)
+    if found is None: return False
+    pruned = [of.n for of in found]
     at = np.flatnonzero(alive)
     expected = alive.copy()
     expected[at[scores[at].argsort(kind='stable')[:budget]]] = False  # ties by layer and position
@@ -191,6 +192,10 @@ def check_cut(seed, threads):
     assert sum(pruned) == budget
     left = [int(row.keep.sum()) for row in rows]
     assert pruned == [row.n_alive - n for row, n in zip(rows, left)]
+    for row, of in zip(rows, found):
+        all_scores = numpy_scores(row.terms)
+        assert np.array_equal(of.scores, all_scores[of.at])
+        if len(of.at): assert of.below <= np.sum(all_scores[row.alive if row.alive is not None else slice(None)] < of.scores.min())
     return True
 
 
@@ -215,7 +220,7 @@ def test_a_cut_of_many_weights_is_that_of_numpy():
         at = np.flatnonzero(living)
         for share in (.01, .5, .99):
             budget = int(share * len(at))
-            assert sum(cut(rows, budget)) == budget
+            assert sum(of.n for of in cut(rows, budget)) == budget
             expected = living.copy()
             expected[at[scores[at].argsort(kind='stable')[:budget]]] = False
             assert np.array_equal(np.concatenate([row.keep for row in rows]), expected)
@@ -226,7 +231,7 @@ def test_a_cut_refuses_what_it_cannot_do():
     def row(**change):
         fits = dict(terms=Terms('absolute', np.arange(100, dtype=np.float32)), alive=None, n_alive=100, keep=np.ones(100, bool))
         return Row(**fits | change)
-    assert cut([row(), row()], 7) == [4, 3]
+    assert [of.n for of in cut([row(), row()], 7)] == [4, 3]
     for budget in (0, -1, 201): assert cut([row(), row()], budget) is None
     wrong = (row(terms=Terms('plain', np.full(100, np.nan, np.float32))), row(terms=Terms('plain', np.ones(99, np.float32))),
              row(alive=np.ones(99, bool)), row(terms=Terms('product', np.ones(100, np.float32))))

@@ -69,7 +69,7 @@ typedef struct {
     float *inside;  // these scores; of `room`
     int64_t *counts;  // of `count_room`: two for each chunk
     int64_t room, count_room;
-    int64_t found;  // written by `cut`: number of scores inside the bracket
+    int64_t found, below;  // written by `cut`: number of scores inside the bracket, and of those below it
 } Sweep;
 
 INLINE float score_of(const Sweep *s, int64_t i, int form) {
@@ -334,7 +334,7 @@ int64_t cut(Sweep *layers, int64_t n, const int64_t *living, int64_t budget, int
         memmove(ranks + inside, s->inside, s->found * sizeof(*ranks));
         s->inside = ranks + inside;
         inside += s->found;
-        below += pruned[layer] = living[layer] - kept - s->found;
+        below += s->below = living[layer] - kept - s->found;
     }
     if (budget <= below || budget > below + inside) return MISSED;
     all.score = ranked(ranks, inside, budget - below - 1);
@@ -343,13 +343,16 @@ int64_t cut(Sweep *layers, int64_t n, const int64_t *living, int64_t budget, int
     for (Sweep *s = layers; s < layers + n; s++)
         for (int64_t piece = 0; piece < first[s - layers + 1] - first[s - layers]; piece++)
             ties -= s->counts[2 * piece + 1];
-    for (Sweep *s = layers; s < layers + n; s++)
+    for (Sweep *s = layers; s < layers + n; s++) {
+        int64_t *goes = pruned + (s - layers);
+        *goes = s->below;
         for (int64_t piece = 0; piece < first[s - layers + 1] - first[s - layers]; piece++) {
             int64_t *here = s->counts + 2 * piece;
             if (here[0] > ties) here[0] = ties;
             ties -= here[0];
-            pruned[s - layers] += here[0] + here[1];
+            *goes += here[0] + here[1];
         }
+    }
     run(mark_piece, &all, first[n], threads, team);
     return 0;
 }

@@ -58,13 +58,21 @@ class Row(NamedTuple):
     keep: np.ndarray  # bool (n,), written: False for what was pruned before, and what is now
 
 
+class Pruned(NamedTuple):
+    "Say how many weights of a layer were pruned, and what was near the cut."
+    n: int
+    at: np.ndarray  # positions, int64
+    scores: np.ndarray  # float32
+    below: int  # number of living weights with lower scores than these
+
+
 class _Sweep(ctypes.Structure):
     "Hold the arguments of a sweep as the C code has them."
     _fields_ = [('form', c_int64), ('length', c_int64),
                 *[(name, c_void_p) for name in ('a', 'b', 'weight', 'alive')],
                 *[(name, c_float) for name in ('divisor', 'low', 'high')],
                 *[(name, c_void_p) for name in ('keep', 'at', 'inside', 'counts')],
-                ('room', c_int64), ('count_room', c_int64), ('found', c_int64)]
+                ('room', c_int64), ('count_room', c_int64), ('found', c_int64), ('below', c_int64)]
 
 
 _threads = [c_int64, c_void_p]
@@ -138,13 +146,13 @@ def _swept(code, terms, rows, bracket, keep, buffers):
 
 def _task(terms, rows, bracket, addresses, length, room):
     return _Sweep(FORMS.index(terms.form), length, *map(_address, rows), terms.divisor, *bracket, *addresses,
-                  room, room, 0)
+                  room, room, 0, 0)
 
 
 def cut(
     layers: list,  # of `Row`
     budget: int,  # number of weights to prune, of those that are alive
-) -> list | None:  # how many are pruned in each layer; None: it was not done, and `keep` may have anything in it
+) -> list | None:  # of `Pruned`, one a layer; None: it was not done, and `keep` may have anything in it
     """Prune the lowest weights of all layers together, ties by position.
 
     It is not done where a score is NaN or infinite, or where many scores are near the cut."""
@@ -166,7 +174,18 @@ def cut(
     first, pruned = np.empty(len(layers) + 1, np.int64), np.empty(len(layers), np.int64)
     done = code.cut(ctypes.addressof(tasks), len(layers), _address(n_alive), budget, step, _address(sample),
                     len(sample), _address(first), _address(pruned), *threads())
-    return None if done < 0 else pruned.tolist()
+    return None if done < 0 else _pruned(tasks, rooms, buffers, pruned.tolist())
+
+
+def _pruned(tasks, rooms, buffers, numbers):
+    "Return what a cut has found: scores lie one after the other, positions where each layer's room is."
+    found, room_at, at = [], 0, 0
+    for task, room, n in zip(tasks, rooms, numbers):
+        places, scores = buffers[0][room_at:][:task.found], buffers[1][at:][:task.found]
+        found.append(Pruned(n, places, scores, task.below))
+        room_at += room
+        at += task.found
+    return found
 
 
 def _fit(terms, alive, keep):
