@@ -61,10 +61,10 @@ def test_bad_arguments(tmp_path):
         export_onnx(nn.Linear(2, 2), tmp_path / 'a', torch.randn(2, 3))
 
 
-def test_inputs_that_are_no_tensors_in_order_are_refused(tmp_path):
+def test_inputs_that_are_no_tensors_are_refused(tmp_path):
     class Named(nn.Module):
-        def forward(self, *, a): return a
-    for model, example, says in [(Named(), {'a': torch.ones(2, 3)}, r'example: got keywords \[a=\(2, 3\)\], expected tensors, in a tuple'),
+        def forward(self, *, a): return a[0]
+    for model, example, says in [(Named(), {'a': [torch.ones(2, 3)]}, r'example: got \[a=list\], expected tensors'),
                                  (nn.ReLU(), [torch.ones(2, 3)], r'example: got \[list\], expected tensors'),
                                  (nn.ReLU(), (), r'example: got \[\], expected tensors')]:
         with pytest.raises(TypeError, match=says): export_onnx(model, tmp_path / 'a', example)
@@ -134,3 +134,32 @@ def test_the_cause_of_a_failed_export_is_said(tmp_path, monkeypatch):
     fails.append(1)
     with pytest.raises(ValueError, match="KeyError: 'a view'$"): export_onnx(model, tmp_path / 'a.onnx', x, dynamic_batch=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_keywords_are_inputs_by_their_names(tmp_path):
+    class Masked(nn.Linear):
+        def forward(self, x, mask=None, scale=1, *, shift): return super().forward(x) * mask * scale + shift
+    model, example = Masked(4, 3), {'shift': torch.rand(1, 3), 'mask': torch.rand(1, 3), 'scale': 2, 'x': torch.randn(1, 4)}
+    session = onnxruntime.InferenceSession(export_onnx(model, tmp_path / 'a.onnx', example))
+    assert {i.name for i in session.get_inputs()} == {'x', 'mask', 'shift'}
+    batch = {'x': torch.randn(5, 4), 'mask': torch.rand(5, 3), 'shift': torch.rand(5, 3)}
+    found, = session.run(None, {name: t.numpy() for name, t in batch.items()})
+    assert torch.allclose(torch.from_numpy(found), model(**batch, scale=2), atol=1e-5)
+
+
+def test_any_number_of_inputs(tmp_path):
+    class Sum(nn.Linear):
+        def forward(self, *parts): return super().forward(sum(parts))
+    path = export_onnx(Sum(4, 3), tmp_path / 'a.onnx', (torch.randn(2, 4), torch.randn(2, 4)))
+    assert len(onnxruntime.InferenceSession(path).get_inputs()) == 2
+
+
+def test_attention_is_written_as_products_where_its_own_form_fails(tmp_path, monkeypatch):
+    export = torch.onnx.export
+
+    def failing(*args, **more):
+        if torch.backends.cuda.flash_sdp_enabled(): raise RuntimeError('Cannot view')
+        export(*args, **more)
+    monkeypatch.setattr(torch.onnx, 'export', failing)
+    assert export_onnx(nn.Linear(3, 3), tmp_path / 'a.onnx', torch.randn(2, 3)).exists()
+    assert torch.backends.cuda.flash_sdp_enabled()

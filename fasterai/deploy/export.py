@@ -3,6 +3,7 @@ import os
 import tempfile
 import warnings
 from copy import deepcopy
+from inspect import signature
 from numbers import Number
 from pathlib import Path
 from types import NoneType
@@ -10,9 +11,10 @@ from types import NoneType
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fasterai.arguments import Inputs, flag
+from fasterai.arguments import flag
 from fasterai.deploy.compare import agree, check_copyable, example_inputs, file_path, fresh, outputs
 from fasterai.snapshot import evaluation_mode
 
@@ -25,13 +27,14 @@ KNOWN = torch.Tensor, Number, str, NoneType  # what a model may return
 def export_onnx(
     model: nn.Module,  # the model, which is not changed; its zeros are written as ordinary weights
     path: str | Path,  # the file to write; an old one is replaced once the new one is found right
-    example,  # a tensor, or a tuple of tensors for several inputs: a batch as the model takes it
+    example,  # a batch as the model takes it: a tuple for several inputs, a dict for keywords
     dynamic_batch: bool = True,  # True: the first axis of all inputs may have any length; False: the example's only
 ) -> Path:  # the file
     """Write a model as ONNX, in eval mode.
 
-    The file is written only if onnxruntime computes the outputs of torch, for the example and for random
-    inputs. `ValueError` where it cannot be, with what to do."""
+    The tensors of the example are the inputs of the file, and what else it has is fixed. The file is written
+    only if onnxruntime computes the outputs of torch, for the example and for random inputs. `ValueError`
+    where it cannot be, with what to do."""
     import onnxruntime
     check_copyable(model)
     if isinstance(model, torch.jit.ScriptModule):
@@ -42,12 +45,12 @@ def export_onnx(
     outputs(plain, inputs)  # an error of the model's own comes first
     _check_outputs(plain, inputs)
     tolerance = HALF_TOLERANCE if _is_half(plain, inputs) else TOLERANCE
-    lengths = (1, len(inputs.args[0]) + 1) if dynamic_batch else ()
+    lengths = (1, len(_inputs(inputs)[0]) + 1) if dynamic_batch else ()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         with warnings.catch_warnings(), evaluation_mode(plain):
             warnings.simplefilter('ignore')  # the exporter's own
-            _try_to_write(plain, inputs.args, temporary, dynamic_batch)
+            _try_to_write(plain, inputs, temporary, dynamic_batch)
             session = onnxruntime.InferenceSession(temporary, providers=['CPUExecutionProvider'])
             for batch in (inputs, *fresh(inputs, lengths)):
                 if agree(*_both(session, plain, batch, dynamic_batch), tolerance): continue
@@ -58,15 +61,18 @@ def export_onnx(
 
 
 def _tensors(inputs, dynamic_batch):
-    "Return copies of the inputs on the CPU; `TypeError` or `ValueError` where they are no tensors in order."
-    if inputs.kwargs:
-        raise TypeError(f'example: got keywords {inputs}, expected tensors, '
-                        'in a tuple in the order of the arguments of the model')
-    if not inputs.args or not all(isinstance(value, torch.Tensor) for value in inputs.args):
-        raise TypeError(f'example: got {inputs}, expected tensors')
-    if dynamic_batch and not all(value.ndim for value in inputs.args):
+    "Return copies of the inputs on the CPU; `TypeError` or `ValueError` where they are no tensors."
+    others = [value for value in inputs.args if not isinstance(value, torch.Tensor)]
+    others += [value for value in inputs.kwargs.values() if not isinstance(value, KNOWN)]
+    if others or not _inputs(inputs): raise TypeError(f'example: got {inputs}, expected tensors')
+    if dynamic_batch and not all(value.ndim for value in _inputs(inputs)):
         raise ValueError('example: got a tensor without axes, expected a batch, or dynamic_batch=False')
-    return Inputs(tuple(value.detach().cpu().clone() for value in inputs.args))
+    return tree_map(lambda t: t.detach().cpu().clone() if isinstance(t, torch.Tensor) else t, inputs)
+
+
+def _inputs(inputs):
+    "Return the tensors among the inputs, in order."
+    return [value for value in (*inputs.args, *inputs.kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
 def _check_outputs(model, inputs):
@@ -83,16 +89,19 @@ def _check_outputs(model, inputs):
 
 def _try_to_write(model, inputs, path, dynamic_batch):
     "Write a model; `ValueError` where torch.onnx.export fails, with what to do where that is known."
+    try: return _write(model, inputs, path, dynamic_batch)
+    except Exception as failure: error = failure
+    said = f'{type(model).__name__} cannot be written by torch.onnx.export: {_said(error)}'
+    with sdpa_kernel(SDPBackend.MATH):  # plain products, where the exporter fails in its own attention
+        if _can_be_written(model, inputs, path, dynamic_batch): return
+        is_fixed = dynamic_batch and _can_be_written(model, inputs, path, False)
+    if is_fixed: said += '; with dynamic_batch=False it can'
+    if 'grouped_mm' in said: said += "; call model.set_experts_implementation('batched_mm') first"
+    raise ValueError(f'model: {said}') from error
+
+
+def _can_be_written(model, inputs, path, dynamic_batch):
     try: _write(model, inputs, path, dynamic_batch)
-    except Exception as error:
-        hint = ''
-        if dynamic_batch and _can_be_written(model, inputs, path): hint = '; with dynamic_batch=False it can'
-        raise ValueError(f'model: {type(model).__name__} cannot be written by torch.onnx.export: '
-                         f'{_said(error)}{hint}') from error
-
-
-def _can_be_written(model, inputs, path):
-    try: _write(model, inputs, path, False)
     except Exception: return False
     return True
 
@@ -106,7 +115,7 @@ def _said(error):
 
 def _both(session, model, batch, dynamic_batch):
     "Return what onnxruntime computes, and what torch does; `ValueError` where one of them fails."
-    try: return _run(session, batch.args), outputs(model, batch)
+    try: return _run(session, _inputs(batch)), outputs(model, batch)
     except Exception as error:
         hint = ''
         if dynamic_batch: hint = '; pass dynamic_batch=False where the first axis of an input is no batch'
@@ -118,11 +127,21 @@ def _write(model, inputs, path, dynamic_batch):
     "Write a model as an ONNX file, unchecked."
     shapes = None
     if dynamic_batch:
-        shapes = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
         # the exporter takes an axis of length one for fixed: an only item is shown to it twice
-        if len(inputs[0]) == 1: inputs = tuple(torch.cat([i, i]) for i in inputs)
-    torch.onnx.export(model, inputs, path, dynamo=True, dynamic_shapes=shapes,
+        if len(_inputs(inputs)[0]) == 1: inputs = tree_map(_twice, inputs)
+        shapes = _dynamic(model, inputs)
+    torch.onnx.export(model, inputs.args, path, kwargs=inputs.kwargs, dynamo=True, dynamic_shapes=shapes,
                       external_data=False, verbose=False)
+
+
+def _twice(value): return torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
+
+
+def _dynamic(model, inputs):
+    "Return, by the names of the model's arguments, that the first axis of each tensor may have any length."
+    def free(value): return {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) else None
+    given = signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    return {name: tree_map(free, value) for name, value in given.items()}
 
 
 def _run(session, batch):
@@ -132,4 +151,4 @@ def _run(session, batch):
     return [torch.from_numpy(np.asarray(f)) for f in found]
 
 
-def _is_half(model, inputs): return any(t.dtype in HALF for t in (*model.parameters(), *inputs.args))
+def _is_half(model, inputs): return any(t.dtype in HALF for t in (*model.parameters(), *_inputs(inputs)))
