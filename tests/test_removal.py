@@ -239,6 +239,40 @@ def test_a_head_counts_its_queries_keys_and_values_in_one_weight():
     assert small.qkv.weight.shape == (36, 16) and small.num_heads == 3 and same(small, model, x)
 
 
+class Tabled(Attention):
+    "Attention with a bias for each pair of tokens, which is looked up once and kept, as in LeViT."
+    def __init__(self, start=nn.init.normal_):
+        super().__init__()
+        self.table, self.cache = nn.Parameter(start(torch.empty(4, 5))), {}
+
+    def forward(self, x):
+        q, k, v = (self.heads(layer(x), self.num_heads) for layer in (self.q, self.k, self.v))
+        places = torch.arange(5)
+        if 'bias' not in self.cache: self.cache['bias'] = self.table[:, (places[:, None] - places).abs()]
+        weights = (q @ k.mT * self.head_dim ** -.5 + self.cache['bias']).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize('start', [nn.init.normal_, nn.init.zeros_])
+@torch.no_grad()
+def test_a_table_that_the_model_keeps_is_made_anew(start):
+    torch.manual_seed(0)
+    model, x = Tabled(start).eval(), torch.randn(2, 5, 16)
+    model(x)
+    dead(model.v, rows=slice(0, 4))
+    small = shrink(model, x)
+    assert small.table.shape == (3, 5) and small.num_heads == 3 and same(small, model, x)
+    assert model.cache['bias'].shape == (4, 5, 5) and small.cache['bias'].shape == (3, 5, 5)
+
+
+@torch.no_grad()
+def test_a_dict_that_the_model_needs_is_kept():
+    model, x = network(lambda s, x: s.h(s.a(x) * s.fixed['scale']), ['a'], a=linear(), h=linear(16, 2)), vectors()
+    model.fixed = {'scale': torch.rand(16)}
+    small = shrink(model, x)
+    assert parameters(small) == parameters(model) and same(small, model, x) and len(model.fixed) == 1
+
+
 def said(model, x, capsys):
     "Shrink a network of which nothing can go; return what is said of that."
     small = shrink(model, x)

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fasterai.deploy.labels import Solved
-from fasterai.deploy.tracing import Trace
+from fasterai.deploy.tracing import Trace, forget
 
 
 class Cut(NamedTuple):
@@ -18,6 +18,7 @@ class Cut(NamedTuple):
     kept: dict  # name of a parameter or buffer: {axis: numbers of the positions that stay}
     grouped: list  # (name of a weight, its groups, which inputs stay, which outputs, whether it has inputs to cut)
     numbers: dict  # name of a module: {number in its code: what it becomes}
+    caches: list = ()  # (name of a module, attribute), of tables that it fills when it runs
 
 
 def cut_of(
@@ -39,7 +40,7 @@ def cut_of(
         ins, outs = (~solved.gone[rows].any(1) for rows in (g.ins, g.outs))
         is_cut = not ins.all() or not outs.all()
         if is_cut: grouped.append((names[id(g.weight)], g.groups, ins, outs, g.by_inputs))
-    return Cut(kept, grouped, _numbers(model, trace, solved))
+    return Cut(kept, grouped, _numbers(model, trace, solved), trace.caches)
 
 
 def _numbers(model, trace, solved):
@@ -57,6 +58,7 @@ def apply(
 ) -> nn.Module:  # a copy without what is cut
     "Cut a copy of a model."
     small = deepcopy(model)
+    forget(small, cut.caches)
     tensors = dict([*small.named_parameters(), *small.named_buffers()])
     with torch.no_grad():
         groups = {}  # id of a weight: how many groups it has left

@@ -13,7 +13,7 @@ from fasterai.deploy.bisect import bisect
 from fasterai.deploy.compare import agree, check_copyable, check_module, example_inputs, fresh, outputs
 from fasterai.deploy.cutting import WAYS, apply, cut_of
 from fasterai.deploy.labels import solve
-from fasterai.deploy.tracing import trace
+from fasterai.deploy.tracing import forget, trace
 from fasterai.deploy.why import FAILS, NOT_ALONE, NOT_RUN, NOT_TRIED, TRAINING_UNKNOWN, listed, summary
 from fasterai.snapshot import undisturbed
 
@@ -176,6 +176,7 @@ class _Check:
         names = [name for name in self.initial if 0 not in cut.kept.get(name, {})]
         if not names: return ''
         changed, generator = deepcopy(self.base), torch.Generator().manual_seed(0)
+        forget(changed, cut.caches)
         for name, p in changed.named_parameters():
             if name in names: p.data = torch.randn(p.shape, generator=generator).to(p)
         small = apply(changed, cut, way)

@@ -1,6 +1,7 @@
 "Run a model once, and note which positions of its parameters go together and which entries are zero."
 import warnings
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, is_dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fasterai.arguments import Inputs
 from fasterai.deploy.aten import Call, follow
 from fasterai.deploy.axes import MOST, Axes, narrow_down, nothing, plain
-from fasterai.deploy.compare import fresh
+from fasterai.deploy.compare import agree, fresh, outputs
 from fasterai.deploy.labels import Labels
 from fasterai.deploy.why import IS_OUTPUT, NO_OUTPUTS, NOT_RUN
 from fasterai.snapshot import undisturbed
@@ -30,6 +31,7 @@ class Trace:
     resizes: list = field(default_factory=list)  # (module, number in its code, rows that it counts)
     training: Inputs | None = None  # a batch on which it ran in training mode
     ran: set = field(default_factory=set)  # names of the parameters that took part
+    caches: list = field(default_factory=list)  # (name of a module, attribute): `_caches_of`
 
 
 def trace(
@@ -42,7 +44,7 @@ def trace(
     labels, tensors = Labels(), _tensors_of(model)
     axes = {name: _owned(name, tensor, labels) for name, tensor in tensors.items()}
     owned = {name: [int(rows[0, 0]) if len(rows) else 0 for rows in x.rows] for name, x in axes.items()}
-    found = Trace(labels, owned)
+    found = Trace(labels, owned, caches=_caches_of(model, inputs))
     with _decomposed(), undisturbed(model), torch.no_grad():
         _run(model, inputs, found, tensors, axes)
         reads, stuck, lost = list(labels.read_at_all), list(labels.stuck), list(labels.lost)
@@ -56,6 +58,33 @@ def trace(
     return found
 
 
+def _caches_of(model, inputs):
+    "Find dicts of tensors that the model fills as it runs, without which it computes the same, as of tables."
+    found = [(name, attr) for name, module in model.named_modules()
+             for attr, value in vars(module).items() if attr not in OF_ALL and _has_tensors(value)]
+    if not found: return []
+    without = deepcopy(model)
+    forget(without, found)
+    try: return found if agree(outputs(without, inputs), outputs(model, inputs)) else []
+    except ValueError: return []
+
+
+OF_ALL = frozenset(vars(nn.Module()))
+
+
+def _has_tensors(value):
+    if not isinstance(value, dict) or not value: return False
+    return all(isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter) for v in value.values())
+
+
+def forget(
+    model: nn.Module,
+    caches: list,  # (name of a module, attribute)
+):
+    "Empty caches, so that the model fills them anew."
+    for name, attr in caches: getattr(model.get_submodule(name), attr).clear()
+
+
 def _first_that_runs(inputs, run):
     "Run the inputs, or two of their items, as BatchNorm needs; return which ran, None if neither."
     for batch in (inputs, *fresh(inputs, (2,))):
@@ -67,6 +96,7 @@ def _first_that_runs(inputs, run):
 
 def _run(model, inputs, found, tensors, axes):
     watcher = _Watcher(found, tensors, axes)
+    forget(model, found.caches)  # what they are computed from is followed
     for t in tree_leaves(inputs):
         if isinstance(t, torch.Tensor): watcher.axes[t] = plain(t.shape)
     with watcher.following_modules(), watcher: out = inputs.call(model)
