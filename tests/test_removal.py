@@ -239,6 +239,25 @@ def test_a_head_counts_its_queries_keys_and_values_in_one_weight():
     assert small.qkv.weight.shape == (36, 16) and small.num_heads == 3 and same(small, model, x)
 
 
+class Widths(Attention):
+    "Attention with as many heads as channels of each, whose code knows the width of all."
+    def __init__(self):
+        super().__init__()
+        self.key_dim, self.val_attn_dim = 4, 16
+
+    def forward(self, x):
+        q, k, v = (layer(x).view(*x.shape[:2], self.num_heads, self.key_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], self.val_attn_dim))
+
+
+def test_the_number_of_heads_is_told_from_the_channels_of_each():
+    torch.manual_seed(0)
+    model, x = Widths().eval(), torch.randn(2, 5, 16)
+    dead(model.v, rows=slice(0, 4))
+    small = shrink(model, x)
+    assert (small.num_heads, small.key_dim, small.val_attn_dim) == (3, 4, 12) and same(small, model, x)
+
+
 class Tabled(Attention):
     "Attention with a bias for each pair of tokens, which is looked up once and kept, as in LeViT."
     def __init__(self, start=nn.init.normal_):

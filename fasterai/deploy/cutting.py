@@ -137,7 +137,10 @@ def _any_name(name): return True
 def _of_heads(name): return 'head' in name and not any(word in name for word in ('dim', 'size', 'width'))
 
 
-WAYS = (None, _any_name, _of_heads)  # to set the numbers in the code, in the order in which they are tried
+def _of_no_single_head(name): return not name.startswith(('head_d', 'key_d', 'val_d', 'value_d'))
+
+
+WAYS = (None, _any_name, _of_heads, _of_no_single_head)  # to set the numbers in the code, in the order in which they are tried
 
 
 def _set_numbers(module, numbers, way):
