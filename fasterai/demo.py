@@ -63,6 +63,23 @@ def network() -> nn.Module:
         output=nn.Linear(64, 10)))
 
 
+def digits_learner(
+    build=network,  # function that returns the network
+    seed: int = 0,  # of its weights and of the order of the digits; the split is always the same
+) -> Learner:
+    """Build a Learner of a small network and the digits, which trains on the CPU in some seconds.
+
+    Set torch to one thread, enough for so small a network; sums are then the same on any number of cores."""
+    torch.set_num_threads(1)
+    set_seed(seed)
+    return _learner(build(), digits(seed=0))
+
+
+def _learner(model, datasets):
+    dls = DataLoaders.from_dsets(*datasets, bs=64, num_workers=0, device=torch.device('cpu'))
+    return Learner(dls, model, loss_func=nn.functional.cross_entropy, metrics=accuracy)
+
+
 # ---- The trainings
 
 class Run(NamedTuple):
@@ -116,8 +133,7 @@ def train(
     "Train once; every run starts from the same weights and sees the digits in the same order."
     print(f'training: {name}', flush=True)
     set_seed(seed)
-    dls = DataLoaders.from_dsets(*datasets, bs=64, num_workers=0, device=torch.device('cpu'))
-    learn = Learner(dls, deepcopy(start), loss_func=nn.functional.cross_entropy, metrics=accuracy)
+    learn = _learner(deepcopy(start), datasets)
     course = Course(sparsify)
     with learn.no_bar(), learn.no_logging():
         began = perf_counter()

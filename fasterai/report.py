@@ -36,8 +36,22 @@ class Report(Shown):
     skipped: dict  # {name: reason}, for layers that were left out
     matrices: int = 0  # how many numbers the parameters of two and more axes have
     unknown: int = 0  # how many of those are in layers of unknown types, and not selected
+    dense_bytes: int = 0  # size of all parameters
+    sparse_bytes: int = 0  # size of all parameters as `save_sparse` packs them
 
     left = 3
+
+    @property
+    def title(self) -> str:
+        "Say how many weights are zero, and what that brings."
+        share = _percent(self.sparse_bytes, self.dense_bytes)
+        said = [f'{self.sparsity:.2f} % of {self.weights:,} weights are zero.',
+                f'All parameters take {self.dense_bytes:,} bytes, packed by save_sparse '
+                f'{self.sparse_bytes:,} ({share:.1f} %).']
+        if self.unit != 'weights':
+            left = self.multiply_adds - self.saved
+            said.append(f'{left:,} of {self.multiply_adds:,} multiply-adds are left.')
+        return '\n'.join(said)
 
     @property
     def weights(self) -> int:
@@ -143,10 +157,15 @@ def measure(
     counts = peers.totals([zeros_in(weight.tensor, peers) for _, weight, _ in single])
     known = {name: n for (name, *_), n in zip(single, counts)}
     rows = tuple(_row(*layer, (uses or {}).get(layer[0], 1), peers, known.get(layer[0])) for layer in layers)
+    from fasterai.deploy.packing import packed_size  # here: whoever only prunes need not load `deploy`
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    zeros = sum(peers.totals([zeros_in(p, peers) for p in parameters]))
-    return Report(rows, total, zeros, dict(skipped), *_unknown(model, layers))
+    counts = [zeros_in(p, peers) for p in parameters] + [negative_zeros_in(p, peers) for p in parameters]
+    counts = peers.totals(counts)
+    zeros, negative = counts[:len(parameters)], counts[len(parameters):]
+    dense = sum(p.numel() * p.element_size() for p in parameters)
+    packed = sum(packed_size(p, p.numel() - n, signs) for p, n, signs in zip(parameters, zeros, negative))
+    return Report(rows, total, sum(zeros), dict(skipped), *_unknown(model, layers), dense, packed)
 
 
 def _unknown(model, layers):
@@ -165,6 +184,17 @@ def zeros_in(
     "Count the zeros of a tensor for which this process speaks."
     place = peers.place(tensor)
     return int((here(tensor) == 0).sum()) if place is None or place.speaks else 0
+
+
+def negative_zeros_in(
+    tensor: torch.Tensor,
+    peers: Alone,
+) -> int:
+    "Count the zeros with a sign, of a tensor for which this process speaks: a packed file has their signs."
+    place = peers.place(tensor)
+    if place is not None and not place.speaks or not tensor.is_floating_point(): return 0
+    part = here(tensor)
+    return int(torch.signbit(part[part == 0].float()).sum())  # 8-bit floats have no signbit
 
 
 def _row(name, weight, grouping, uses, peers, zeros):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from html import escape
 
 import torch
 from torch import nn
@@ -82,6 +83,18 @@ class Sparsifier:
     def __repr__(self):
         given = as_arguments(self.rules.given)
         return f'Sparsifier(model, {given})' if given else 'Sparsifier(model)'
+
+    def _repr_html_(self): return f'<div>{escape(repr(self))}</div>{self.report()._repr_html_()}'
+
+    def to_frame(self):
+        "Return the report as a pandas DataFrame with one row for each selected layer."
+        return self.report().to_frame()
+
+    def plot(self,
+        ax=None,  # matplotlib axes to draw on; new ones if None
+    ):
+        "Draw the sparsity of each layer in percent, that of all as a dashed line; return the axes."
+        return self.report().plot(ax)
 
     def __getattr__(self, name):  # called where an attribute is not found, or a property raises AttributeError
         if hasattr(type(self), name): return object.__getattribute__(self, name)  # the property's own error

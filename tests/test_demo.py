@@ -1,7 +1,9 @@
 import pytest
+import torch
 from matplotlib.image import imread
+from torch import nn
 
-from fasterai.demo import main, network, options
+from fasterai.demo import digits_learner, main, network, options
 from fasterai.deploy import load_sparse
 
 
@@ -30,3 +32,11 @@ def test_a_short_run(tmp_path, capsys):
 def test_bad_options_end_with_one_line(arguments, says, capsys):
     with pytest.raises(SystemExit): options(arguments)
     assert says in capsys.readouterr().err
+
+
+def test_the_learner_of_the_notebooks_is_the_same_each_time():
+    first, again, other = digits_learner(), digits_learner(), digits_learner(seed=1)
+    for a, b in zip(first.model.parameters(), again.model.parameters()): assert torch.equal(a, b)
+    assert not torch.equal(first.model.output.weight, other.model.output.weight)
+    assert torch.equal(first.dls.valid_ds.tensors[0], other.dls.valid_ds.tensors[0])
+    assert isinstance(digits_learner(nn.Flatten).model, nn.Flatten)

@@ -26,3 +26,7 @@ def test_it_reads_well(path):
 
 
 def test_all_are_there(): assert [p.stem[:2] for p in NOTEBOOKS] == [f'{i:02}' for i in range(13)]
+
+
+def test_one_notebook_shows_how_the_data_are_loaded_and_the_others_import_it():
+    assert [p.stem for p in NOTEBOOKS if 'DataLoaders.from_dsets' in p.read_text()] == ['00_quickstart']

@@ -1,6 +1,7 @@
 import torch
 from torch import nn
 
+from fasterai.deploy.packing import pack
 from fasterai.sparsifier import Sparsifier
 
 
@@ -31,7 +32,7 @@ def test_text():
     text = str(Sparsifier(pruned(), 'filter').report())
     assert '4×1×2×2' in text and '50.00 %' in text and '2 of 4' in text
     assert "left alone: 3: makes the network's output" in text
-    assert len({len(line) for line in text.splitlines()[:3]}) <= 2
+    assert len({len(line) for line in text.splitlines()[2:5]}) <= 2  # a table, below two sentences
 
 
 def test_html_escapes_and_shows_every_cell():
@@ -85,3 +86,37 @@ def test_a_weight_that_is_tied_to_a_known_layer_is_known():
     net[1].weight = net[0].weight
     report = Sparsifier(net).report()
     assert (report.unknown, report.matrices) == (6, 46)
+
+
+def test_first_comes_what_is_zero_and_what_that_brings():
+    net = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))  # 2,304 weights, 40 biases
+    sparsifier = Sparsifier(net)
+    sparsifier.sparsify_model(75)
+    report = sparsifier.report()
+    # (2048 + 256) / 8 bytes of masks, 576 weights that are left and 40 biases of 4 bytes
+    assert (report.dense_bytes, report.sparse_bytes) == (9376, 288 + 4 * 576 + 160)
+    assert str(report).splitlines()[:2] == [
+        '75.00 % of 2,304 weights are zero.',
+        'All parameters take 9,376 bytes, packed by save_sparse 2,752 (29.4 %).']
+    assert report._repr_html_().startswith('<div>75.00 % of 2,304 weights are zero.\n')
+
+
+def test_multiply_adds_are_said_where_they_are_known():
+    net = nn.Sequential(nn.Conv2d(1, 4, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    sparsifier = Sparsifier(net, context='work', example=torch.zeros(1, 1, 3, 3))
+    sparsifier.sparsify_model(50)
+    report = sparsifier.report()
+    assert report.multiply_adds == 4 * 16 + 32
+    assert str(report).splitlines()[2] == f'{96 - report.saved:,} of 96 multiply-adds are left.'
+
+
+def test_the_bytes_are_those_that_a_file_has():
+    net = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 7, bias=False).half())
+    with torch.no_grad():
+        net[0].weight[:20] = -0.  # zeros with a sign, whose signs a file has
+        net[0].bias[0] = 0  # smaller as it is
+        net[1].weight[:, ::2] = 0
+    parts = {}
+    for name, value in net.state_dict().items(): pack(name, value, parts)
+    report = Sparsifier(net).report()
+    assert report.sparse_bytes == sum(part.nbytes for part in parts.values()) < report.dense_bytes == 30 * 164 + 420

@@ -1,9 +1,11 @@
 import pytest
+from torch import nn
 
 from fasterai.deploy.payoff import Payoff
 from fasterai.fit_to import Fitted
 from fasterai.report import Report
 from fasterai.sensitivity import Sensitivity
+from fasterai.sparsifier import Sparsifier
 from fasterai.tables import Shown, as_html, as_text
 from fasterai.tickets import Ticket
 
@@ -42,3 +44,13 @@ def test_a_result_is_shown_alike_at_a_prompt_in_print_and_in_a_notebook():
 def test_each_result_has_text_html_a_frame_and_a_picture(kind):
     assert kind.__repr__ is Shown.__repr__ and kind._repr_html_ is Shown._repr_html_
     assert callable(kind.to_frame) and callable(kind.plot)
+
+
+def test_a_sparsifier_shows_its_arguments_and_its_report():
+    sparsifier = Sparsifier(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)), context='erk')
+    sparsifier.sparsify_model(50)
+    report = sparsifier.report()
+    assert repr(sparsifier) == "Sparsifier(model, context='erk')"
+    assert sparsifier._repr_html_() == f'<div>Sparsifier(model, context=&#x27;erk&#x27;)</div>{report._repr_html_()}'
+    assert sparsifier.to_frame().equals(report.to_frame())
+    assert [bar.get_width() for bar in sparsifier.plot().patches] == [r.sparsity for r in report.rows]

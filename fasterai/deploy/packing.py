@@ -31,6 +31,19 @@ def pack(
     return description | {'packed': True}
 
 
+def packed_size(
+    tensor: torch.Tensor,
+    n_nonzero: int,  # how many of its entries are not zero
+    n_negative: int = 0,  # how many are a zero with a sign
+) -> int:  # bytes; for a complex tensor the size without packing
+    "Return the size of a tensor as `pack` saves it, by counts alone."
+    total, itemsize = tensor.numel(), tensor.element_size()
+    if tensor.dtype in PARTS or not _can_pack(tensor.dtype, tensor.shape): return total * itemsize
+    packed = _whole_bytes(total) + n_nonzero * itemsize
+    if n_negative: packed += _whole_bytes(total - n_nonzero)
+    return min(total * itemsize, packed)
+
+
 def dtype_name(dtype) -> str:
     "Return a type's name as it stands in a file."
     return str(dtype).removeprefix('torch.')
