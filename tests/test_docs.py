@@ -7,15 +7,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import matplotlib.pyplot as plt
 import pytest
 from matplotlib.image import imread
 
 import fasterai.all
 import fasterai.deploy
+from fasterai.granularity import AXES
+from fasterai.kinds import EVIDENCE
 
 ROOT = Path(__file__).parent.parent
 TABLES = runpy.run_path(str(ROOT / 'docs/tables.py'))
 GALLERY = runpy.run_path(str(ROOT / 'docs/gallery.py'))
+SITE = runpy.run_path(str(ROOT / 'docs/conf.py'))
+EXAMPLES = SITE['EXAMPLES']
 
 
 class Page(HTMLParser):
@@ -81,6 +86,46 @@ def test_a_page_that_its_section_names_shows_each_name_of_the_reference():
         names = re.findall(r'^\.\. auto(?:class|function):: (\w+)$', section, re.MULTILINE)
         unseen += [name for name in names if not re.search(rf'\b{name}\b', shown)]
     assert not unseen, 'name a page that shows it, below the heading'
+
+
+def test_each_name_of_the_reference_has_an_example_and_no_other():
+    page = (ROOT / 'docs/reference.md').read_text(encoding='utf-8')
+    names = re.findall(r'^\.\. auto(?:class|function|data|method):: (?:\w+\.)*(\w+)', page, re.MULTILINE)
+    assert sorted(names) == sorted(filter(None, EXAMPLES))
+
+
+def test_an_entry_of_the_reference_has_types_an_example_and_pages(site):
+    page = (site / 'docs/reference.html').read_text(encoding='utf-8')
+    entry = page.split('id="fasterai.all.plot_kernels"')[1].split('id="fasterai.all.')[0]
+    text = re.sub('<.*?>', '', entry)
+    assert 'weight (torch.Tensor)' in text and 'filters (int)' in text
+    assert 'plot_kernels(model.block2.conv.weight)' in text
+    assert re.search('See also:.*Granularity', text)
+
+
+def test_pages_are_found_by_code_not_by_words():
+    assert [page for _, page in SITE['pages_with']('fit_to')][0] == '../nbs/12_budgets.ipynb'
+    assert SITE['pages_with']('zeros') == []
+
+
+@pytest.fixture
+def tables_as_they_were():
+    "Examples add a layer type and kinds of evidence; the other tests do without."
+    before = dict(AXES), dict(EVIDENCE)
+    yield
+    for table, rows in zip((AXES, EVIDENCE), before):
+        table.clear()
+        table.update(rows)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', filter(None, EXAMPLES))
+def test_an_example_runs_as_it_stands(name, tmp_path, monkeypatch, tables_as_they_were):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(EXAMPLES[''], names)
+    exec(EXAMPLES[name], names)
+    plt.close('all')
 
 
 @pytest.mark.parametrize('name', TABLES['TABLES'])
