@@ -11,9 +11,10 @@ import torch
 
 from fasterai.calibration import Calibration
 from fasterai.inputs import Watching
-from fasterai.kinds import EVIDENCE, Computed, Gathered, summed
+from fasterai.kinds import EVIDENCE, Computed, Gathered, none_yet, summed
 from fasterai.native.sweep import compiled
 from fasterai.peers import ALONE, Alone
+from fasterai.shards import here
 
 HELD = 2 ** 27  # bytes of large matrices, of several layers, that are held at once: fewer take more passes over the data
 
@@ -228,12 +229,20 @@ class Evidence:
 
     def add_to(self,
         state: dict,  # layer's name: dict, as `Masks.state_dict` returns it
+        complete: bool = False,  # with zeros where nothing is known yet: `torch.distributed.checkpoint` loads into what is there
     ):
         "Add what training has gathered about each layer: 'evidence', {kind: tensor, or sum and steps}."
         kinds = self.of_training
         for layer, saved in state.items() if kinds else ():
-            known = {kind: self.states.get((kind, layer)) for kind in kinds}
-            saved['evidence'] = {kind: _plain(of) for kind, of in known.items() if of is not None}
+            told = {kind: self.states.get((kind, layer)) for kind in kinds}
+            known = {kind: of for kind, of in told.items() if of is not None}
+            if complete: known = self._nothing(layer) | known
+            saved['evidence'] = {kind: _plain(of) for kind, of in known.items()}
+
+    def _nothing(self, layer):
+        "Return states of a layer that say that nothing is known yet: {kind: a sum over -1 steps}."
+        steps, total = none_yet(here(self.selected.candidates[layer].weight))
+        return {kind: Gathered(steps - 1, total) for kind in self.of_training if EVIDENCE[kind].on_step}
 
     def read_from(self,
         state: dict,  # layer's name: dict, as `add_to` has left it
@@ -248,7 +257,9 @@ class Evidence:
                 raise ValueError(f'state: got {told!r} as evidence about {layer!r}, expected a dict')
             for kind, of in told.items():
                 if kind not in self.of_training: continue
-                found[kind, layer] = self._read(kind, layer, of)
+                read = self._read(kind, layer, of)
+                says_nothing = isinstance(read, Gathered) and read.steps < 0
+                if not says_nothing: found[kind, layer] = read
         if self.of_training and not self._has_any(state):
             kinds = ', '.join(map(repr, self.of_training))
             warnings.warn(f'state: got none of what earlier steps have gathered, {kinds}: it begins anew',

@@ -97,13 +97,15 @@ def _add_step(value, layer, state): return _add(value, layer, state, _grad(layer
 
 def _add(value, layer, state, grad):
     "Return a sum with the value of a gradient added, and one step more where that is not all zero."
-    steps, total = _none(layer.weight) if state is None else _here(layer, state)
+    steps, total = none_yet(layer.weight) if state is None else _here(layer, state)
     weight = layer.weight.detach()
     for piece in _pieces(weight): total[piece].add_(value(weight[piece], grad[piece]))
     return Gathered(steps + _any(grad), total)
 
 
-def _none(weight):
+def none_yet(
+    weight: torch.Tensor,
+) -> Gathered:
     "Return the sum over no steps."
     steps = torch.zeros((), dtype=torch.int64, device=weight.device)
     return Gathered(steps, torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))

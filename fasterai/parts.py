@@ -178,9 +178,9 @@ class EvidenceOfParts(Evidence):
         for steps in (self.told, self.untold):
             for key in [key for key in steps if key not in self.states]: del steps[key]
 
-    def add_to(self, state):
+    def add_to(self, state, complete=True):
         self.tell()
-        super().add_to(state)
+        super().add_to(state, complete=True)
         for layer, saved in state.items():
             place = self._part(self.selected.candidates[layer]).place
             of_layer = saved.get('evidence', {})

@@ -432,14 +432,14 @@ class Sparsifier:
         return measure(self.model, rows, self.skipped, uses, self._of_parts)
 
     def state_dict(self,
-        packed: bool = True,  # masks as bits; False: as bool tensors, into which torch.distributed.checkpoint loads those of parts
+        packed: bool = True,  # masks as bits; False: as bool tensors, and zeros for what is not gathered yet, into which torch.distributed.checkpoint loads what parts have saved
     ) -> dict:  # layer's name: {'shape': of its weight, 'bits': the mask, uint8 (weights / 8 rounded up,), or 'keep': bool, of its shape}
         """Return the masks, packed to bits, and as 'evidence' what training has gathered for the criterion.
 
         While an attached optimizer prunes by a schedule, '.training' has the progress. Where each process has
         a part, 'keep' has the mask: a bool DTensor, split like the weight."""
         state = self.masks.state_dict(packed)
-        self.evidence.add_to(state)
+        self.evidence.add_to(state, complete=not packed)
         for attached in self._driven: state[TRAINING] = attached.state_dict()
         return state
 

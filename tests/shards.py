@@ -1,5 +1,6 @@
 "What each of several processes does in test_shards.py: it prunes a model of which it has a part, and the whole one."
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -9,6 +10,7 @@ from functools import partial
 import torch
 from torch import distributed, nn
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from fasterai.criteria import elementwise
 from fasterai.granularity import block
-from fasterai.peers import Shards
+from fasterai.peers import Shards, digest
 from fasterai.shards import here, is_split, place_of
 from fasterai.sparsifier import Sparsifier
 
@@ -303,44 +305,49 @@ def exchanges(n_layers, **rules):
 
 # ---- State
 
-STATE = {'global': {}, 'gradient': {'criteria': 'gradient'}, 'filter': {'granularity': 'filter', 'layers': ['0', '2']}}
+STATE = {'global': {}, 'gradient': {'criteria': 'gradient'}, 'movement': {'criteria': 'movement'}, 'filter': {'granularity': 'filter', 'layers': ['0', '2']}}
 
 
-def state_of(model, sparsifier): return {'model': model.state_dict(), 'masks': sparsifier.state_dict()}
+def state_of(model, sparsifier): return {'model': model.state_dict(), 'masks': sparsifier.state_dict(packed=False)}
+def whole(tensor): return tensor.full_tensor() if is_split(tensor) else tensor
+def whole_masks(sparsifier): return {layer: whole(mask) for layer, mask in sparsifier.masks.items()}
+
+
+def gathered(sparsifier):
+    "What the steps have told of each layer."
+    told = {(layer, kind): of for layer, saved in sparsifier.state_dict(packed=False).items() for kind, of in saved.get('evidence', {}).items()}
+    return {key: (int(of['steps']), whole(of['total'])) for key, of in told.items()}
 
 
 def saved(folder):
-    "Prune and save; return the whole masks."
+    "Prune and save; return the whole masks, and what was gathered since."
     found = {}
     for name, rules in STATE.items():
         model = fsdp(mlp())
         sparsifier = Sparsifier(model, **rules)
-        F.cross_entropy(model(rows(0)[0]), rows(0)[1]).backward()
+        for _ in range(2):
+            F.cross_entropy(model(rows(0)[0]), rows(0)[1]).backward()
+            sparsifier.evidence.step()
         sparsifier.sparsify_model(70)
-        sparsifier.evidence.step()
+        if name != 'gradient': sparsifier.evidence.step()
         checkpoint.save(state_of(model, sparsifier), checkpoint_id=f'{folder}/{name}')
-        found[name] = {layer: mask.full_tensor() for layer, mask in sparsifier.masks.items()}
+        found[name] = whole_masks(sparsifier), gathered(sparsifier)
     return found
 
 
 def loaded(folder, wrap):
-    "Load what other processes have saved; return the masks of the state, and those that the zeros make."
+    "Load what other processes have saved; return the masks of the state, those that the zeros make, and what was gathered."
     found = {}
     for name, rules in STATE.items():
         model = wrap(mlp())
         sparsifier = Sparsifier(model, **rules)
         for parameter in model.parameters(): here(parameter).fill_(1.)
-        if wrap is fsdp:
-            if rules.get('criteria'):  # DCP loads what is there
-                F.cross_entropy(model(rows(0)[0]), rows(0)[1]).backward()
-                sparsifier.evidence.step()
-            state = state_of(model, sparsifier)
-        else: state = {'model': model.state_dict(), 'masks': sparsifier.state_dict(packed=False)}
+        state = state_of(model, sparsifier)
         checkpoint.load(state, checkpoint_id=f'{folder}/{name}')
         model.load_state_dict(state['model'])
-        with warnings.catch_warnings(): sparsifier.load_state_dict(state['masks'])
+        sparsifier.load_state_dict(state['masks'])
         zeros = Sparsifier(model, keep_zeros=True, **rules)
-        found[name] = [{layer: mask.full_tensor() if is_split(mask) else mask for layer, mask in one.masks.items()} for one in (sparsifier, zeros)]
+        found[name] = whole_masks(sparsifier), whole_masks(zeros), gathered(sparsifier)
     return found
 
 
@@ -350,25 +357,67 @@ def tried(case):
         return f'{type(error).__name__}: {error}', traceback.format_exc()
 
 
-def dying(done):
-    "The last rank leaves in the middle of an event, after it has said what it did before."
-    def leave():
-        done({})
-        os._exit(0)
+# ---- A job that is killed, and goes on
+
+STEPS, SAVED_AT, DIES_AT = 8, 4, 6
+
+
+def bits_of(model, sparsifier, optimizer):
+    "All that a step changes, of what is here."
+    masks = {name: here(mask) for name, mask in sparsifier.masks.items()}
+    momenta = [here(of['exp_avg']) for of in optimizer.state.values()]
+    return digest(*model.parameters(), *masks.values(), *momenta)
+
+
+def job(folder, dies=False, resumes=False):
+    """Train and prune by a schedule and by what the steps tell.
+
+    The last rank may die within an event, after a state was saved: this returns what the others see then. Another job goes on from it."""
+    rank, n, step = distributed.get_rank(), distributed.get_world_size(), 0
+
+    @elementwise
+    def criterion(weight, movement):
+        if dies and rank == n - 1 and step == DIES_AT: os.kill(os.getpid(), signal.SIGKILL)
+        return abs(weight) + movement
+
     model = fsdp(mlp())
-    sparsifier, bits = Sparsifier(model, criteria=Failing(2, leave)), [here(p).clone() for p in model.parameters()]
-    try: prune(sparsifier)
-    except RuntimeError as error: said = str(error)
-    return {'said': said, 'unchanged': all(torch.equal(here(p), q) for p, q in zip(model.parameters(), bits))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=.01)
+    sparsifier, momenta = Sparsifier(model, criteria=criterion), get_optimizer_state_dict(model, optimizer)
+    attached = sparsifier.attach(optimizer, 80, steps=STEPS)  # later, for torch makes a step to find out what the state of a new optimizer is like
+
+    def state(): return {'model': model.state_dict(), 'optimizer': momenta, 'masks': sparsifier.state_dict()}
+    if resumes:
+        found = state()
+        checkpoint.load(found, checkpoint_id=f'{folder}/job')
+        model.load_state_dict(found['model'])
+        set_optimizer_state_dict(model, optimizer, found['optimizer'])
+        sparsifier.load_state_dict(found['masks'])
+    begun = attached.step
+    for step in range(begun + 1, STEPS + 1):
+        generator = torch.Generator().manual_seed(n * step + rank)
+        x, y = torch.randn(16, 12, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+        F.cross_entropy(model(x), y).backward()
+        before = bits_of(model, sparsifier, optimizer) if step == DIES_AT else None
+        try: optimizer.step()
+        except RuntimeError as error: return {'said': str(error), 'unchanged': bits_of(model, sparsifier, optimizer) == before}
+        optimizer.zero_grad()
+        if step != SAVED_AT or not dies: continue
+        momenta = get_optimizer_state_dict(model, optimizer)
+        checkpoint.save(state(), checkpoint_id=f'{folder}/job')
+    return {'begun': begun, 'bits': bits_of(model, sparsifier, optimizer), 'sparsity': sparsifier.sparsity}
+
+
+def begin(rank, n, folder, name):
+    torch.set_num_threads(1)
+    sys.stderr = open(f'{folder}/{name}.{rank}.err', 'w')
+    warnings.simplefilter('ignore')
+    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(n), 'GLOO_SOCKET_IFNAME': 'lo'}
+    distributed.init_process_group('gloo', f'file://{folder}/store of {name}', rank=rank, world_size=n, timeout=timedelta(seconds=60))
 
 
 def run(rank, n, folder):
     "Run the cases of n processes in one of them, and save what came of each."
-    torch.set_num_threads(1)
-    sys.stderr = open(f'{folder}/{n}.{rank}.err', 'w')
-    warnings.simplefilter('ignore')
-    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(n), 'GLOO_SOCKET_IFNAME': 'lo'}
-    distributed.init_process_group('gloo', f'file://{folder}/store{n}', rank=rank, world_size=n, timeout=timedelta(seconds=60))
+    begin(rank, n, folder, n)
     found = {name: tried(case) for name, case in CASES[n].items()}
     found['trained'] = {name: tried(case) for name, case in TRAINED[n].items()}
     found['failed'] = {name: tried(case) for name, case in FAILING[n].items()}
@@ -376,6 +425,17 @@ def run(rank, n, folder):
     if n == 2:
         found['loaded'] = tried(partial(loaded, folder, fsdp))
         found['exchanges'] = tried(lambda: [exchanges(n, context=context) for context in ('local', 'global') for n in (3, 12)])
+        found['undisturbed'] = tried(partial(job, folder))
+    torch.save(found, f'{folder}/{n}.{rank}.pt')
 
-    def done(last): torch.save(found | {'death': last}, f'{folder}/{n}.{rank}.pt')
-    done(dying(done) if n == 2 else {})
+
+def load(rank, n, folder):
+    "Load what four processes have saved."
+    begin(rank, n, folder, n)
+    torch.save({'loaded': tried(partial(loaded, folder, fsdp))}, f'{folder}/{n}.{rank}.pt')
+
+
+def run_job(rank, n, folder, name, how):
+    "Run a job, which may be killed."
+    begin(rank, n, folder, name)
+    torch.save(tried(partial(job, folder, **how)), f'{folder}/{name}.{rank}.pt')
