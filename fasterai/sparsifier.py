@@ -360,6 +360,7 @@ class Sparsifier:
             attached.check(others)
             if sparsity is not None: attached.drive(others, sparsity, **given)
             else: _check_only_kept(given)
+            if rewind_to is not None: self._refuse_shards('rewind_to', rewind_to)
             if attached.teacher.choice is not None: self._refuse_shards('distil', attached.teacher.choice)
         self._agree(check)
         if attached.driver is not None: self._go_on(attached, self._progress)

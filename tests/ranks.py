@@ -318,11 +318,20 @@ def event_of_one_rank(rank):
     return {'raised': raised, 'unchanged': bits(model) == before and sparsifier.sparsity == 0}
 
 
+def learner(model, **kwargs):
+    "A Learner with one batch."
+    from fastai.basics import DataLoaders, Learner
+    return Learner(DataLoaders([batch(0)], [batch(0)]), model, loss_func=F.cross_entropy, **kwargs)
+
+
 def refused_shards(rank):
     "What cannot be done with a model of which each process has a part, or has one since."
     from torch.distributed.fsdp import fully_shard
 
+    from fasterai.callback import SparsifyCallback
+    from fasterai.keep import KeepSparse
     from fasterai.sensitivity import sensitivity
+    from fasterai.tickets import find_ticket
     mesh, found = distributed.device_mesh.init_device_mesh('cpu', (2,)), {}
     late, split = net(), fully_shard(net(), mesh=mesh)
     sparsifier, of_parts = Sparsifier(late), Sparsifier(split)
@@ -331,8 +340,11 @@ def refused_shards(rank):
             'work': lambda: Sparsifier(split, context='work'), 'criterion': lambda: Sparsifier(split, criteria='synflow'),
             'repair': lambda: Sparsifier(split, repair='batchnorm', data=[batch(0)[0]]), 'rounds': lambda: of_parts.sparsify_model(50, rounds=3),
             'another model': lambda: of_parts.move_to(split), 'a copy': lambda: deepcopy(of_parts), 'rewind': lambda: of_parts.rewind(Snapshot(split)),
+            'SparsifyCallback': lambda: learner(split, cbs=SparsifyCallback(50)).fit(1), 'KeepSparse': lambda: learner(split, cbs=KeepSparse()).fit(1),
+            'find_ticket': lambda: find_ticket(learner(split), lambda learn: learn.fit(1), 50),
             'sensitivity': lambda: sensitivity(split, metric=lambda model: 0),
             'distil': lambda: of_parts.attach(torch.optim.SGD(split.parameters(), .1), 50, steps=9, distil=.5),
+            'rewind_to': lambda: of_parts.attach(torch.optim.SGD(split.parameters(), .1), 50, steps=9, rewind_to=.1),
             'recipe': lambda: of_parts.attach(torch.optim.SGD(split.parameters(), .1), 50, steps=9, recipe='accurate')}
     for name, act in acts.items():
         try: found[name] = act()

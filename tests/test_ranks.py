@@ -61,7 +61,7 @@ def test_a_rank_that_dies_leaves_the_others_as_they_were(came):
 
 def test_what_cannot_be_done_with_parts_of_a_model_is_refused(came):
     for got in came['shards']:
-        assert len(got) == 13
+        assert len(got) == 17
         assert {name: error for name, error in got.items() if error[0] != ('TypeError' if name == 'a copy' else 'ValueError')} == {}
         assert [name for name, (_, said) in got.items() if 'split over processes' not in said] == []
 
