@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -314,6 +315,19 @@ def event_of_one_rank(rank):
     model = DDP(net(), process_group=group)
     sparsifier, before = Sparsifier(model), bits(model)
     try: raised = None if rank else prune(sparsifier)
+    except RuntimeError as error: raised = type(error).__name__, str(error)
+    return {'raised': raised, 'unchanged': bits(model) == before and sparsifier.sparsity == 0}
+
+
+@case(RAISING)
+def uneven_inputs(rank):
+    "Within Join a rank without a batch makes no event: both wait until the time of the group is over."
+    group = distributed.new_group(timeout=timedelta(seconds=2))
+    model = DDP(net(), process_group=group)
+    sparsifier, before, raised = Sparsifier(model), bits(model), None
+    try:
+        with Join([model]):
+            for _ in range(1 - rank): prune(sparsifier)
     except RuntimeError as error: raised = type(error).__name__, str(error)
     return {'raised': raised, 'unchanged': bits(model) == before and sparsifier.sparsity == 0}
 

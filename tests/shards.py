@@ -38,6 +38,19 @@ def mlp():
     return nn.Sequential(nn.Linear(12, 62), nn.ReLU(), nn.Linear(62, 24), nn.ReLU(), nn.Linear(24, 5))
 
 
+def tied():
+    "Two layers that share a weight."
+    model = nn.Sequential(*mlp()[:2], nn.Linear(62, 12), nn.Linear(12, 62))
+    model[3].weight = model[0].weight
+    return model
+
+
+def frozen():
+    model = mlp()
+    model[2].requires_grad_(False)
+    return model
+
+
 def batch(rank, n=16):
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(n, 1, 8, 8, generator=generator), torch.randint(0, 12, (n,), generator=generator)
@@ -63,6 +76,9 @@ def tensor_parallel(model): return parallelize_module(model, mesh_of(distributed
 def both(model):
     mesh = mesh_of(2, 2)
     return fsdp(parallelize_module(model, mesh['inner'], PLAN), mesh['outer'])
+
+
+def root_alone(model): return fully_shard(model, mesh=mesh_of(distributed.get_world_size()))
 
 
 # ---- All come to what one process would
@@ -171,6 +187,10 @@ for _name, _rules in SMALL.items():
     CASES[4][f'fully_shard, {_name}'] = partial(compared, conv_net, fsdp, **_rules)
     CASES[4][f'hsdp, {_name}'] = partial(compared, mlp, hsdp, **_rules)
     CASES[4][f'tensor parallel and fully_shard, {_name}'] = partial(compared, mlp, both, **_rules)
+
+
+CASES[4] |= {f'shared weights, {name}': partial(compared, tied, root_alone, **rules) for name, rules in (('global', {}), ('filter', SMALL['filter']))}
+CASES[4]['frozen layers'] = partial(compared, frozen, fsdp, context='local')
 
 
 # ---- Training
