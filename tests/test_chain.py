@@ -88,7 +88,7 @@ def test_the_first_calls_may_be_those_of_several_threads():
 def test_memory_between_is_kept_for_the_next_call_and_results_are_not_written_over():
     chain = Chain([Link(LAYERS[0], i) for i in range(4)], 1, [2, 4])
     xs = [torch.randn(1, 4, 5, 3) for _ in range(3)]
-    expected = [chain._first([x]) for x in xs]
+    expected = [chain._first([x], 1) for x in xs]
     found, run = [chain.call(x) for x in xs], next(iter(chain._runs.values()))
     assert run._offsets == [0] and run._between == 256  # of 240 bytes
     for got, of in zip(found, expected): assert all(torch.equal(a, b) for a, b in zip(got, of))
@@ -240,12 +240,20 @@ def test_the_kernels_refuse_steps_that_are_none():
     y = torch.full((x.numel() + 64,), 7.)
     memory = (module.c_void_p * 2)(x.data_ptr(), y.data_ptr())
     cuts, pieces = plan.pieces(1)
+    floats = (module.c_int64 * 2)()
+
+    def run(step, scratch, slabs=1, between=0):
+        step = module._Step(**step)
+        chain = module._Chain(module.ctypes.addressof(step), 1, slabs, 2, between, module.ctypes.addressof(floats),
+                              module.ctypes.addressof(memory))
+        return code.run_chain(module.ctypes.addressof(chain), scratch.data_ptr(), len(scratch), 1, None)
+
     right = dict(kind=0, plan=plan.pointer, x=0, x_length=144, y=1, y_length=144, add=-1, vectors=1, cuts=cuts, pieces=pieces)
     for wrong in ({'kind': 3}, {'kind': -1}, {'x_length': 143}, {'y_length': 145}):
-        step = (module._Step * 1)(module._Step(**right | wrong))
-        assert code.run_chain(step, 1, memory, scratch.data_ptr(), len(scratch), 1, None) != 0
+        assert run(right | wrong, scratch) != 0
         assert (y == 7).all()
-    step = (module._Step * 1)(module._Step(**right))
-    assert code.run_chain(step, 1, memory, scratch.data_ptr(), len(scratch) - 1, 1, None) != 0
-    assert code.run_chain(step, 1, memory, scratch.data_ptr(), len(scratch), 1, None) == 0
+    assert run(right, scratch[:-1]) != 0
+    for wrong in ({'slabs': 0}, {'between': -1}, {'between': 64}, {'between': 64, 'slabs': 2}): assert run(right, scratch, **wrong) != 0
+    assert run(right | {'kind': 3}, scratch, slabs=2) != 0 and (y == 7).all()
+    assert run(right, scratch) == 0
     assert torch.equal(y[:144].view(layer(x).shape), layer(x)) and (y[144:] == 7).all()

@@ -8,6 +8,7 @@ import torch
 
 from fasterai.deploy.kernels import loading as kernels
 from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan
+from fasterai.deploy.kernels.tiling import l2_bytes
 
 LINE = 64  # bytes of a cache line
 SHAPES = 4  # of inputs that a chain keeps its calls for
@@ -56,27 +57,61 @@ class Chain:
         *inputs,  # tensors
     ):  # the output, or a tuple of several
         "Return what the layers make of inputs."
-        run = self._runs.get(tuple([x.shape for x in inputs]))
+        threads, team = kernels.threads()
+        run = self._runs.get((threads, *[x.shape for x in inputs]))
         # the layers refuse to be traced
-        if run is None or kernels.is_traced() or not run.is_current(inputs): return self._first(inputs)
-        return run(inputs)
+        if run is None or kernels.is_traced() or not run.is_current(inputs): return self._first(inputs, threads)
+        return run(inputs, team)
 
-    def _first(self, inputs):
-        values = list(inputs)
-        for link in self.links: values.append(link.call(values))
-        key = tuple(x.shape for x in inputs)
+    def _first(self, inputs, threads):
+        values = self._called(inputs)
+        key = threads, *[x.shape for x in inputs]
         self._runs.pop(key, None)
         if kernels.library() is not None and _is_planned(self.links, values):
             while len(self._runs) >= SHAPES: self._runs.pop(next(iter(self._runs)), None)
-            self._runs[key] = _Run(self, values)
+            slabs = _slabs(self.links, values, threads)
+            if slabs > 1: values = self._called([x[:len(x) // slabs] for x in inputs])
+            self._runs[key] = run = _Run(self, values, slabs, threads)
+            if slabs > 1: return run(inputs, kernels.threads()[1])
         found = [values[i] for i in self.outputs]
         return found[0] if len(found) == 1 else tuple(found)
+
+    def _called(self, inputs):
+        "Return the inputs, and what the layers make of them."
+        values = list(inputs)
+        for link in self.links: values.append(link.call(values))
+        return values
 
 
 def _is_planned(links, values):
     "Tell whether each call has a plan of the kernels."
     made = [link.planned(values[link.x]) for link in links]
     return all(plan is not None and type(plan.plan) in KINDS for plan in made)
+
+
+def _slabs(links, values, threads):
+    """Return in how many slabs a batch passes through a chain.
+
+    A slab that is small stays in the second cache from layer to layer, but each slab reads all weights. The
+    number is that with which the fewest bytes come from behind that cache."""
+    images = len(values[0]) if values[0].ndim else 0
+    if any(values[link.x].ndim <= link.layer.item_axes for link in links): return 1
+    if any(len(x) != images for x in values): return 1
+    sizes = [4 * value.numel() for value in values]  # bytes
+    moved = [sum(sizes[i] for i in link.reads) + size for link, size in zip(links, sizes[len(sizes) - len(links):])]
+    weights = sum(6 * link.layer.values.numel() for link in links if hasattr(link.layer, 'values'))
+
+    def cost(slabs):
+        together = threads if slabs == 1 else 1
+        beyond = sum(size for size in moved if size > slabs * together * l2_bytes())
+        return beyond + weights * max(slabs, together)
+    return min((n for n in range(1, images + 1) if n == 1 or images % n == n % threads == 0), key=cost, default=1)
+
+
+class _Chain(ctypes.Structure):
+    "Hold the arguments of a chain as the C code has them."
+    _fields_ = [('step', c_void_p), *[(name, c_int64) for name in ('steps', 'slabs', 'shared', 'between')],
+                ('floats', c_void_p), ('memory', c_void_p)]
 
 
 class _Step(ctypes.Structure):
@@ -89,21 +124,27 @@ class _Step(ctypes.Structure):
 class _Run:
     "Run a chain for inputs of one shape."
 
-    def __init__(self, chain, values):
+    def __init__(self, chain, values, slabs=1, threads=1):  # values of one slab
         planned = [link.planned(values[link.x]) for link in chain.links]
-        self.code = kernels.library()
+        self.code, self.threads = kernels.library(), threads
         self._made = [(link.layer, link.layer._plans, made.watched, made.version)
                       for link, made in zip(chain.links, planned)]
         self._plans = [made.plan for made in planned]
-        self._out_shapes = [values[i].shape for i in chain.outputs]
+        results = [values[i] for i in chain.outputs]
+        self._out_shapes = [(slabs * len(y), *y.shape[1:]) if slabs > 1 else y.shape for y in results]
         place, self._sizes = _places(chain, [value.numel() for value in values])
         lengths = [-(-4 * size // LINE) * LINE for size in self._sizes]
         *self._offsets, self._between = accumulate(lengths, initial=0)  # in bytes
-        self._fields = [_fields(link, plan, values, place, chain.inputs + i)
-                        for i, (link, plan) in enumerate(zip(chain.links, self._plans))]
-        self._scratch = max(plan.scratch for plan in self._plans)
-        self._pointers = c_void_p * (chain.inputs + len(chain.outputs) + len(self._sizes))
-        self._steps = {}
+        self._steps = (_Step * len(planned))()
+        for i, (link, plan) in enumerate(zip(chain.links, self._plans)):
+            cuts, pieces = plan.pieces(threads if slabs == 1 else 1)
+            self._steps[i] = _Step(**_fields(link, plan, values, place, chain.inputs + i), cuts=cuts, pieces=pieces)
+        shared = [value.numel() for value in (*values[:chain.inputs], *results)]
+        floats = [*shared, *[offset // 4 for offset in self._offsets]]
+        self._floats, self._pointers = (c_int64 * len(floats))(*floats), c_void_p * len(shared)
+        self._chain = ctypes.addressof(self._steps), len(planned), slabs, len(shared), self._between, ctypes.addressof(self._floats)
+        scratch = max(plan.scratch for plan in self._plans)
+        self._scratch = self._between + scratch * threads if slabs == 1 else (self._between + scratch) * threads
 
     def is_current(self, inputs):
         "Tell whether inputs can be computed with, and no layer has changed."
@@ -113,27 +154,16 @@ class _Run:
             if layer._plans is not plans or watched._version != version or layer.training: return False
         return True
 
-    def __call__(self, inputs):
-        threads, team = kernels.threads()
-        steps = self._steps.get(threads) or self._steps_for(threads)
+    def __call__(self, inputs, team):
         # what is between is kept for the next call: new memory costs as much time as a layer
-        at, size = kernels.scratch(self._between + self._scratch * threads)
-        between = [at + offset for offset in self._offsets]
+        at, size = kernels.scratch(self._scratch)
         inputs = [x if x.is_contiguous() else x.contiguous() for x in inputs]
         new = inputs[0].new_empty
         outputs = [new(shape) for shape in self._out_shapes]
-        memory = self._pointers(*[tensor.data_ptr() for tensor in (*inputs, *outputs)], *between)
-        at, size = at + self._between, size - self._between
-        kernels.checked(self.code.run_chain(steps, len(steps), memory, at, size, threads, team))
+        memory = self._pointers(*[tensor.data_ptr() for tensor in (*inputs, *outputs)])
+        chain = _Chain(*self._chain, ctypes.addressof(memory))
+        kernels.checked(self.code.run_chain(ctypes.addressof(chain), at, self._scratch, self.threads, team))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def _steps_for(self, threads):
-        steps = []
-        for fields, plan in zip(self._fields, self._plans):
-            cuts, pieces = plan.pieces(threads)
-            steps.append(_Step(**fields, cuts=cuts, pieces=pieces))
-        self._steps[threads] = found = (_Step * len(steps))(*steps)
-        return found
 
 
 def _fields(link, plan, values, place, result):

@@ -217,6 +217,9 @@ class SparseConv(_Sparse):
             raise ValueError(f'add: got the shape {tuple(add.shape)}, expected {plan.out_shape}')
         return plan(x, add if add.is_contiguous() else add.contiguous())
 
+    @property
+    def item_axes(self): return 1 + self.axes  # of an input, behind those of the batch
+
     def _out_shape(self, x):
         places = x.shape[-self.axes:]
         if x.ndim not in (self.axes + 1, self.axes + 2) or x.shape[-self.axes - 1] != self.geometry.channels:
@@ -329,6 +332,8 @@ class SparseLinearKernel(_Sparse):
     It is for inference, in float32 on a CPU. A weight that is zero is skipped: where the dense layer makes
     NaN of zero times infinity or NaN, the number is as if the input was not there."""
 
+    item_axes = 1  # of an input, behind those of the batch
+
     def __init__(self,
         layer: nn.Linear,  # the dense layer
         activation: str | None = None,  # 'relu' or 'relu6': what is done with the outputs
@@ -377,6 +382,8 @@ class SparseLinearKernel(_Sparse):
 
 class MaxPool(_Kernel):
     "Compute a MaxPool2d of contiguous float32 tensors on a CPU, for inference."
+
+    item_axes = 3  # of an input, behind those of the batch
 
     def __init__(self,
         layer: nn.MaxPool2d,  # one that returns no indices

@@ -53,7 +53,7 @@ FUNCTIONS = {
     'convolve': [c_void_p, *_data, c_void_p, *_cuts, *_scratch, *_threads],
     'check_matrix': [c_void_p], 'multiply': [c_void_p, *_data, c_int64, *_cuts, *_threads],
     'compute': [c_int64, c_void_p],
-    'run_chain': [c_void_p, c_int64, c_void_p, *_scratch, *_threads],
+    'run_chain': [c_void_p, *_scratch, *_threads],
     'pool_scratch': [c_void_p], 'max_pool': [c_void_p, *_data, *_scratch, *_threads],
 }
 

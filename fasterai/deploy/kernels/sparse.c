@@ -860,12 +860,35 @@ typedef struct {
     int64_t pieces;
 } Step;
 
-// Run plans one after the other, in memories that one writes and a later one reads.
-int64_t run_chain(const Step *step, int64_t steps, float *const *memory, char *scratch, int64_t scratch_bytes,
-                  int64_t threads, const Team *team) {
-    for (const Step *s = step; s < step + steps; s++) {
-        const float *x = memory[s->x], *add = s->add < 0 ? 0 : memory[s->add];
-        float *y = memory[s->y];
+// A batch may pass in slabs of some images, each through all steps before the next: what a slab has written
+// is still in the cache when it is read. Then each thread has slabs of its own, and waits for no other.
+typedef struct {
+    const Step *step;
+    int64_t steps, slabs;
+    int64_t shared;  // memories, the first ones: inputs and outputs, of all slabs; of the others each worker has its own
+    int64_t between;  // bytes of a worker's own memories, at the begin of its scratch; whole cache lines
+    const int64_t *floats;  // of a shared memory: what a slab has of it; of another one: where it begins
+    float *const *memory;  // the shared ones
+} Chain;
+
+typedef struct {
+    const Chain *chain;
+    int64_t scratch;  // bytes for the steps of one worker
+    int64_t refused;  // by any step
+} Passing;
+
+static float *memory_of(const Chain *c, int64_t number, int64_t slab, char *own) {
+    if (number < c->shared) return c->memory[number] + slab * c->floats[number];
+    return (float *)own + c->floats[number];
+}
+
+static int64_t run_steps(const Chain *c, int64_t slab, char *own, int64_t scratch_bytes, int64_t threads,
+                         const Team *team) {
+    char *scratch = own + c->between;
+    for (const Step *s = c->step; s < c->step + c->steps; s++) {
+        const float *x = memory_of(c, s->x, slab, own);
+        const float *add = s->add < 0 ? 0 : memory_of(c, s->add, slab, own);
+        float *y = memory_of(c, s->y, slab, own);
         int64_t refused = BAD_SIZE;
         if (s->kind == CONVOLUTION)
             refused = convolve(s->plan, x, s->x_length, y, s->y_length, add, s->cuts, s->pieces,
@@ -877,6 +900,28 @@ int64_t run_chain(const Step *step, int64_t steps, float *const *memory, char *s
         if (refused) return refused;
     }
     return FINE;
+}
+
+static void pass_slab(const Job *job, int64_t slab, char *scratch) {
+    Passing *passing = (Passing *)job->plan;
+    int64_t refused = run_steps(passing->chain, slab, scratch, passing->scratch, 1, 0);
+    if (refused) __atomic_store_n(&passing->refused, refused, __ATOMIC_RELAXED);
+}
+
+// Run plans one after the other, in memories that one writes and a later one reads.
+int64_t run_chain(const Chain *c, char *scratch, int64_t scratch_bytes, int64_t threads, const Team *team) {
+    if (c->slabs < 1 || threads < 1 || c->between < 0) return BAD_SIZE;
+    if (c->slabs == 1) {
+        if (scratch_bytes < c->between) return SMALL_SCRATCH;
+        return run_steps(c, 0, scratch, scratch_bytes - c->between, threads, team);
+    }
+    int64_t per_worker = scratch_bytes / threads / 64 * 64;
+    if (per_worker < c->between) return SMALL_SCRATCH;
+    Passing passing = {c, per_worker - c->between, FINE};
+    Job job = {.work = pass_slab, .plan = &passing, .items = c->slabs, .pieces = 1,
+               .per_worker = per_worker, .scratch = scratch};
+    run(&job, threads, team);
+    return passing.refused;
 }
 
 

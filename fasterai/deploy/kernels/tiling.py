@@ -61,12 +61,21 @@ def plane_floats(rows, row_length, lanes):
     return _round_up(rows * row_length, lanes)
 
 
-@cache
 def l1_bytes() -> int:
     "Return the size of this processor's first cache, or that which most have."
-    try: text = Path('/sys/devices/system/cpu/cpu0/cache/index0/size').read_text().strip()
-    except OSError: return 1 << 15
-    return int(text[:-1]) << 10 if text[:-1].isdigit() and text.endswith('K') else 1 << 15
+    return _cache_bytes(0, 1 << 15)
+
+
+def l2_bytes() -> int:
+    "Return the size of this processor's second cache, or that which many have."
+    return _cache_bytes(2, 1 << 19)
+
+
+@cache
+def _cache_bytes(index, default):
+    try: text = Path(f'/sys/devices/system/cpu/cpu0/cache/index{index}/size').read_text().strip()
+    except OSError: return default
+    return int(text[:-1]) << 10 if text[:-1].isdigit() and text.endswith('K') else default
 
 
 def tiles(
