@@ -211,6 +211,25 @@ def test_any_order_of_reads_computes_what_the_layers_do(seed, inputs, length, th
 
 
 @needs_kernels
+@pytest.mark.parametrize('threads', [1, 2, 3])
+@torch.no_grad()
+def test_a_batch_passes_in_slabs_where_a_cache_is_small(monkeypatch, threads):
+    monkeypatch.setattr(module, 'l2_bytes', lambda: 4000)  # 240 floats and as many results, of two images
+    links = [Link(LAYERS[0], 0), Link(LAYERS[3], 2), Link(LAYERS[1], 3, add=1), Link(LAYERS[2], 4, add=2)]
+    values = [torch.randn(12, 4, 6, 5) for _ in range(2)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        chain = Chain(links, 2, [3, 5])
+        found = [chain.call(*values) for _ in range(3)]
+    finally: torch.set_num_threads(before)
+    for link in links: values.append(link.call(values))
+    for got in found:
+        for i, y in zip((3, 5), got): assert torch.allclose(y, values[i], atol=1e-5)
+    assert next(iter(chain._runs.values()))._chain[2] == {1: 6, 2: 6, 3: 6}[threads]
+
+
+@needs_kernels
 @torch.no_grad()
 def test_memory_between_is_taken_again_and_few_shapes_are_kept():
     chain = Chain([Link(LAYERS[0], i) for i in range(12)], 1, [12])

@@ -98,14 +98,16 @@ def _slabs(links, values, threads):
     if any(values[link.x].ndim <= link.layer.item_axes for link in links): return 1
     if any(len(x) != images for x in values): return 1
     sizes = [4 * value.numel() for value in values]  # bytes
-    moved = [sum(sizes[i] for i in link.reads) + size for link, size in zip(links, sizes[len(sizes) - len(links):])]
+    results = sizes[-len(links):]
+    moved = [sum(sizes[i] for i in link.reads) + size for link, size in zip(links, results)]
     weights = sum(6 * link.layer.values.numel() for link in links if hasattr(link.layer, 'values'))
 
     def cost(slabs):
         together = threads if slabs == 1 else 1
         beyond = sum(size for size in moved if size > slabs * together * l2_bytes())
         return beyond + weights * max(slabs, together)
-    return min((n for n in range(1, images + 1) if n == 1 or images % n == n % threads == 0), key=cost, default=1)
+    numbers = [n for n in range(2, images + 1) if images % n == n % threads == 0]
+    return min([1, *numbers], key=cost)
 
 
 class _Chain(ctypes.Structure):
@@ -138,11 +140,13 @@ class _Run:
         self._steps = (_Step * len(planned))()
         for i, (link, plan) in enumerate(zip(chain.links, self._plans)):
             cuts, pieces = plan.pieces(threads if slabs == 1 else 1)
-            self._steps[i] = _Step(**_fields(link, plan, values, place, chain.inputs + i), cuts=cuts, pieces=pieces)
+            fields = _fields(link, plan, values, place, chain.inputs + i)
+            self._steps[i] = _Step(**fields, cuts=cuts, pieces=pieces)
         shared = [value.numel() for value in (*values[:chain.inputs], *results)]
         floats = [*shared, *[offset // 4 for offset in self._offsets]]
         self._floats, self._pointers = (c_int64 * len(floats))(*floats), c_void_p * len(shared)
-        self._chain = ctypes.addressof(self._steps), len(planned), slabs, len(shared), self._between, ctypes.addressof(self._floats)
+        self._chain = (ctypes.addressof(self._steps), len(planned), slabs, len(shared), self._between,
+                       ctypes.addressof(self._floats))
         scratch = max(plan.scratch for plan in self._plans)
         self._scratch = self._between + scratch * threads if slabs == 1 else (self._between + scratch) * threads
 
