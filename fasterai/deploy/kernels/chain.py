@@ -11,6 +11,7 @@ from fasterai.deploy.kernels.plans import ConvolutionPlan, MatrixPlan, PoolPlan
 from fasterai.deploy.kernels.tiling import l2_bytes
 
 LINE = 64  # bytes of a cache line
+STREAMED = .5  # what a byte of weights costs, which are read in order, against one of what is between
 SHAPES = 4  # of inputs that a chain keeps its calls for
 KINDS = {ConvolutionPlan: 0, MatrixPlan: 1, PoolPlan: 2}  # as the C code has them
 
@@ -59,8 +60,8 @@ class Chain:
         "Return what the layers make of inputs."
         threads, team = kernels.threads()
         run = self._runs.get((threads, *[x.shape for x in inputs]))
-        # the layers refuse to be traced
-        if run is None or kernels.is_traced() or not run.is_current(inputs): return self._first(inputs, threads)
+        is_refused = kernels.is_traced()  # by the layers
+        if run is None or is_refused or not run.is_current(inputs): return self._first(inputs, threads)
         return run(inputs, team)
 
     def _first(self, inputs, threads):
@@ -93,7 +94,7 @@ def _slabs(links, values, threads):
     """Return in how many slabs a batch passes through a chain.
 
     A slab that is small stays in the second cache from layer to layer, but each slab reads all weights. The
-    number is that with which the fewest bytes come from behind that cache."""
+    number is that with which the least comes from behind that cache."""
     images = len(values[0]) if values[0].ndim else 0
     if any(values[link.x].ndim <= link.layer.item_axes for link in links): return 1
     if any(len(x) != images for x in values): return 1
@@ -105,7 +106,7 @@ def _slabs(links, values, threads):
     def cost(slabs):
         together = threads if slabs == 1 else 1
         beyond = sum(size for size in moved if size > slabs * together * l2_bytes())
-        return beyond + weights * max(slabs, together)
+        return beyond + STREAMED * weights * max(slabs, together)
     numbers = [n for n in range(2, images + 1) if images % n == n % threads == 0]
     return min([1, *numbers], key=cost)
 
@@ -147,8 +148,8 @@ class _Run:
         self._floats, self._pointers = (c_int64 * len(floats))(*floats), c_void_p * len(shared)
         self._chain = (ctypes.addressof(self._steps), len(planned), slabs, len(shared), self._between,
                        ctypes.addressof(self._floats))
-        scratch = max(plan.scratch for plan in self._plans)
-        self._scratch = self._between + scratch * threads if slabs == 1 else (self._between + scratch) * threads
+        scratch = threads * max(plan.scratch for plan in self._plans)
+        self._scratch = scratch + self._between * (1 if slabs == 1 else threads)
 
     def is_current(self, inputs):
         "Tell whether inputs can be computed with, and no layer has changed."
