@@ -56,11 +56,17 @@ def fit(learn, n=2, cbs=(), how='fit', distil=SHARE, **given):
     return callback, watch
 
 
-def by_hand(batch, share=.5, temperature=2., to=None):
-    "The loss that is used, in a formula of its own."
+@torch.no_grad()
+def taught(batch):
+    "What the teacher makes of a batch."
     teacher = convnet()
     teacher.load_state_dict(batch['teacher'])
-    with torch.no_grad(): z, p, y = teacher.eval()(batch['x']), batch['output'], batch['y']
+    return teacher.eval()(batch['x'])
+
+
+def by_hand(batch, share=.5, temperature=2.):
+    "The loss that is used, in a formula of its own."
+    z, p, y = taught(batch), batch['output'], batch['y']
     plain = F.cross_entropy(p, y)
     if F.cross_entropy(z, y) >= plain: return plain.item()
     soft, softer = F.softmax(z / temperature, 1), F.softmax(p / temperature, 1)
@@ -98,8 +104,11 @@ def test_accumulated_and_scaled(make_learner):
     assert [batch['used'] for batch in heard] == pytest.approx([by_hand(batch) / 2 for batch in heard], rel=1e-4)
     _, watch = fit(make_learner(batches=6), cbs=[half := HalfOnCPU()])
     heard = [batch for batch in watch.seen if batch['teacher']]
-    used = [batch['used'] for batch in heard]
-    assert len(heard) == 5 and used == pytest.approx([by_hand(batch) for batch in heard], rel=.05) and half.order > watch.order
+    assert len(heard) == 5 and half.order > watch.order
+    lead = [1 - F.cross_entropy(taught(batch), batch['y']).item() / batch['loss'] for batch in heard]
+    clear = [batch for batch, by in zip(heard, lead) if abs(by) > .01]  # bfloat16 may turn what is nearly equal
+    assert min(lead) < -.01 and max(lead) > .01
+    assert [batch['used'] for batch in clear] == pytest.approx([by_hand(batch) for batch in clear], rel=.05)
 
 
 @pytest.mark.parametrize('opt', [{}, {'rewind_to': 0}])
