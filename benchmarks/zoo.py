@@ -279,10 +279,12 @@ the outputs in onnxruntime.
 
 """
 COLUMNS = 'network', 'million parameters', 'weights', 'filters', 'left', 'least', 'error', 'CPU s', 'ONNX', 'what stays'
+HEADING = '| ' + ' | '.join(COLUMNS) + ' |\n'
 PAGE = Path(__file__).with_name('ZOO.md')
 
 
 def main(names):
+    if names and HEADING not in PAGE.read_text(): sys.exit('names: the page has other columns, so all networks are run')
     for name in [n for n in ZOO if not names or n.startswith(tuple(names))]:
         row = shown(run(name))
         print(row, flush=True)
@@ -300,7 +302,7 @@ def write(new):
     written = sum(row['ONNX'] == 'ok' for row in done)
     said = (f'{len(done)} of {len(ZOO)} come back, in {sum(float(row["CPU s"]) for row in done):.0f} CPU s. {small} have at most 27 % of the parameters, '
             f'and no more than {could} could. {written} are written as ONNX; the others have the reason.')
-    table = '| ' + ' | '.join(COLUMNS) + ' |\n' + '|---' * len(COLUMNS) + '|\n'
+    table = HEADING + '|---' * len(COLUMNS) + '|\n'
     PAGE.write_text(HEAD + said + '\n\n' + table + '\n'.join(rows) + '\n')
 
 

@@ -345,6 +345,22 @@ def test_events_are_those_of_numpy(granularity, context, criterion, regrow, monk
 
 
 @needs_code
+def test_what_a_cut_has_found_serves_the_next_one(monkeypatch, off):
+    def event():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 400, bias=False))
+        with torch.no_grad(): net[1].weight.mul_(1e-3)
+        with pytest.warns(UserWarning, match="'1' would have been left without weights"): Sparsifier(net).sparsify_model(75)
+        return [layer.weight.detach() for layer in net]
+    calls = []
+    monkeypatch.setattr(selection, 'cut', lambda *given: calls.append(cut(*given)) or calls[-1])
+    found = event()
+    assert len(calls) == 1 and calls[0] is not None and int((found[1] != 0).sum()) == 1
+    off()
+    assert same(found, event())
+
+
+@needs_code
 def test_evidence_that_is_no_number_is_named(monkeypatch):
     monkeypatch.setattr(selection, 'SAMPLE', 20)
     net = nn.Linear(100, 100)
